@@ -1,0 +1,182 @@
+"""The blocks that the autoencoder and the UNet share. NHWC; submodule names follow the keys of diffusers' weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+Dtype = Any
+ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False), "mish": jax.nn.mish, "relu": nn.relu}
+
+
+def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Holds a published config.json against what is implemented.
+
+    supported: option -> tuple of the values that work, or None where any value does. Keys that begin with an underscore
+    are notes. Raises ValueError that names every option which is unknown or has a value that is not supported.
+    """
+    wrong = []
+    for option, value in config.items():
+        if option.startswith("_"):
+            continue
+        if option not in supported:
+            wrong.append(f"{option}={value!r} (unknown option)")
+        elif supported[option] is not None and value not in supported[option]:
+            allowed = ", ".join(repr(v) for v in supported[option])
+            wrong.append(f"{option}={value!r} (supported: {allowed})")
+    if wrong:
+        raise ValueError(f"{network} config has options that are not supported: {'; '.join(wrong)}")
+
+
+def freeze(value: Any) -> Any:
+    """Lists become tuples and dicts frozen dicts, so that a config can be a hashable attribute of a module."""
+    if isinstance(value, Mapping):
+        return FrozenDict({name: freeze(v) for name, v in value.items()})
+    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def activation(name: str):
+    """Raises ValueError for a name that is not in ACTIVATIONS."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported; choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over x: [B, ..., C], with statistics in float32 whatever the compute dtype."""
+
+    groups: int
+    epsilon: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+        # Folded to one multiply-add per element: y = x a + b, with a and b per example and channel.
+        a = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.groups, -1)
+        b = bias.reshape(1, 1, self.groups, -1) - mean * a
+        return (grouped * a + b).reshape(x.shape).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A convolution with PyTorch's explicit symmetric padding, or `padding` per side. x: [B, H, W, C]."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    dtype: Dtype = jnp.float32
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        half = self.size // 2
+        padding = self.padding or ((half, half), (half, half))
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + bias.reshape(1, 1, 1, -1)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + time))), with a 1x1 shortcut where the channels change.
+
+    x: [B, H, W, C]; time: [B, D] or None.
+    """
+
+    features: int
+    groups: int
+    epsilon: float
+    act: str = "silu"
+    output_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, time=None):
+        act = activation(self.act)
+        norm = lambda name: GroupNorm(self.groups, self.epsilon, self.dtype, name=name)  # noqa: E731
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(act(norm("norm1")(x)))
+        if time is not None:
+            h = h + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(act(time))[:, None, None, :]
+        # A block that begins as the identity trains well from scratch at any depth.
+        h = Conv(self.features, dtype=self.dtype, zero=True, name="conv2")(act(norm("norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return (x + h) / self.output_scale if self.output_scale != 1.0 else x + h
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2. padding: the UNet's 1 on every side; 0 pads right and below only (autoencoder)."""
+
+    features: int
+    padding: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        sides = ((self.padding, self.padding),) * 2 if self.padding else ((0, 1), (0, 1))
+        return Conv(self.features, stride=2, padding=sides, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the size, or to `size` (height, width), then a 3x3 convolution."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, size: tuple[int, int] | None = None):
+        b, h, w, c = x.shape
+        if size is None or size == (2 * h, 2 * w):
+            x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        else:
+            x = jax.image.resize(x, (b, *size, c), "nearest")
+        return Conv(self.features, dtype=self.dtype, name="conv")(x)
+
+
+def attention(query, key, value, mask=None):
+    """softmax(q k^T / sqrt(d)) v with the softmax in float32.
+
+    query: [B, N, heads, d]; key, value: [B, M, heads, d]; mask: bool broadcastable to [B, heads, N, M]. On a GPU in half
+    precision cuDNN's fused kernel is used where it can be (no mask, d a multiple of 8 and at most 128).
+    """
+    d = query.shape[-1]
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and mask is None and d % 8 == 0 and d <= 128:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * d**-0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x: [B, N, C] to context: [B, M, D], or to itself."""
+
+    heads: int
+    head_dim: int
+    bias: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        context = x if context is None else context
+        inner = self.heads * self.head_dim
+        dense = lambda y, name: nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y).reshape(  # noqa: E731
+            *y.shape[:2], self.heads, self.head_dim
+        )
+        out = attention(dense(x, "to_q"), dense(context, "to_k"), dense(context, "to_v"))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out.reshape(*x.shape[:2], inner))

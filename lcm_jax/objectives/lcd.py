@@ -1,0 +1,92 @@
+"""Latent consistency distillation: Algorithm 1 of arXiv 2310.04378."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
+from lcm_jax.diffusion.guidance import classifier_free
+from lcm_jax.diffusion.schedule import Schedule, add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
+from lcm_jax.diffusion.solvers import ddim_step
+
+
+class Networks(NamedTuple):
+    """student(params, z, t, context, w_embedding) -> output; teacher(params, z, t, context) -> output;
+    encode_prompt(params, token_ids) -> context; to_latents(moments, noise) -> z."""
+
+    student: Callable
+    teacher: Callable
+    encode_prompt: Callable
+    to_latents: Callable
+
+
+class Draws(NamedTuple):
+    posterior: jax.Array  # float32[B, h, w, c], picks the latent from the autoencoder's posterior
+    noise: jax.Array  # float32[B, h, w, c]
+    index: jax.Array  # int32[B], 0 <= index < num_ddim_steps, which skipping step
+    w: jax.Array  # float32[B], the guidance weight of cond + w (cond - uncond)
+    keep_prompt: jax.Array  # bool[B], False distils the empty prompt
+
+
+def draw(rng: jax.Array, batch, *, num_ddim_steps: int, w_min: float, w_max: float, empty_prompts: float) -> Draws:
+    """batch["moments"]: float32[B,h,w,2c]; empty_prompts: the share of captions replaced by the empty one."""
+    b, h, w, c2 = batch["moments"].shape
+    posterior, noise, index, weight, keep = jax.random.split(rng, 5)
+    return Draws(
+        posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
+        noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
+        index=jax.random.randint(index, (b,), 0, num_ddim_steps),
+        w=jax.random.uniform(weight, (b,), minval=w_min, maxval=w_max),
+        keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
+    )
+
+
+def distance(difference: jax.Array, kind: str, huber_c: float) -> jax.Array:
+    """l2: mean d^2. huber: mean(sqrt(d^2 + c^2) - c), the pseudo-Huber metric of arXiv 2310.14189, elementwise."""
+    if kind == "l2":
+        return jnp.mean(jnp.square(difference))
+    if kind == "huber":
+        return jnp.mean(jnp.sqrt(jnp.square(difference) + huber_c**2) - huber_c)
+    raise ValueError(f"objective.distance is {kind!r}; choose l2 or huber")
+
+
+def loss(
+    params, target, frozen, batch, draws: Draws, *,
+    networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
+):  # fmt: skip
+    """The consistency distillation loss, exact in its draws.
+
+    params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", "text_encoder", and
+    "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L]. Returns (float32[], metrics).
+    """
+    empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
+    token_ids = jnp.where(draws.keep_prompt[:, None], batch["token_ids"], empty_ids)
+    context = networks.encode_prompt(frozen["text_encoder"], token_ids)
+    empty = networks.encode_prompt(frozen["text_encoder"], empty_ids)
+    w_embedding = guidance_embedding(draws.w)
+
+    # 1. A point z_s on the data's trajectory, and the step t that comes one skipping step before s.
+    s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))
+    z = networks.to_latents(batch["moments"], draws.posterior)
+    z_s = add_noise(schedule, z, draws.noise, s)
+
+    # 2. The student's prediction of the trajectory's origin.
+    prediction = consistency_function(schedule, networks.student(params["unet"], z_s, s, context, w_embedding), z_s, s)
+
+    # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
+    twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
+    output = networks.teacher(frozen["unet"], twice(z_s), twice(s), jnp.concatenate([context, empty]))
+    x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
+    noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
+    w = draws.w[:, None, None, None]
+    x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
+    z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
+
+    # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.
+    origin = consistency_function(schedule, networks.student(target["unet"], z_t, t, context, w_embedding), z_t, t)
+
+    # 5. The distance between the two.
+    total = distance(prediction - jax.lax.stop_gradient(origin), kind, huber_c)
+    return total, {"loss": total}

@@ -1,0 +1,204 @@
+"""The training loop: every effect of a run (devices, files, clocks, signals) in one function, top to bottom."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcm_jax.training import sharding
+from lcm_jax.training.checkpoint import Checkpoints
+from lcm_jax.training.logging import ProgressReport, Recorder
+from lcm_jax.training.state import Params, create_state, make_optimizer
+from lcm_jax.training.step import make_train_step
+
+# Groups of a config that say where and how often, not what: a run may be continued with other values.
+FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "report")
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; its text is meant for the person who started it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop needs to know of an objective: arrays and functions, no configuration.
+
+    init() -> parameters to optimise. frozen: parameters that never change (teacher, text encoder), an argument of
+    `loss`. draw, loss: see `training.step`. batches(step) -> endless batches of numpy arrays, beginning with that of
+    `step` (0-based). preview(ema, path) writes a PNG to `path` and returns scalars. finish(ema, seconds) writes what the
+    run leaves behind.
+    """
+
+    title: str
+    init: Callable[[], Params]
+    frozen: Params
+    draw: Callable
+    loss: Callable
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+    preview: Callable[[Params, Path], Mapping[str, float]]
+    finish: Callable[[Params, float], None]
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of all that decides the result of a run, in hexadecimal (config: plain nested dict)."""
+    deciding = {name: value for name, value in config.items() if name not in FREE_GROUPS}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json` into a new workdir; raises RunError where another config's run lives."""
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config, default=list))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        if config_digest(theirs) != config_digest(mine):
+            names = [
+                f"{name} ({theirs_flat.get(name)!r} there, {mine_flat.get(name)!r} here)"
+                for theirs_flat, mine_flat in [(_flatten(theirs), _flatten(mine))]
+                for name in sorted(theirs_flat.keys() | mine_flat.keys())
+                if theirs_flat.get(name) != mine_flat.get(name) and name.split(".")[0] not in FREE_GROUPS
+            ]
+            raise RunError(
+                f"workdir {workdir} belongs to a run with another config; different: {', '.join(names[:6])}"
+                f"{' ..' if len(names) > 6 else ''}\nChoose another --workdir, or set these keys back to continue that run."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def train(job: Job, config, workdir: Path) -> bool:
+    """Runs `job` to `config.train.steps` updates, from the newest checkpoint in `workdir` where there is one.
+
+    Returns True when the run is complete, False when SIGTERM or Ctrl-C stopped it early, with its state saved.
+    Raises RunError on a loss that is not finite; the last good checkpoint stays.
+    """
+    began = time.monotonic()
+    steps, batch_size = config.train.steps, config.train.batch_size
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    rows = mesh.size * config.train.accumulate
+    if batch_size % rows:
+        raise RunError(
+            f"train.batch_size {batch_size} is not a multiple of devices x train.accumulate = "
+            f"{mesh.size} x {config.train.accumulate}; choose a multiple of {rows}"
+        )
+
+    optimizer = make_optimizer(config.optimizer, steps)
+    create = lambda: create_state(job.init(), optimizer)  # noqa: E731
+    abstract = jax.eval_shape(create)
+    shardings = sharding.tree_shardings(mesh, abstract)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
+    train_step = jax.jit(
+        make_train_step(
+            job.draw, job.loss, optimizer,
+            seed=config.train.seed, ema_rate=config.train.ema_rate, accumulate=config.train.accumulate,
+        ),
+        in_shardings=(shardings, sharding.tree_shardings(mesh, job.frozen), sharding.by_batch(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    # Resume, in this order:
+    # 1. the newest checkpoint of this workdir that can be read;
+    # 2. where there is none, the job's initial parameters;
+    # 3. randomness goes on by itself: every step folds its own number into the seed;
+    # 4. the data goes on at the batch of that step.
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    state = checkpoints.restore(abstract)
+    if state is None:
+        state = jax.jit(create, out_shardings=shardings)()
+    step = int(state.step)
+    progress = ProgressReport(steps, step, batch_size, job.title)
+    if step:
+        progress.say(f"resumed {workdir} at step {step}")
+    recorder = Recorder(workdir, step)
+    batches = job.batches(step)
+
+    stop = _StopSignal()
+    pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
+    clock, clocked = time.monotonic(), step
+    try:
+        while step < steps and not stop.requested:
+            state, metrics = train_step(state, frozen, sharding.put_batch(mesh, next(batches)))
+            step += 1
+            pending.append((step, metrics))
+
+            last = step == steps or stop.requested
+            save = last or step % config.checkpoint.every_steps == 0
+            if last or save or step % config.log.every_steps == 0:
+                scalars = _read(pending, workdir)
+                now = time.monotonic()
+                scalars["steps_per_second"] = (step - clocked) / (now - clock)
+                scalars["pictures_per_second"] = scalars["steps_per_second"] * batch_size
+                clock, clocked = now, step
+                recorder.write(step, scalars)
+                progress.update(step, scalars)
+            if save:
+                checkpoints.save(state)
+            if step % config.sample.every_steps == 0 and not stop.requested:
+                path = workdir / "samples" / f"{step:06d}.png"
+                path.parent.mkdir(exist_ok=True)
+                scalars = job.preview(state.ema, path)
+                if scalars:
+                    recorder.write(step, scalars)
+                progress.say("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
+                clock, clocked = time.monotonic(), step
+        checkpoints.wait()
+    finally:
+        stop.restore()
+        progress.close()
+        recorder.close()
+        checkpoints.close()
+    if step < steps:
+        print(f"stopped at step {step} of {steps}; saved. The same command goes on from here.")
+        return False
+    job.finish(state.ema, time.monotonic() - began)
+    return True
+
+
+def _read(pending: list[tuple[int, dict]], workdir: Path) -> dict[str, float]:
+    """Fetches and empties `pending`; the mean of each scalar. Raises RunError at the first that is not finite."""
+    values = [(step, {k: float(v) for k, v in metrics.items()}) for step, metrics in jax.device_get(pending)]
+    pending.clear()
+    for step, metrics in values:
+        bad = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+        if bad:
+            named = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            raise RunError(
+                f"step {step}: {named}. The last good checkpoint in {workdir / 'checkpoints'} stands; "
+                f"lower optimizer.learning_rate or train in float32 (train.dtype), then start again."
+            )
+    return {name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]}
+
+
+class _StopSignal:
+    """SIGTERM and the first Ctrl-C ask for a clean stop; a second Ctrl-C interrupts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number, frame):
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

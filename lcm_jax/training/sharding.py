@@ -1,0 +1,59 @@
+"""The device mesh, and where each array of a run lives on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh with the axes `data` and `fsdp`. data = -1 takes every device that fsdp leaves.
+
+    Raises ValueError when the product is not the number of devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or (data == -1 and devices % fsdp):
+        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices; choose a divisor")
+    if data == -1:
+        data = devices // fsdp
+    if data * fsdp != devices:
+        raise ValueError(
+            f"mesh.data x mesh.fsdp is {data} x {fsdp} but there are {devices} devices; "
+            f"set mesh.data=-1 to use what mesh.fsdp leaves"
+        )
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_batch(mesh: Mesh) -> NamedSharding:
+    """The leading axis spread over every device."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding per leaf of `tree` (arrays or ShapeDtypeStructs): the largest axis that `fsdp` divides is split over it.
+
+    One rule serves parameters, their moving average and Adam's moments alike, since they have the same shapes.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def leaf(x) -> NamedSharding:
+        divisible = [axis for axis in range(x.ndim) if x.shape[axis] % fsdp == 0]
+        if fsdp == 1 or x.size < MIN_SHARDED_SIZE or not divisible:
+            return replicated(mesh)
+        largest = max(divisible, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(x.ndim)])))
+
+    return jax.tree.map(leaf, tree)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays spread over the mesh."""
+    sharding = by_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

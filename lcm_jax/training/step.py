@@ -1,0 +1,52 @@
+"""One optimizer update as a pure function: draw -> gradient over micro-batches -> clip and update -> moving average."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcm_jax.training.state import Params, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    draw: Callable, loss: Callable, optimizer: optax.GradientTransformation, *, seed: int, ema_rate: float, accumulate: int = 1
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    draw(rng, batch) -> draws: every random number of the step, as arrays with a leading batch axis.
+    loss(params, target, frozen, batch, draws) -> (float32[], metrics): a mean over the batch axis.
+    ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak; METHOD: the target network).
+    accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch.
+    """
+
+    def micro_batches(tree):
+        # Example i goes to micro-batch i mod N, so that each micro-batch lies on all devices when the batch axis is sharded.
+        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0), tree)
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
+        gradient = jax.grad(loss, has_aux=True)
+
+        if accumulate == 1:
+            grads, metrics = gradient(state.params, state.ema, frozen, batch, draws)
+        else:
+            def add(total, micro):
+                part = gradient(state.params, state.ema, frozen, *micro)
+                return jax.tree.map(jnp.add, total, part), None
+
+            micro = micro_batches((batch, draws))
+            shapes = jax.eval_shape(gradient, state.params, state.ema, frozen, *jax.tree.map(lambda x: x[0], micro))
+            total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
+            grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = jax.tree.map(lambda e, p: ema_rate * e + (1.0 - ema_rate) * p, state.ema, params)
+        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return step
