@@ -1,0 +1,163 @@
+"""CLIP's byte-pair tokenizer: building one for a closed set of words, loading one strictly, captions to token ids."""
+
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+LONGEST = 4096  # transformers stands 1e30 in for a model_max_length that the folder does not give
+
+
+def import_transformers():
+    """transformers, imported late (it takes seconds) and without its remark that torch is missing."""
+    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        else:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
+    return transformers
+
+
+def byte_alphabet() -> list[str]:
+    """One printable character for each byte 0..255 (GPT-2's): itself if printable in Latin-1, else 256, 257, ... in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged, i = [], 0
+    while i < len(pieces):
+        whole = tuple(pieces[i : i + 2]) == pair
+        merged.append("".join(pair) if whole else pieces[i])
+        i += 2 if whole else 1
+    return merged
+
+
+def byte_pairs(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: merges the adjacent pair of the lowest rank until none is left."""
+    while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
+        pieces = merge_pair(pieces, min(pairs, key=merges.__getitem__))
+    return pieces
+
+
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges under which each word is one token.
+
+    A word's missing merges are appended after those of the words before it. Appended ones rank lowest, so that they cannot
+    divert an earlier word, which always has a merge of lower rank left until it is whole.
+    """
+    alphabet, merges = byte_alphabet(), {}
+    for word in words:
+        pieces = [alphabet[byte] for byte in word.encode()]
+        pieces[-1] += END_OF_WORD
+        while len(pieces := byte_pairs(pieces, merges)) > 1:
+            merges[pieces[0], pieces[1]] = len(merges)
+    return list(merges)
+
+
+def check_word(word: str) -> None:
+    lower = unicodedata.normalize("NFC", word).lower() == word
+    if not lower or not (word.isalpha() or (len(word) == 1 and not word.isspace())):
+        raise ValueError(f"word {word!r} cannot be one CLIP token; give lower-case letters only, or a single character")
+
+
+def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) -> None:
+    """Writes a CLIP tokenizer in which each of `words` is one token and any other text still encodes, by its bytes.
+
+    Ids: 256 bytes, 256 bytes that end a word, merges, start, end of text; the end has the largest id, as in CLIP. Writes
+    vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json, the same bytes for the same words
+    in whatever order. Raises ValueError on a word that the pre-tokenizer would split or change.
+    """
+    words = sorted(set(words))
+    for word in words:
+        check_word(word)
+    if not 2 < model_max_length <= LONGEST:
+        raise ValueError(f"model_max_length is {model_max_length}; it must be 3..{LONGEST}")
+
+    alphabet, merges = byte_alphabet(), learn_merges(words)
+    tokens = [*alphabet, *(c + END_OF_WORD for c in alphabet), *(a + b for a, b in merges), BOS, EOS]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": model_max_length,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        **names,
+    }
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, text: str) -> None:
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+    write("vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write("merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]))
+    write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write("special_tokens_map.json", json.dumps(names, indent=2) + "\n")
+    write("tokenizer.json", import_transformers().CLIPTokenizer(vocab=vocab, merges=merges).backend_tokenizer.to_str(pretty=True))
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    if (folder / "vocab.json").is_file():
+        return json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    if (folder / "tokenizer.json").is_file():
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+
+
+def load(folder: str | Path):
+    """The CLIP tokenizer of a folder, a transformers.CLIPTokenizer. Offline.
+
+    transformers returns an empty tokenizer for files that it does not find: the result is compared with the vocabulary on
+    disk. Raises FileNotFoundError or ValueError.
+    """
+    folder = Path(folder)
+    vocab = read_vocabulary(folder)
+    tokenizer = import_transformers().CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    if tokenizer.vocab_size != len(vocab) or len(vocab) < 256:
+        raise ValueError(
+            f"tokenizer in {folder} came up with {tokenizer.vocab_size} tokens, its vocabulary file has {len(vocab)}; "
+            "its files are damaged or of another tokenizer: fetch them again"
+        )
+    for name, token in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token)):
+        if token not in vocab:
+            raise ValueError(f"tokenizer in {folder}: {name} {token!r} is not in its vocabulary; fetch its files again")
+    ends = [vocab[tokenizer.bos_token], vocab[tokenizer.eos_token]]
+    if (empty := tokenizer("")["input_ids"]) != ends:
+        raise ValueError(f"tokenizer in {folder} encodes the empty text as {empty}, not {ends}; is it a CLIP tokenizer?")
+    if tokenizer.model_max_length > LONGEST:
+        raise ValueError(f"tokenizer in {folder} has no model_max_length; add it to tokenizer_config.json (77 for CLIP)")
+    return tokenizer
+
+
+def token_lists(tokenizer, captions: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
+
+
+def encode(tokenizer, captions: Sequence[str]) -> np.ndarray:
+    """captions -> int32[B, model_max_length]: start, tokens, end of text, padding. Longer ones are cut, and still end."""
+    length = tokenizer.model_max_length
+    ids = np.full((len(captions), length), tokenizer.pad_token_id, np.int32)
+    for row, tokens in zip(ids, token_lists(tokenizer, captions), strict=True):
+        if len(tokens) > length:
+            tokens = [*tokens[: length - 1], tokenizer.eos_token_id]
+        row[: len(tokens)] = tokens
+    return ids
+
+
+def overlong(tokenizer, captions: Sequence[str]) -> list[int]:
+    """Indices of the captions that `encode` cuts."""
+    return [i for i, tokens in enumerate(token_lists(tokenizer, captions)) if len(tokens) > tokenizer.model_max_length]

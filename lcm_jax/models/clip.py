@@ -1,0 +1,210 @@
+"""CLIP's text encoder (arXiv 2103.00020, section 2.4): a causal pre-norm transformer over byte-pair tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# What transformers writes beside a model's own options, with no effect on the numbers of this network.
+BOILERPLATE = frozenset(
+    """
+    _name_or_path _commit_hash _attn_implementation_autoset bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder label2id length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type projection_dim remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()
+)
+
+# Options that this encoder has in one value only: any other would change the numbers.
+FIXED = {
+    "add_cross_attention": (False,),
+    "architectures": (None, ["CLIPTextModel"], ["CLIPModel"]),
+    "attention_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "dropout": (0, None),
+    "is_decoder": (False,),
+    "model_type": ("clip_text_model",),
+    "pruned_heads": ({}, None),
+}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The options of config.json that shape the network; the defaults are those of transformers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+
+class TextOutput(NamedTuple):
+    """All in the compute dtype."""
+
+    last_hidden_state: jax.Array  # [B, L, D], the last layer after the final norm
+    pooled: jax.Array  # [B, D], last_hidden_state at the end-of-text token
+    hidden_states: tuple[jax.Array, ...]  # the embeddings, then each layer, [B, L, D] before the final norm
+
+
+def read_config(config: Mapping[str, Any]) -> TextConfig:
+    """A published config.json as it stands -> TextConfig. Raises ValueError on the first option that is not supported."""
+    own = {field.name for field in fields(TextConfig)}
+    for name, value in config.items():
+        if name in FIXED:
+            if value not in FIXED[name]:
+                allowed = " or ".join(repr(choice) for choice in FIXED[name])
+                raise ValueError(f"CLIP text encoder: {name} is {value!r}, which is not supported; it must be {allowed}")
+        elif name not in own and name not in BOILERPLATE:
+            raise ValueError(f"CLIP text encoder: unknown option {name} = {value!r} in its config.json; remove it if it is inert")
+
+    options = TextConfig(**{name: value for name, value in config.items() if name in own})
+    if options.hidden_act not in ("quick_gelu", "gelu"):
+        raise ValueError(f"CLIP text encoder: hidden_act is {options.hidden_act!r}; supported are quick_gelu and gelu")
+    if not isinstance(options.eos_token_id, int):
+        raise ValueError(f"CLIP text encoder: eos_token_id is {options.eos_token_id!r}; it must be one integer")
+    if options.hidden_size % options.num_attention_heads:
+        raise ValueError(
+            f"CLIP text encoder: hidden_size {options.hidden_size} is not a multiple of "
+            f"num_attention_heads {options.num_attention_heads}"
+        )
+    return options
+
+
+def activation(name: str, x: jax.Array) -> jax.Array:
+    """quick_gelu: x sigmoid(1.702 x). gelu: x Phi(x), by the error function."""
+    return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, approximate=False)
+
+
+def normal(stddev: float):
+    return nn.initializers.normal(stddev)
+
+
+# Initialisation is CLIP's: tables at 0.02 and 0.01, inputs of a block at 1/sqrt(width), and the two projections that write
+# into the residual stream smaller by sqrt(2 layers), so that its variance does not grow with depth.
+
+
+class Embeddings(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        c, length = self.config, token_ids.shape[1]
+        std = c.initializer_range * c.initializer_factor
+        tokens = nn.Embed(c.vocab_size, c.hidden_size, self.dtype, embedding_init=normal(std), name="token_embedding")
+        places = nn.Embed(
+            c.max_position_embeddings, c.hidden_size, self.dtype, embedding_init=normal(std / 2), name="position_embedding"
+        )
+        return tokens(token_ids) + places(jnp.arange(length))[None]
+
+
+class SelfAttention(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, (batch, length, width) = self.config, x.shape
+        std = width**-0.5 * c.initializer_factor
+
+        def project(name):
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=normal(std), name=name)(x)
+            return y.reshape(batch, length, c.num_attention_heads, -1)
+
+        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(self.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        into_stream = normal(std * (2 * c.num_hidden_layers) ** -0.5)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="out_proj")(y)
+
+
+class MLP(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, width = self.config, x.shape[-1]
+        inner = normal((2 * width) ** -0.5 * c.initializer_factor)
+        into_stream = normal(width**-0.5 * (2 * c.num_hidden_layers) ** -0.5 * c.initializer_factor)
+        x = nn.Dense(c.intermediate_size, dtype=self.dtype, kernel_init=inner, name="fc1")(x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="fc2")(activation(c.hidden_act, x))
+
+
+def layer_norm(config: TextConfig, dtype: Any, name: str) -> nn.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 cancels on CLIP's outlier channels; flax computes the statistics in float32.
+    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class EncoderLayer(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = x + SelfAttention(c, self.dtype, name="self_attn")(layer_norm(c, self.dtype, "layer_norm1")(x))
+        return x + MLP(c, self.dtype, name="mlp")(layer_norm(c, self.dtype, "layer_norm2")(x))
+
+
+class Encoder(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        states = [x]
+        for i in range(self.config.num_hidden_layers):
+            states.append(EncoderLayer(self.config, self.dtype, name=f"layers_{i}")(states[-1]))
+        return tuple(states)
+
+
+class TextTransformer(nn.Module):
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, token_ids: jax.Array) -> TextOutput:
+        c = self.config
+        states = Encoder(c, self.dtype, name="encoder")(Embeddings(c, self.dtype, name="embeddings")(token_ids))
+        last = layer_norm(c, self.dtype, "final_layer_norm")(states[-1])
+        # Configs published before 2023 carry eos_token_id 2, which is no end of text: there it is the largest id.
+        is_end = token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id
+        pooled = jnp.take_along_axis(last, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
+        return TextOutput(last, pooled, states)
+
+
+class CLIPTextModel(nn.Module):
+    """token_ids int32[B, L] -> TextOutput. Parameters float32, computed in `dtype`; softmax and norm statistics float32."""
+
+    config: TextConfig
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "CLIPTextModel":
+        return cls(read_config(config), dtype)
+
+    @nn.compact
+    def __call__(self, token_ids: jax.Array) -> TextOutput:
+        """Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary gives NaN."""
+        length, limit = token_ids.shape[1], self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"CLIP text encoder: {length} tokens, but max_position_embeddings is {limit}; truncate the prompt")
+        return TextTransformer(self.config, self.dtype, name="text_model")(token_ids)
