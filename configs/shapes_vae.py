@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.train = ConfigDict(
-        {"steps": 2000, "batch_size": 24, "accumulate": 1, "seed": 0, "ema_rate": 0.995, "dtype": "float32"}
+        {"steps": 2400, "batch_size": 24, "accumulate": 1, "seed": 0, "ema_rate": 0.995, "dtype": "float32"}
     )
     config.optimizer = ConfigDict(
         {

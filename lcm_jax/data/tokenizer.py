@@ -27,7 +27,7 @@ def import_transformers():
 
 
 def byte_alphabet() -> list[str]:
-    """One printable character for each byte 0..255 (GPT-2's): itself if printable in Latin-1, else 256, 257, ... in order."""
+    """A printable character for each byte 0..255 (GPT-2's): itself where Latin-1 prints it, else 256, 257, ..."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -52,8 +52,8 @@ def byte_pairs(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[st
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merges under which each word is one token.
 
-    A word's missing merges are appended after those of the words before it. Appended ones rank lowest, so that they cannot
-    divert an earlier word, which always has a merge of lower rank left until it is whole.
+    A word's missing merges are appended after those of the words before it. Appended ones rank lowest, so that they
+    cannot divert an earlier word, which always has a merge of lower rank left until it is whole.
     """
     alphabet, merges = byte_alphabet(), {}
     for word in words:
@@ -73,9 +73,9 @@ def check_word(word: str) -> None:
 def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) -> None:
     """Writes a CLIP tokenizer in which each of `words` is one token and any other text still encodes, by its bytes.
 
-    Ids: 256 bytes, 256 bytes that end a word, merges, start, end of text; the end has the largest id, as in CLIP. Writes
-    vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json, the same bytes for the same words
-    in whatever order. Raises ValueError on a word that the pre-tokenizer would split or change.
+    Ids: 256 bytes, 256 bytes that end a word, merges, start, end of text; the end has the largest id, as in CLIP.
+    Writes vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json, the same bytes for
+    the same words in whatever order. Raises ValueError on a word that the pre-tokenizer would split or change.
     """
     words = sorted(set(words))
     for word in words:
@@ -106,7 +106,8 @@ def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) 
     write("merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]))
     write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write("special_tokens_map.json", json.dumps(names, indent=2) + "\n")
-    write("tokenizer.json", import_transformers().CLIPTokenizer(vocab=vocab, merges=merges).backend_tokenizer.to_str(pretty=True))
+    fast = import_transformers().CLIPTokenizer(vocab=vocab, merges=merges).backend_tokenizer
+    write("tokenizer.json", fast.to_str(pretty=True))
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
@@ -120,12 +121,18 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 def load(folder: str | Path):
     """The CLIP tokenizer of a folder, a transformers.CLIPTokenizer. Offline.
 
-    transformers returns an empty tokenizer for files that it does not find: the result is compared with the vocabulary on
-    disk. Raises FileNotFoundError or ValueError.
+    transformers returns an empty tokenizer for files that it does not find: the result is compared with the vocabulary
+    on disk. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
-    vocab = read_vocabulary(folder)
-    tokenizer = import_transformers().CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    transformers = import_transformers()
+    try:
+        vocab = read_vocabulary(folder)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ValueError(f"tokenizer in {folder} cannot be read ({error}); fetch its files again") from error
 
     if tokenizer.vocab_size != len(vocab) or len(vocab) < 256:
         raise ValueError(
@@ -137,9 +144,9 @@ def load(folder: str | Path):
             raise ValueError(f"tokenizer in {folder}: {name} {token!r} is not in its vocabulary; fetch its files again")
     ends = [vocab[tokenizer.bos_token], vocab[tokenizer.eos_token]]
     if (empty := tokenizer("")["input_ids"]) != ends:
-        raise ValueError(f"tokenizer in {folder} encodes the empty text as {empty}, not {ends}; is it a CLIP tokenizer?")
+        raise ValueError(f"tokenizer in {folder} encodes '' as {empty}, not {ends}; it must be a CLIP tokenizer")
     if tokenizer.model_max_length > LONGEST:
-        raise ValueError(f"tokenizer in {folder} has no model_max_length; add it to tokenizer_config.json (77 for CLIP)")
+        raise ValueError(f"tokenizer in {folder} has no model_max_length; add it to tokenizer_config.json")
     return tokenizer
 
 
@@ -148,7 +155,7 @@ def token_lists(tokenizer, captions: Sequence[str]) -> list[list[int]]:
 
 
 def encode(tokenizer, captions: Sequence[str]) -> np.ndarray:
-    """captions -> int32[B, model_max_length]: start, tokens, end of text, padding. Longer ones are cut, and still end."""
+    """captions -> int32[B, model_max_length]: start, tokens, end of text, padding; longer ones are cut, and end."""
     length = tokenizer.model_max_length
     ids = np.full((len(captions), length), tokenizer.pad_token_id, np.int32)
     for row, tokens in zip(ids, token_lists(tokenizer, captions), strict=True):

@@ -62,15 +62,15 @@ class TextOutput(NamedTuple):
 
 
 def read_config(config: Mapping[str, Any]) -> TextConfig:
-    """A published config.json as it stands -> TextConfig. Raises ValueError on the first option that is not supported."""
+    """A published config.json as it stands -> TextConfig. Raises ValueError on an option that is not supported."""
     own = {field.name for field in fields(TextConfig)}
     for name, value in config.items():
         if name in FIXED:
             if value not in FIXED[name]:
                 allowed = " or ".join(repr(choice) for choice in FIXED[name])
-                raise ValueError(f"CLIP text encoder: {name} is {value!r}, which is not supported; it must be {allowed}")
+                raise ValueError(f"CLIP text encoder: {name} is {value!r}; only {allowed} is supported")
         elif name not in own and name not in BOILERPLATE:
-            raise ValueError(f"CLIP text encoder: unknown option {name} = {value!r} in its config.json; remove it if it is inert")
+            raise ValueError(f"CLIP text encoder: option {name} = {value!r} is unknown; if inert, remove it")
 
     options = TextConfig(**{name: value for name, value in config.items() if name in own})
     if options.hidden_act not in ("quick_gelu", "gelu"):
@@ -94,8 +94,8 @@ def normal(stddev: float):
     return nn.initializers.normal(stddev)
 
 
-# Initialisation is CLIP's: tables at 0.02 and 0.01, inputs of a block at 1/sqrt(width), and the two projections that write
-# into the residual stream smaller by sqrt(2 layers), so that its variance does not grow with depth.
+# Initialisation is CLIP's: tables at 0.02 and 0.01, inputs of a block at 1/sqrt(width), and the two projections that
+# write into the residual stream smaller by sqrt(2 layers), so that its variance does not grow with depth.
 
 
 class Embeddings(nn.Module):
@@ -104,13 +104,14 @@ class Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        c, length = self.config, token_ids.shape[1]
+        c = self.config
         std = c.initializer_range * c.initializer_factor
-        tokens = nn.Embed(c.vocab_size, c.hidden_size, self.dtype, embedding_init=normal(std), name="token_embedding")
-        places = nn.Embed(
-            c.max_position_embeddings, c.hidden_size, self.dtype, embedding_init=normal(std / 2), name="position_embedding"
-        )
-        return tokens(token_ids) + places(jnp.arange(length))[None]
+
+        def table(rows, std, name):
+            return nn.Embed(rows, c.hidden_size, self.dtype, embedding_init=normal(std), name=name)
+
+        tokens = table(c.vocab_size, std, "token_embedding")(token_ids)
+        return tokens + table(c.max_position_embeddings, std / 2, "position_embedding")(jnp.arange(token_ids.shape[1]))
 
 
 class SelfAttention(nn.Module):
@@ -192,7 +193,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """token_ids int32[B, L] -> TextOutput. Parameters float32, computed in `dtype`; softmax and norm statistics float32."""
+    """token_ids int32[B, L] -> TextOutput. Parameters, softmax and norm statistics float32, the rest in `dtype`."""
 
     config: TextConfig
     dtype: Any = jnp.float32
@@ -206,5 +207,5 @@ class CLIPTextModel(nn.Module):
         """Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary gives NaN."""
         length, limit = token_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
-            raise ValueError(f"CLIP text encoder: {length} tokens, but max_position_embeddings is {limit}; truncate the prompt")
+            raise ValueError(f"CLIP text encoder: {length} tokens but max_position_embeddings {limit}; cut the prompt")
         return TextTransformer(self.config, self.dtype, name="text_model")(token_ids)

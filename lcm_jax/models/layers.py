@@ -84,8 +84,11 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.size == 1:  # a matrix product: its gradient is several times faster than a convolution's on a CPU
+            return jnp.tensordot(x, kernel[0, 0], 1) + bias.reshape(1, 1, 1, -1)
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         return y + bias.reshape(1, 1, 1, -1)
 

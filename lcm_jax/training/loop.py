@@ -160,6 +160,9 @@ def train(job: Job, config, workdir: Path) -> bool:
                     recorder.write(step, scalars)
                 progress.say("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
                 clock, clocked = time.monotonic(), step
+        if pending:  # the signal came after this step had been looked at
+            _read(pending, workdir)
+            checkpoints.save(state)
         checkpoints.wait()
     finally:
         stop.restore()

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion and of latent consistency models, on arrays."""

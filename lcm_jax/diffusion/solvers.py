@@ -1,0 +1,18 @@
+"""One step of the probability-flow ODE, from its present estimate of x0 and the noise."""
+
+import jax
+
+from lcm_jax.diffusion.schedule import like
+
+
+def ddim_step(x0: jax.Array, noise: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """z = alpha x0 + sigma e (arXiv 2010.02502, eta 0): float32[B, h, w, c] at the alpha, sigma (float32[B] or []) arrived at."""
+    return like(alpha, x0) * x0 + like(sigma, x0) * noise
+
+
+def dpm_solver_pp_2m_step(z, x0, x0_before, ratio, first, second) -> jax.Array:
+    """The second-order multistep update of DPM-Solver++ (arXiv 2211.01095, algorithm 2).
+
+    z <- ratio z + first x0 + second (x0 - x0_before), with the scalars of `dpm_solver_pp_coefficients`.
+    """
+    return ratio * z + first * x0 + second * (x0 - x0_before)

@@ -1,0 +1,289 @@
+"""The denoising UNet with cross-attention of Stable Diffusion 1.x and 2.x (diffusers' UNet2DConditionModel)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lcm_jax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    Conv,
+    Downsample,
+    Dtype,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    activation,
+    check_config,
+    freeze,
+)
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", None)
+
+DEFAULTS = {
+    "sample_size": None, "in_channels": 4, "out_channels": 4, "center_input_sample": False, "flip_sin_to_cos": True,
+    "freq_shift": 0, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "only_cross_attention": False, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+    "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5,
+    "cross_attention_dim": 1280, "transformer_layers_per_block": 1, "attention_head_dim": 8,
+    "num_attention_heads": None, "use_linear_projection": False, "upcast_attention": False,
+    "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+}  # fmt: skip
+
+# The values that are implemented, of every option that a published config.json may hold; None for any.
+SUPPORTED = dict.fromkeys(DEFAULTS) | {
+    "center_input_sample": (True, False), "flip_sin_to_cos": (True, False), "mid_block_type": MID_BLOCKS,
+    "act_fn": tuple(ACTIVATIONS), "use_linear_projection": (True, False), "upcast_attention": (True, False, None),
+    "downsample_padding": (0, 1), "conv_in_kernel": (1, 3, 5), "conv_out_kernel": (1, 3, 5),
+    "only_cross_attention": (False,), "dropout": (0, 0.0), "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,),
+    "class_embed_type": (None,), "addition_embed_type": (None,), "addition_time_embed_dim": (None,),
+    "num_class_embeds": (None,), "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1, 1.0), "time_embedding_type": ("positional",), "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,), "projection_class_embeddings_input_dim": (None,), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,), "addition_embed_type_num_heads": None,
+}  # fmt: skip
+
+
+def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
+    """t: int32 or float32[B] -> float32[B, dim], sinusoids of frequency exp(-ln(10000) j / (dim/2 - freq_shift))."""
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """MLP(embedding + cond_proj(condition)): the guidance weight enters before the first layer (arXiv 2310.04378)."""
+
+    features: int
+    condition_dim: int | None
+    act: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, embedding, condition=None):
+        if self.condition_dim is not None:
+            # Zero at the start, so that a student that gains this input still equals its teacher for every weight.
+            project = nn.Dense(embedding.shape[-1], use_bias=False, kernel_init=nn.initializers.zeros, name="cond_proj")
+            if condition is None:
+                condition = jnp.zeros((embedding.shape[0], self.condition_dim), jnp.float32)
+            embedding = embedding + project(condition)
+        hidden = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding)
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(activation(self.act)(hidden))
+
+
+class GEGLU(nn.Module):
+    """h gelu(g) with (h, g) = W x (arXiv 2002.05202). x: [B, N, C] -> [B, N, features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        hidden, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return hidden * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Attention to itself, to the text, and a feed-forward layer, each on a normed residual. x: [B, N, C]."""
+
+    heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, context):
+        norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)  # noqa: E731
+        head_dim = x.shape[-1] // self.heads
+        x = x + Attention(self.heads, head_dim, dtype=self.dtype, name="attn1")(norm("norm1")(x))
+        x = x + Attention(self.heads, head_dim, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the positions of x: [B, H, W, C], between two projections, on a residual."""
+
+    heads: int
+    depth: int
+    groups: int
+    linear_projection: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, context):
+        b, h, w, c = x.shape
+
+        def project(y, name):
+            if self.linear_projection:
+                return nn.Dense(c, dtype=self.dtype, name=name)(y)
+            return Conv(c, size=1, dtype=self.dtype, name=name)(y)
+
+        y = project(GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x), "proj_in").reshape(b, h * w, c)
+        for i in range(self.depth):
+            y = TransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, context)
+        return x + project(y.reshape(b, h, w, c), "proj_out")
+
+
+class Level(nn.Module):
+    """What the blocks of one resolution share: resnets, each followed by a transformer where `depth` is not 0."""
+
+    config: Mapping[str, Any]
+    features: int
+    heads: int
+    depth: int
+    dtype: Dtype
+
+    def resnet(self, i, x, time):
+        c = self.config
+        return ResnetBlock(
+            self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], dtype=self.dtype, name=f"resnets_{i}"
+        )(x, time)
+
+    def attend(self, i, x, context):
+        if not self.depth:
+            return x
+        c = self.config
+        return Transformer2D(
+            self.heads, self.depth, c["norm_num_groups"], c["use_linear_projection"], self.dtype, name=f"attentions_{i}"
+        )(x, context)
+
+
+class DownLevel(Level):
+    layers: int = 0
+    downsample: bool = True
+
+    @nn.compact
+    def __call__(self, x, time, context):
+        """Returns x and every intermediate result that the way up concatenates."""
+        skips = []
+        for i in range(self.layers):
+            x = self.attend(i, self.resnet(i, x, time), context)
+            skips.append(x)
+        if self.downsample:
+            x = Downsample(self.features, self.config["downsample_padding"], self.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class UpLevel(Level):
+    upsample: bool = True
+
+    @nn.compact
+    def __call__(self, x, skips, time, context, size):
+        """skips: innermost first. size: (height, width) of the next level, which odd sizes need."""
+        for i, skip in enumerate(skips):
+            x = self.attend(i, self.resnet(i, jnp.concatenate([x, skip], axis=-1), time), context)
+        return Upsample(self.features, self.dtype, name="upsamplers_0")(x, size) if self.upsample else x
+
+
+class MidLevel(Level):
+    @nn.compact
+    def __call__(self, x, time, context):
+        c = self.config
+        resnet = lambda i, y: ResnetBlock(  # noqa: E731
+            self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], c["mid_block_scale_factor"],
+            dtype=self.dtype, name=f"resnets_{i}",
+        )(y, time)  # fmt: skip
+        return resnet(1, self.attend(0, resnet(0, x), context))
+
+
+class UNet2DCondition(nn.Module):
+    """Build it by `from_config`. Parameters are float32; `dtype` is what it computes in; the output is float32."""
+
+    config: Mapping[str, Any]
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: bool = False) -> "UNet2DCondition":
+        """config: a published config.json as it stands; what it leaves out has diffusers' default.
+
+        remat: recompute each block's activations in the backward pass (less memory, about a third more time).
+        Raises ValueError that names every option which is unknown or whose value is not supported.
+        """
+        check_config("UNet2DConditionModel", config, SUPPORTED)
+        config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
+        levels = len(config["block_out_channels"])
+        for option, supported in [("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)]:
+            kinds = config[option]
+            if len(kinds) != levels or any(kind not in supported for kind in kinds):
+                raise ValueError(
+                    f"UNet2DConditionModel config: {option}={list(kinds)!r} is not supported; "
+                    f"it needs one of {', '.join(supported)} for each of the {levels} block_out_channels"
+                )
+        for option in ("attention_head_dim", "num_attention_heads", "layers_per_block", "cross_attention_dim"):
+            value = config[option]
+            if isinstance(value, list | tuple) and len(value) != levels:
+                raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} must be one value or {levels}")
+        depth = config["transformer_layers_per_block"]
+        if isinstance(depth, list | tuple) and (len(depth) != levels or any(not isinstance(d, int) for d in depth)):
+            raise ValueError(
+                f"UNet2DConditionModel config: transformer_layers_per_block={list(depth)!r} is not supported; "
+                f"give one number or {levels} numbers"
+            )
+        return cls(freeze(config), dtype, remat)
+
+    @nn.compact
+    def __call__(self, sample, timesteps, context, guidance_embedding=None):
+        """sample: [B, h, w, in_channels]; timesteps: int32[B]; context: [B, L, cross_attention_dim];
+        guidance_embedding: float32[B, time_cond_proj_dim] or None. Returns float32[B, h, w, out_channels].
+
+        Raises ValueError for a guidance embedding that the network has no input for.
+        """
+        c, dtype = self.config, self.dtype
+        if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
+            raise ValueError("this UNet takes no guidance embedding: its config has no time_cond_proj_dim (it is not an LCM)")
+        widths, levels = c["block_out_channels"], len(c["block_out_channels"])
+        per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
+        heads = per_level(c["num_attention_heads"] or c["attention_head_dim"])
+        layers, depths = per_level(c["layers_per_block"]), per_level(c["transformer_layers_per_block"])
+        block = (lambda kind: nn.remat(kind)) if self.remat else (lambda kind: kind)
+
+        embedding = timestep_embedding(timesteps, widths[0], c["flip_sin_to_cos"], c["freq_shift"])
+        time_dim = c["time_embedding_dim"] or 4 * widths[0]
+        time = TimestepEmbedding(time_dim, c["time_cond_proj_dim"], "silu", dtype, name="time_embedding")(
+            embedding, guidance_embedding
+        )
+        context = context.astype(dtype)
+
+        x = 2.0 * sample - 1.0 if c["center_input_sample"] else sample
+        x = Conv(widths[0], c["conv_in_kernel"], dtype=dtype, name="conv_in")(x)
+        skips = [x]
+        for i, kind in enumerate(c["down_block_types"]):
+            depth = depths[i] if kind == "CrossAttnDownBlock2D" else 0
+            x, more = block(DownLevel)(
+                c, widths[i], heads[i], depth, dtype, layers[i], i < levels - 1, name=f"down_blocks_{i}"
+            )(x, time, context)
+            skips += more
+
+        if c["mid_block_type"]:
+            x = block(MidLevel)(c, widths[-1], heads[-1], depths[-1], dtype, name="mid_block")(x, time, context)
+
+        for i, kind in enumerate(c["up_block_types"]):
+            level = levels - 1 - i
+            depth = depths[level] if kind == "CrossAttnUpBlock2D" else 0
+            count = layers[level] + 1
+            taken, skips = skips[-count:][::-1], skips[:-count]
+            size = skips[-1].shape[1:3] if skips else None
+            x = block(UpLevel)(c, widths[level], heads[level], depth, dtype, level > 0, name=f"up_blocks_{i}")(
+                x, taken, time, context, size
+            )
+
+        x = activation(c["act_fn"])(GroupNorm(c["norm_num_groups"], c["norm_eps"], dtype, name="conv_norm_out")(x))
+        return Conv(c["out_channels"], c["conv_out_kernel"], dtype=dtype, zero=True, name="conv_out")(x).astype(jnp.float32)

@@ -1,0 +1,262 @@
+"""The diffusers folder layout: model_index.json, a subfolder per component, safetensors, whole or sharded."""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lcm_jax.weights import naming
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = ("shapes", "shapes-lcm")
+NETWORKS = ("unet", "vae", "text_encoder")
+FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+# The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
+OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+Params = dict[str, Any]
+
+
+class ModelError(ValueError):
+    """A model that cannot be read or written; the text names what, which value, and what to do."""
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model: a path, or one of the names that are shipped (`shapes`, `shapes-lcm`).
+
+    Raises ModelError when there is no such folder, or it has no model_index.json.
+    """
+    folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
+    if not folder.is_dir():
+        near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "give a folder in diffusers layout, or one of " + ", ".join(SHIPPED)
+        raise ModelError(f"there is no model {str(model)!r}: {hint}")
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): copy it again") from None
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
+    """Every tensor of `folder`/`stem`[.variant].safetensors or of its shards, under PyTorch's names, as stored.
+
+    bfloat16 comes as ml_dtypes.bfloat16. Raises ModelError on a file that is missing, truncated or not safetensors.
+    """
+    middle = f".{variant}" if variant else ""
+    whole = folder / f"{stem}{middle}.safetensors"
+    indices = [folder / f"{stem}{middle}.safetensors.index.json", folder / f"{stem}.safetensors.index{middle}.json"]
+    index = next((path for path in indices if path.is_file()), None)
+    if whole.is_file():
+        return read_safetensors(whole)
+    if index is None:
+        there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_file())) or "nothing"
+        raise ModelError(f"{whole} is missing (variant {variant!r}; the folder holds {there}): check the path and the variant")
+    tensors: dict[str, np.ndarray] = {}
+    placed = read_json(index)["weight_map"]
+    for name in sorted(set(placed.values())):
+        if Path(name).name != name:
+            raise ModelError(f"{index} names a shard outside its folder: {name!r}")
+        tensors |= read_safetensors(folder / name)
+    if missing := sorted(placed.keys() - tensors.keys()):
+        raise ModelError(f"{index} promises {len(missing)} tensors that its shards lack: {', '.join(missing[:5])}")
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
+
+
+def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json, tensors by PyTorch name) of one network; name: unet, vae or text_encoder."""
+    part = folder / name
+    if not part.is_dir():
+        raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
+    return read_json(part / "config.json"), read_tensors(part, FILES[name], variant)
+
+
+def modern_key(name: str, key: str) -> str | None:
+    """The present name of a published key, or None for what is no parameter."""
+    if name == "text_encoder":
+        if key.endswith("position_ids"):
+            return None
+        return key if key.startswith("text_model.") else f"text_model.{key}"
+    if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
+        block, layer, leaf = match.groups()
+        return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
+    return key
+
+
+def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, where: str = "") -> Params:
+    """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs), in the stored dtypes.
+
+    Raises ModelError that lists every key that is missing, extra or of another shape.
+    """
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    extra = []
+    for key, tensor in tensors.items():
+        modern = modern_key(name, key)
+        if modern is None:
+            continue
+        path = naming.to_path(modern, tensor.ndim)
+        if path in wanted:
+            found[path] = naming.to_array(path, tensor)
+        else:
+            extra.append(f"+ {key} {list(tensor.shape)}")
+    missing = [f"- {naming.to_key(path)}" for path in wanted if path not in found]
+    shapes = [
+        f"! {naming.to_key(path)}: {list(found[path].shape)} in the file, {list(shape)} by the config (our layout)"
+        for path, shape in wanted.items()
+        if path in found and found[path].shape != shape
+    ]
+    if problems := [*sorted(missing), *sorted(extra), *sorted(shapes)]:
+        raise ModelError(
+            f"{name}{f' of {where}' if where else ''}: weights and config.json disagree "
+            f"({len(missing)} keys missing -, {len(extra)} extra +, {len(shapes)} of another shape !); "
+            "use the config that belongs to these weights\n" + "\n".join(problems)
+        )
+    return unflatten_dict(found)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: tensors by PyTorch name, in their own dtype or cast to `dtype`.
+
+    Raises ModelError where a finite number overflows in the narrower type.
+    """
+    tensors, overflow = {}, []
+    for path, leaf in flatten_dict(params).items():
+        tensor = naming.to_tensor(path, np.asarray(leaf))
+        if dtype is not None:
+            with np.errstate(over="ignore"):
+                narrow = tensor.astype(np_dtype(dtype))
+            if np.isfinite(tensor.astype(np.float32)).all() and not np.isfinite(narrow.astype(np.float32)).all():
+                overflow.append(naming.to_key(path))
+            tensor = narrow
+        tensors[naming.to_key(path)] = tensor
+    if overflow:
+        raise ModelError(f"{len(overflow)} tensors overflow in {dtype}: {', '.join(overflow[:5])}; use bfloat16 or float32")
+    return tensors
+
+
+def np_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling to write into; it takes the place of `target` only when the block ends without an error.
+
+    Raises ModelError when `target` exists with something in it, unless `overwrite`.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.is_dir() and any(target.iterdir()):
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, aside)
+            os.replace(temporary, target)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_component(
+    folder: Path, name: str, config: Mapping[str, Any], params: Params,
+    dtype: str | None = None, variant: str | None = None, max_shard_bytes: int = 10 * 2**30,
+) -> None:  # fmt: skip
+    """Writes `folder`/`name`/ with config.json and safetensors; sharded, with an index, above `max_shard_bytes`."""
+    part = folder / name
+    part.mkdir(parents=True)
+    write_json(part / "config.json", config)
+    tensors = dict(sorted(from_params(params, dtype).items()))
+    stem = FILES[name] + (f".{variant}" if variant else "")
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for key, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][key] = tensor
+    if len(shards) == 1:
+        save_file(tensors, part / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    placed = {}
+    for i, shard in enumerate(shards, 1):
+        tail = f"-{i:05d}-of-{len(shards):05d}"
+        file = f"{FILES[name]}.{variant}{tail}.safetensors" if variant else f"{stem}{tail}.safetensors"
+        save_file(shard, part / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(shard, file)
+    index = f"{FILES[name]}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(part / index, {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def write_pipeline(
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], params: Mapping[str, Params], tokenizer: Path,
+    scheduler: Mapping[str, Any], index: Mapping[str, Any] | None = None, **how: Any,
+) -> None:  # fmt: skip
+    """Writes all of a text-to-image pipeline into the empty `folder`.
+
+    configs, params: by network (unet, vae, text_encoder). tokenizer: a folder to copy. scheduler: scheduler_config.json.
+    index: the model_index.json to keep, otherwise one is made: a LatentConsistencyModelPipeline where the scheduler is
+    LCMScheduler, else a StableDiffusionPipeline. how: dtype, variant, max_shard_bytes of `write_component`.
+    """
+    for name in NETWORKS:
+        write_component(folder, name, configs[name], params[name], **how)
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    kind = "LatentConsistencyModelPipeline" if scheduler["_class_name"] == "LCMScheduler" else "StableDiffusionPipeline"
+    made = {"_class_name": kind, "_diffusers_version": "0.42.0", "requires_safety_checker": False}
+    made |= {name: list(CLASSES[name]) for name in CLASSES} | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    made |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    write_json(folder / "model_index.json", index or made)

@@ -1,0 +1,54 @@
+"""The one naming rule between PyTorch's keys and parameter trees, for every network of diffusers and transformers here.
+
+1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (4-D, 2-D), `scale` (1-D) or `embedding` (tables).
+3. Kernels are transposed: OIHW -> HWIO, OI -> IO.
+"""
+
+import re
+
+import numpy as np
+
+# Names that end in a number of their own, which is no list index.
+NUMBERED = re.compile(r"linear_\d+")
+INDEXED = re.compile(r"(.+)_(\d+)")
+
+
+def is_table(parent: str) -> bool:
+    return parent.endswith("_embedding") and parent != "time_embedding"
+
+
+def to_path(key: str, ndim: int) -> tuple[str, ...]:
+    """A PyTorch key and the tensor's rank -> the path in the parameter tree."""
+    path: list[str] = []
+    for part in key.split("."):
+        if part.isdigit() and path:
+            path[-1] += f"_{part}"
+        else:
+            path.append(part)
+    if path[-1] == "weight":
+        path[-1] = "scale" if ndim == 1 else "embedding" if len(path) > 1 and is_table(path[-2]) else "kernel"
+    return tuple(path)
+
+
+def to_key(path: tuple[str, ...]) -> str:
+    """The inverse of `to_path`."""
+    parts: list[str] = []
+    for name in path[:-1]:
+        match = INDEXED.fullmatch(name)
+        parts += match.groups() if match and not NUMBERED.fullmatch(name) else [name]
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    return ".".join([*parts, leaf])
+
+
+def to_array(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """PyTorch's layout -> ours, a view."""
+    if path[-1] != "kernel":
+        return tensor
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def to_tensor(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """Our layout -> PyTorch's, contiguous."""
+    if path[-1] == "kernel":
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(array)
