@@ -3,7 +3,9 @@
 Each function builds the Job of one objective; `RECIPES` is the table of their names.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,27 +13,72 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from lcm_jax.data import loader, shapes
+from lcm_jax import pipeline, report
+from lcm_jax.data import latents, loader, shapes
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.evaluation import verifier
+from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.models.vae import AutoencoderKL
-from lcm_jax.objectives import autoencoder
+from lcm_jax.objectives import autoencoder, diffusion, lcd
 from lcm_jax.training.loop import Job
+from lcm_jax.weights import diffusers_folder as folders
+
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False, "steps_offset": 0, "timestep_spacing": "trailing", "clip_sample": False,
+}  # fmt: skip
 
 
-def to_uint8(images) -> np.ndarray:
-    """float[..., 3] in -1..1 -> uint8."""
-    return np.asarray(jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8))
+def to_float(images: np.ndarray) -> jax.Array:
+    """uint8[..., 3] -> float32 in -1..1."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
-def save_grid(rows: list[np.ndarray], path: Path) -> None:
+def save_grid(rows: list[np.ndarray], path: Path, scale: int = 1) -> None:
     """Writes a PNG of rows of equally sized pictures, each uint8[n, H, W, 3]."""
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), 0).save(path)
 
 
-class Pictures:
-    """The pictures of a source without their captions, for the autoencoder."""
+def digest(params) -> str:
+    """sha256 of a parameter tree's names and bytes, in hexadecimal."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(params).items()):
+        total.update("/".join(path).encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def master(params):
+    """Stored parameters -> float32."""
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+
+
+def pictures(config, split: str, length: int) -> shapes.Shapes:
+    """The source that `config.data` names."""
+    if config.data.source != "shapes":
+        raise ValueError(f"data.source is {config.data.source!r}; choose shapes")
+    return shapes.Shapes(split, length, config.data.size)
+
+
+def prompts_of(split: str, per_task: int) -> list[str]:
+    """The same few captions of every task each time, evenly spread over those of the split."""
+    chosen = []
+    for task in shapes.TASKS:
+        every = shapes.captions(split, task)
+        order = np.random.default_rng(0).permutation(len(every))
+        chosen += [every[order[i % len(every)]] for i in range(per_task)]
+    return chosen
+
+
+# ---- the autoencoder ------------------------------------------------------------------------------------------------
+
+
+class ImagesOnly:
+    """A source's pictures without their captions."""
 
     def __init__(self, source):
         self.source = source
@@ -44,33 +91,50 @@ class Pictures:
 
 
 def autoencoder_job(config, workdir: Path) -> Job:
-    vae_config = config.vae.to_dict() | {"sample_size": config.data.size}
-    vae = AutoencoderKL.from_config(vae_config, dtype=jnp.dtype(config.train.dtype))
+    vae_config = config.vae.to_dict() | {"sample_size": config.data.size, "scaling_factor": 1.0}
+    vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
     downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
     size = config.data.size
-    source = Pictures(shapes.Shapes("train", config.data.length, size))
-    held = shapes.Shapes("test", 512, size)
-    shown = np.stack([held[i]["image"] for i in range(config.sample.pictures)])
+    held_out = pictures(config, "test", 512)
+    shown = np.stack([held_out[i]["image"] for i in range(config.sample.pictures)])
+    captions = [held_out[i]["caption"] for i in range(len(held_out))]
     apply = lambda method: lambda params, x: vae.apply({"params": params}, x, method=method)  # noqa: E731
-    reconstruct = jax.jit(lambda params, x: vae.apply({"params": params}, jnp.split(vae.apply({"params": params}, x, method="encode"), 2, -1)[0], method="decode"))
+    encode = jax.jit(apply("encode"))
+    decode_mean = jax.jit(lambda params, moments: apply("decode")(params, jnp.split(moments, 2, axis=-1)[0]))
 
     def init():
-        image = jnp.zeros((1, size, size, 3))
         noise = jnp.zeros((1, size // downscale, size // downscale, channels))
-        return vae.init(jax.random.key(config.train.seed), image, noise)["params"]
+        return vae.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)), noise)["params"]
 
     def preview(ema, path):
-        pictures = jnp.asarray(shown, jnp.float32) / 127.5 - 1
-        again = reconstruct(ema, pictures)
+        restored = decode_mean(ema, encode(ema, to_float(shown)))
         half = len(shown) // 2
-        restored = to_uint8(again)
-        save_grid([shown[:half], restored[:half], shown[half:], restored[half:]], path)
-        return {"held_out_absolute_error": float(jnp.mean(jnp.abs(again - pictures)))}
+        again = np.asarray(pipeline.to_uint8(restored))
+        save_grid([shown[:half], again[:half], shown[half:], again[half:]], path)
+        return {"held_out_absolute_error": float(jnp.mean(jnp.abs(restored - to_float(shown))))}
 
     def finish(ema, seconds):
-        import safetensors.numpy
-        from flax.traverse_util import flatten_dict
-        safetensors.numpy.save_file({"/".join(k): np.asarray(v) for k, v in flatten_dict(ema).items()}, workdir / "vae_tmp.safetensors")
+        images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
+        moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.split(images, 8)])
+        restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.split(moments, 8)]
+        mean = jnp.split(moments, 2, axis=-1)[0]
+        exported = vae_config | {
+            "_class_name": "AutoencoderKL", "scaling_factor": round(1.0 / float(jnp.std(mean)), 5),
+            "block_out_channels": list(config.vae.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * len(config.vae.block_out_channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(config.vae.block_out_channels),
+            "in_channels": 3, "out_channels": 3, "act_fn": "silu",
+        }  # fmt: skip
+        with folders.new_folder(workdir / "export", overwrite=True) as folder:
+            folders.write_component(folder, "vae", exported, ema)
+        figures = {
+            "verifier": verifier.score(np.concatenate(restored), captions),
+            "scaling_factor": exported["scaling_factor"],
+            "seconds": seconds,
+        }
+        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"autoencoder in {workdir / 'export' / 'vae'}; the verifier accepts {figures['verifier']['overall']:.1%} "
+              f"of held-out pictures after encoding and decoding")
 
     return Job(
         title="autoencoder",
@@ -82,10 +146,126 @@ def autoencoder_job(config, workdir: Path) -> Job:
             networks=autoencoder.Networks(apply("encode"), apply("decode")),
             kl_weight=config.objective.kl_weight,
         ),
+        batches=lambda step: loader.batches(
+            ImagesOnly(pictures(config, "train", config.data.length)),
+            config.train.batch_size, seed=config.train.seed, first=step,
+        ),
+        preview=preview,
+        finish=finish,
+    )  # fmt: skip
+
+
+# ---- what the two objectives in latent space share --------------------------------------------------------------------
+
+
+def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tokenizer) -> latents.LatentCache:
+    """The training pictures as moments and tokens, encoded once into `data.cache`, or workdir/latents by default."""
+    encode = jax.jit(lambda params, images: model.encode(params, images.astype(jnp.float32) / 127.5 - 1.0))
+    return latents.cache_latents(
+        pictures(config, "train", config.data.length),
+        lambda images: encode(vae_params, images),
+        partial(tokenizers.encode, tokenizer),
+        Path(config.data.cache or workdir / "latents"),
+        {"data": f"{config.data.source} {config.data.size} {config.data.length}", "vae": digest(vae_params)},
+    )
+
+
+class Sampler:
+    """Pictures for fixed prompts and fixed noise, each (sampler, steps) compiled once."""
+
+    def __init__(self, model: StableDiffusion, tokenizer, prompts: list[str], size: int, batch: int, seed: int = 1):
+        self.prompts, self._batch = prompts, min(batch, len(prompts))
+        self._model, self._seed = model, seed
+        channels = model.vae.config["latent_channels"]
+        self._shape = (size // model.downscale, size // model.downscale, channels)
+        self._ids = tokenizers.encode(tokenizer, prompts)
+        self._empty = tokenizers.encode(tokenizer, [""])[0]
+        self._compiled: dict = {}
+
+    def warm_up(self, params, sampler: str, steps: int, guidance_scale: float) -> None:
+        self._run(params, sampler, steps, guidance_scale, 0)
+
+    def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> np.ndarray:
+        """uint8[len(prompts), H, W, 3]. params: unet, text_encoder, vae."""
+        parts = [
+            self._run(params, sampler, steps, guidance_scale, first) for first in range(0, len(self.prompts), self._batch)
+        ]
+        return np.concatenate(parts)[: len(self.prompts)]
+
+    def _run(self, params, sampler, steps, guidance_scale, first):
+        key = (sampler, steps)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
+        ids = self._ids[first : first + self._batch]
+        ids = np.concatenate([ids, np.repeat(ids[-1:], self._batch - len(ids), axis=0)])
+        z, noise = pipeline.draw_noise(self._seed, self._batch, steps, self._shape, first)
+        return np.asarray(self._compiled[key](params, ids, self._empty, z, noise, jnp.float32(guidance_scale)))
+
+
+# ---- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def diffusion_job(config, workdir: Path) -> Job:
+    """Text encoder and UNet from scratch, on the latents of a trained autoencoder."""
+    vae_config, vae_tensors = folders.read_component(Path(config.autoencoder), "vae")
+    tokenizers.build(shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings)
+    tokenizer = tokenizers.load(workdir / "tokenizer")
+    unet_config = config.unet.to_dict() | {
+        "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
+        "out_channels": vae_config["latent_channels"], "cross_attention_dim": config.text_encoder.hidden_size,
+        "sample_size": config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1),
+    }  # fmt: skip
+    text_config = config.text_encoder.to_dict() | {
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type}
+    configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
+    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
+    vae_params = master(folders.to_params("vae", vae_tensors, model.abstract_params()["vae"], config.autoencoder))
+    source = latent_source(config, workdir, model, vae_params, tokenizer)
+    sampler = Sampler(
+        model, tokenizer, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
+    )
+
+    def init():
+        unet, text = jax.random.split(jax.random.key(config.train.seed))
+        z = jnp.zeros((1, unet_config["sample_size"], unet_config["sample_size"], unet_config["in_channels"]))
+        context = jnp.zeros((1, 1, unet_config["cross_attention_dim"]))
+        return {
+            "unet": model.unet.init(unet, z, jnp.zeros(1, jnp.int32), context)["params"],
+            "text_encoder": model.text_encoder.init(text, jnp.zeros((1, 2), jnp.int32))["params"],
+        }
+
+    def preview(ema, path):
+        images = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
+        shown = images.reshape(len(shapes.TASKS), -1, *images.shape[1:])[:, :10]
+        save_grid(list(shown), path)
+        path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n")
+        figures = verifier.score(images, sampler.prompts)
+        return {"verifier": figures["overall"]} | {f"verifier/{task}": v for task, v in figures["tasks"].items()}
+
+    def finish(ema, seconds):
+        params = ema | {"vae": vae_params}
+        with folders.new_folder(workdir / "export", overwrite=True) as folder:
+            folders.write_pipeline(folder, configs, params, workdir / "tokenizer", scheduler, dtype=config.export.dtype)
+        print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
+
+    networks = diffusion.Networks(model.denoise, model.encode_prompt, model.to_latents)
+    return Job(
+        title="diffusion",
+        init=init,
+        frozen={"empty_ids": jnp.asarray(tokenizers.encode(tokenizer, [""])[0])},
+        draw=partial(
+            diffusion.draw,
+            num_train_timesteps=len(model.schedule.alphas_cumprod),
+            empty_prompts=config.objective.empty_prompts,
+        ),
+        loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
         batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,
         finish=finish,
     )
 
 
-RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job}
+RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job, "diffusion": diffusion_job}

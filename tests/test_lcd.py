@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from lcm_jax.diffusion.consistency import boundary_scalings, consistency_function, guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
-
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.objectives import lcd
 from lcm_jax.training.state import create_state, make_optimizer

@@ -20,7 +20,7 @@ COLORS = {  # sRGB
 }  # fmt: skip
 HELD_OUT_PAIRS = (("yellow", "triangle"), ("purple", "square"), ("blue", "cross"))
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
-SIZES = {"small": (6.0, 8.0), "large": (11.0, 14.0)}  # radius in pixels of a picture of 64
+SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of a picture of 64
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
@@ -202,7 +202,7 @@ def _radius(rng: np.random.Generator, thing: Thing, count: int) -> float:
         return float(rng.uniform(*SIZES[thing.size]))
     if count == 1:
         return float(rng.uniform(*SIZES[str(rng.choice(list(SIZES)))]))
-    return float(rng.uniform(6.0, {2: 10.5, 3: 9.5, 4: 8.5}[count]))
+    return float(rng.uniform(7.2, {2: 10.5, 3: 9.8, 4: 8.8}[count]))
 
 
 def _holds(relation: str, dx: float, dy: float) -> bool:
@@ -226,7 +226,7 @@ def _place(rng: np.random.Generator, radii: list[float], relation: str | None) -
             )
             if apart and (relation is None or _holds(relation, spots[0][0] - spots[1][0], spots[0][1] - spots[1][1])):
                 return spots
-        radii[:] = [max(6.0, 0.92 * r) for r in radii]  # too crowded: smaller objects
+        radii[:] = [max(7.0, 0.92 * r) for r in radii]  # too crowded: smaller objects
 
 
 def compose(caption: str, specification: Specification, rng: np.random.Generator) -> Scene:
@@ -246,7 +246,7 @@ def compose(caption: str, specification: Specification, rng: np.random.Generator
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+def outline(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     """Signed distance (or a bound of it that is exact at straight edges) from the outline, negative inside; y downwards."""
     if shape == "circle":
         return np.hypot(x, y) - r
@@ -280,7 +280,7 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
     first, second = np.array(g.first, np.float32), np.array(g.second, np.float32)
     image = first + (0.75 * mix)[..., None].astype(np.float32) * (second - first)
     for thing in scene.objects:
-        cover = np.clip(0.5 - _distance(thing.shape, x - thing.x, y - thing.y, thing.radius) / scale, 0, 1)[..., None]
+        cover = np.clip(0.5 - outline(thing.shape, x - thing.x, y - thing.y, thing.radius) / scale, 0, 1)[..., None]
         image += cover.astype(np.float32) * (np.array(thing.rgb, np.float32) - image)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 

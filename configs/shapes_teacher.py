@@ -1,0 +1,54 @@
+"""The embedded teacher: a text encoder of CLIP's architecture and a UNet, trained together on the latents of `shapes`.
+
+    python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/shapes_teacher
+
+It takes the autoencoder that `configs/shapes_vae.py` leaves behind (`--config.autoencoder`). Expect about an hour and a
+half on two cores, a few minutes on a GPU; samples and the verifier's score are logged as it goes, and `export/` holds
+the model in diffusers layout. It predicts v, which stays exact where few-step sampling begins, at t = 999.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.autoencoder = "runs/shapes_vae/export"
+    config.objective = ConfigDict({"name": "diffusion", "prediction_type": "v_prediction", "empty_prompts": 0.1})
+    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 60_000, "cache": ""})
+    config.unet = ConfigDict(
+        {
+            "block_out_channels": (48, 96),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "norm_num_groups": 16,
+        }
+    )
+    config.text_encoder = ConfigDict(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 20,
+            "hidden_act": "quick_gelu",
+        }
+    )
+    config.train = ConfigDict(
+        {"steps": 11_000, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.999, "dtype": "float32"}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3, "warmup_steps": 300, "schedule": "cosine",
+            "b1": 0.9, "b2": 0.99, "weight_decay": 1e-2, "clip_norm": 1.0,
+        }
+    )  # fmt: skip
+    config.export = ConfigDict({"dtype": "float16"})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
+    config.log = ConfigDict({"every_steps": 50})
+    config.sample = ConfigDict(
+        {"every_steps": 1000, "per_task": 12, "steps": 25, "guidance_scale": 4.0, "batch_size": 36}
+    )
+    return config

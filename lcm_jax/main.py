@@ -1,0 +1,51 @@
+"""Train by a config file: distil, fine-tune, or train a model from scratch.
+
+    python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/shapes
+    python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/long --config.train.steps=4000
+
+Every key of the config can be set by --config.group.key=value. The same command in the same workdir goes on where a
+stopped run left off.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with an argument after a colon if it takes one.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, metrics, report, export.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+    # Imported late, so that --help and a mistyped option answer at once.
+    from lcm_jax.recipes import RECIPES
+    from lcm_jax.training.checkpoint import CheckpointError
+    from lcm_jax.training.loop import RunError, claim_workdir, train
+
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    if config.objective.name not in RECIPES:
+        print(f"objective.name is {config.objective.name!r}; choose one of {', '.join(RECIPES)}", file=sys.stderr)
+        return 2
+    try:
+        claim_workdir(workdir, config.to_dict())
+        train(RECIPES[config.objective.name](config, workdir), config, workdir)
+    except (RunError, CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run() -> None:
+    """The command; an option that does not exist is an error of one line that names the nearest one."""
+    try:
+        app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
+    except (AttributeError, KeyError, FileNotFoundError, flags.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,197 @@
+"""From text to pictures, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.diffusion.consistency import guidance_embedding
+from lcm_jax.diffusion.guidance import classifier_free
+from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_dpm_solver_pp
+from lcm_jax.diffusion.schedule import lcm_timesteps, solver_timesteps
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.weights import diffusers_folder as folders
+
+SAMPLERS = {
+    "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+}  # fmt: skip
+
+
+def sample_latents(
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int
+) -> jax.Array:
+    """Token ids to scaled latents: pure, and one `lax.scan`.
+
+    params: {"unet", "text_encoder"}; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt; latents:
+    float32[B, h, w, c], standard normal; noise: float32[steps - 1, B, h, w, c], which only `lcm` uses; guidance_scale:
+    float32[] in diffusers' convention, w + 1. sampler: lcm, ddim or dpmsolver++.
+    """
+    batch = latents.shape[0]
+    context = model.encode_prompt(params["text_encoder"], token_ids)
+    weight = guidance_scale - 1.0
+    if sampler == "lcm":
+        dim = model.guidance_embedding_dim
+        embedding = guidance_embedding(jnp.full(batch, weight), dim) if dim else None
+        network = lambda z, t: model.denoise(params["unet"], z, t, context, embedding)  # noqa: E731
+        return sample_consistency(network, latents, lcm_timesteps(steps), noise, model.schedule)
+
+    empty = model.encode_prompt(params["text_encoder"], jnp.broadcast_to(empty_ids, token_ids.shape))
+    both = jnp.concatenate([context, empty])
+
+    def network(z, t):
+        output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+        cond, uncond = jnp.split(output, 2)
+        return classifier_free(uncond, cond, weight)
+
+    solve = sample_ddim if sampler == "ddim" else sample_dpm_solver_pp
+    return solve(network, latents, solver_timesteps(steps), model.schedule)
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """float32[..., 3] in -1..1 -> uint8."""
+    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def generate(model, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int) -> jax.Array:
+    """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
+    z = sample_latents(
+        model, params, token_ids, empty_ids, latents, noise, guidance_scale, sampler=sampler, steps=steps
+    )
+    return to_uint8(model.decode(params["vae"], z))
+
+
+def draw_noise(seed: int, count: int, steps: int, shape: tuple[int, int, int], first: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(latents float32[count, h, w, c], noise float32[steps - 1, count, h, w, c]).
+
+    Picture i's numbers depend on (seed, first + i) alone, so that it is the same in any batch.
+    """
+
+    def one(i):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        later = [jax.random.normal(jax.random.fold_in(key, s), shape) for s in range(1, steps)]
+        return jax.random.normal(jax.random.fold_in(key, 0), shape), jnp.stack(later) if later else jnp.zeros((0, *shape))
+
+    latents, noise = jax.vmap(one)(first + jnp.arange(count))
+    return latents, jnp.moveaxis(noise, 1, 0)
+
+
+@dataclass
+class Output:
+    """images: a list of PIL pictures, float32[N, H, W, 3] in 0..1 (`np`), or latents float32[N, h, w, c]."""
+
+    images: Any
+
+
+class Pipeline:
+    """A text-to-image model of a diffusers folder. Its parameters stay as stored and are cast where they are used."""
+
+    def __init__(self, folder: Path, configs: dict, params: dict, index: dict, dtype: str = "float32"):
+        self.folder, self.configs, self.params, self.index = folder, configs, params, index
+        self.model = StableDiffusion.from_configs(configs, jnp.dtype(dtype))
+        self.tokenizer = tokenizers.load(folder / "tokenizer")
+        self._empty = tokenizers.encode(self.tokenizer, [""])[0]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: str = "float32", variant: str | None = None) -> "Pipeline":
+        """path: a folder in diffusers layout, or a shipped name (`shapes`, `shapes-lcm`).
+
+        dtype: what the networks compute in. variant: the file variant, such as `fp16`. Raises ModelError.
+        """
+        folder = folders.locate(path)
+        configs, tensors = {}, {}
+        for name in folders.NETWORKS:
+            configs[name], tensors[name] = folders.read_component(folder, name, variant)
+        configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+        abstract = StableDiffusion.from_configs(configs).abstract_params()
+        params = {n: folders.to_params(n, tensors[n], abstract[n], str(folder)) for n in folders.NETWORKS}
+        return cls(folder, configs, params, folders.read_json(folder / "model_index.json"), dtype)
+
+    def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
+        """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.
+
+        how: dtype, variant, max_shard_bytes. Raises ModelError where `path` has content and overwrite is False.
+        """
+        with folders.new_folder(Path(path), overwrite) as temporary:
+            folders.write_pipeline(
+                temporary, self.configs, self.params, self.folder / "tokenizer", self.configs["scheduler"],
+                index=self.index, **how,
+            )  # fmt: skip
+
+    @property
+    def sampler(self) -> str:
+        """The sampler that the folder's scheduler asks for: lcm, ddim or dpmsolver++."""
+        name = self.configs["scheduler"]["_class_name"]
+        if name not in SAMPLERS:
+            raise ValueError(f"scheduler {name} is not supported; choose sampler='lcm', 'ddim' or 'dpmsolver++'")
+        return SAMPLERS[name]
+
+    def __call__(
+        self, prompt: str | Sequence[str], num_inference_steps: int = 4, guidance_scale: float = 8.0, seed: int = 0,
+        num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None,
+        latents: np.ndarray | None = None, output_type: str = "pil", sampler: str | None = None,
+    ) -> Output:  # fmt: skip
+        """Pictures for one prompt or several, num_images_per_prompt of each, in that order.
+
+        guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to begin from.
+        output_type: pil, np or latent. sampler: lcm, ddim or dpmsolver++; by default the one of the folder's scheduler.
+        Raises ValueError that names the argument, its value and what is allowed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampler = sampler or self.sampler
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt is {prompt!r}; give a text or a list of at least one text")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; give 1 or more")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; choose pil, np or latent")
+        if sampler not in SAMPLERS.values():
+            raise ValueError(f"sampler is {sampler!r}; choose lcm, ddim or dpmsolver++")
+        if sampler == "lcm":
+            lcm_timesteps(num_inference_steps)  # raises on a number that the grid does not hold
+        else:
+            solver_timesteps(num_inference_steps)
+            if self.model.guidance_embedding_dim is not None:
+                raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
+
+        scale = self.model.downscale
+        size = self.configs["unet"].get("sample_size") or 64
+        height, width = height or size * scale, width or size * scale
+        if height % scale or width % scale or min(height, width) < scale:
+            raise ValueError(f"height and width are {height} and {width}; give multiples of {scale}")
+        count = len(prompts) * num_images_per_prompt
+        shape = (height // scale, width // scale, self.configs["vae"].get("latent_channels", 4))
+        drawn, noise = draw_noise(seed, count, num_inference_steps, shape)
+        if latents is not None and np.shape(latents) != drawn.shape:
+            raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
+        drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)
+
+        if cut := tokenizers.overlong(self.tokenizer, prompts):
+            limit = self.tokenizer.model_max_length
+            print(f"{len(cut)} prompts are longer than {limit} tokens and were cut, first {prompts[cut[0]]!r}")
+        token_ids = np.repeat(tokenizers.encode(self.tokenizer, prompts), num_images_per_prompt, axis=0)
+        run = sample_latents if output_type == "latent" else generate
+        result = np.asarray(
+            _compiled(run, self.model, sampler, num_inference_steps)(
+                self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale)
+            )
+        )
+        if output_type == "latent":
+            return Output(result)
+        if output_type == "np":
+            return Output(result.astype(np.float32) / 255.0)
+        from PIL import Image
+
+        return Output([Image.fromarray(picture) for picture in result])
+
+
+@cache
+def _compiled(run, model: StableDiffusion, sampler: str, steps: int):
+    """`run` under one jit for each model, sampler and number of steps."""
+    return jax.jit(partial(run, model, sampler=sampler, steps=steps))
