@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.train = ConfigDict(
-        {"steps": 11_000, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.999, "dtype": "float32"}
+        {"steps": 9000, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.999, "dtype": "float32"}
     )
     config.optimizer = ConfigDict(
         {
