@@ -6,6 +6,7 @@ Each function builds the Job of one objective; `RECIPES` is the table of their n
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lcm_jax import pipeline, report
 from lcm_jax.data import latents, loader, shapes
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation import verifier
+from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives import autoencoder, diffusion, lcd
-from lcm_jax.training.loop import Job
+from lcm_jax.training.loop import Job, config_digest
 from lcm_jax.weights import diffusers_folder as folders
 
 SCHEDULE = {
@@ -37,10 +39,15 @@ def to_float(images: np.ndarray) -> jax.Array:
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
-def save_grid(rows: list[np.ndarray], path: Path, scale: int = 1) -> None:
-    """Writes a PNG of rows of equally sized pictures, each uint8[n, H, W, 3]."""
+def save_grid(rows: list[np.ndarray], path: Path, labels: list[str] | None = None) -> None:
+    """Writes a PNG of rows of equally sized pictures, each uint8[n, H, W, 3], with a label left of each row."""
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), 0).save(path)
+    margin, height = (110 if labels else 0), rows[0].shape[1]
+    page = Image.new("RGB", (picture.shape[1] + margin, picture.shape[0]), "white")
+    page.paste(Image.fromarray(picture), (margin, 0))
+    for i, label in enumerate(labels or []):
+        ImageDraw.Draw(page).text((6, i * height + height // 2 - 5), label, fill="black")
+    page.save(path)
 
 
 def digest(params) -> str:
@@ -171,35 +178,33 @@ def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tok
 
 
 class Sampler:
-    """Pictures for fixed prompts and fixed noise, each (sampler, steps) compiled once."""
+    """Pictures for fixed prompts from fixed noise; each (sampler, steps) is compiled once."""
 
     def __init__(self, model: StableDiffusion, tokenizer, prompts: list[str], size: int, batch: int, seed: int = 1):
         self.prompts, self._batch = prompts, min(batch, len(prompts))
         self._model, self._seed = model, seed
-        channels = model.vae.config["latent_channels"]
-        self._shape = (size // model.downscale, size // model.downscale, channels)
+        side = size // model.downscale
+        self._shape = (side, side, model.vae.config["latent_channels"])
         self._ids = tokenizers.encode(tokenizer, prompts)
         self._empty = tokenizers.encode(tokenizer, [""])[0]
         self._compiled: dict = {}
 
-    def warm_up(self, params, sampler: str, steps: int, guidance_scale: float) -> None:
-        self._run(params, sampler, steps, guidance_scale, 0)
+    def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
+        """(uint8[len(prompts), H, W, 3], seconds without compilation). params: unet, text_encoder, vae."""
+        params = {name: params[name] for name in folders.NETWORKS}
+        inputs = [self._inputs(steps, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
+        if (sampler, steps) not in self._compiled:
+            function = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
+            self._compiled[sampler, steps] = function.lower(params, *inputs[0]).compile()
+        began = time.monotonic()
+        parts = [np.asarray(self._compiled[sampler, steps](params, *each)) for each in inputs]
+        return np.concatenate(parts)[: len(self.prompts)], time.monotonic() - began
 
-    def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> np.ndarray:
-        """uint8[len(prompts), H, W, 3]. params: unet, text_encoder, vae."""
-        parts = [
-            self._run(params, sampler, steps, guidance_scale, first) for first in range(0, len(self.prompts), self._batch)
-        ]
-        return np.concatenate(parts)[: len(self.prompts)]
-
-    def _run(self, params, sampler, steps, guidance_scale, first):
-        key = (sampler, steps)
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
+    def _inputs(self, steps: int, first: int, guidance_scale: float):
         ids = self._ids[first : first + self._batch]
         ids = np.concatenate([ids, np.repeat(ids[-1:], self._batch - len(ids), axis=0)])
         z, noise = pipeline.draw_noise(self._seed, self._batch, steps, self._shape, first)
-        return np.asarray(self._compiled[key](params, ids, self._empty, z, noise, jnp.float32(guidance_scale)))
+        return ids, self._empty, z, noise, jnp.float32(guidance_scale)
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
@@ -238,7 +243,7 @@ def diffusion_job(config, workdir: Path) -> Job:
         }
 
     def preview(ema, path):
-        images = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
+        images, _ = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
         shown = images.reshape(len(shapes.TASKS), -1, *images.shape[1:])[:, :10]
         save_grid(list(shown), path)
         path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n")
@@ -268,4 +273,133 @@ def diffusion_job(config, workdir: Path) -> Job:
     )
 
 
-RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job, "diffusion": diffusion_job}
+# ---- the student ----------------------------------------------------------------------------------------------------
+
+
+def lcd_job(config, workdir: Path) -> Job:
+    """Latent consistency distillation of the model `config.teacher`."""
+    teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
+    if teacher.model.guidance_embedding_dim is not None:
+        raise ValueError(f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from")
+    unet_config = teacher.configs["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim}
+    configs = teacher.configs | {"unet": unet_config}
+    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
+    frozen = master(teacher.params)
+    source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenizer)
+
+    shown = prompts_of("test", config.sample.per_task)
+    preview_student = Sampler(model, teacher.tokenizer, shown, config.data.size, config.sample.batch_size)
+    preview_teacher = Sampler(teacher.model, teacher.tokenizer, shown, config.data.size, config.sample.batch_size)
+    few = tuple(config.sample.student_steps)
+    teacher_row: list[np.ndarray] = []
+
+    def init():
+        # The student is the teacher with one input more, whose weights are zero: at first they agree for every w.
+        projection = jnp.zeros((config.objective.guidance_embedding_dim, unet_config["block_out_channels"][0]))
+        time_embedding = frozen["unet"]["time_embedding"] | {"cond_proj": {"kernel": projection}}
+        return {"unet": frozen["unet"] | {"time_embedding": time_embedding}}
+
+    def rows_of(student):
+        if not teacher_row:
+            steps = config.sample.teacher_steps
+            teacher_row.append(preview_teacher(frozen, "ddim", steps, config.sample.guidance_scale)[0])
+        params = frozen | student
+        return teacher_row + [preview_student(params, "lcm", n, config.sample.guidance_scale)[0] for n in few]
+
+    labels = [f"teacher, {config.sample.teacher_steps} steps", *(f"student, {n} step{'s' * (n > 1)}" for n in few)]
+
+    def preview(ema, path):
+        rows = rows_of(ema)
+        save_grid(rows, path, labels)
+        path.with_suffix(".txt").write_text("\n".join(shown) + "\n")
+        names = ["teacher", *(f"{n}_steps" for n in few)]
+        return {f"verifier/{k}": verifier.score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
+
+    def finish(ema, seconds):
+        path = workdir / "report.json"
+        if path.exists() and (workdir / "export" / "model_index.json").exists():
+            print(f"this run is complete: {workdir / 'export'}, {path}")
+            report.show(json.loads(path.read_text()))
+            return
+        if (workdir / "export").exists():  # left by a run that was stopped between its export and its report
+            shutil.rmtree(workdir / "export")
+        student = frozen | jax.device_get(ema)
+        scheduler = lcm_scheduler(teacher.configs["scheduler"])
+        stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
+        with folders.new_folder(workdir / "export") as folder:
+            folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", scheduler)
+        (workdir / "samples").mkdir(exist_ok=True)
+        save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
+
+        began = time.monotonic()
+        captions = prompts_of("test", config.report.per_task)
+        real = pictures(config, "test", config.report.reference)
+        encoder = jax.jit(lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2)))
+
+        def features(images):
+            whole = len(images) // 32 * 32
+            parts = [encoder(frozen["vae"], images[i : i + 32]) for i in range(0, whole, 32)]
+            if whole < len(images):
+                parts.append(encoder(frozen["vae"], images[whole:]))
+            return np.concatenate([np.asarray(part) for part in parts])
+
+        reference = moments(features(np.stack([real[i]["image"] for i in range(len(real))])))
+        figures = {}
+        for who, network, params, plan in [
+            ("teacher", teacher.model, frozen, config.report.teacher),
+            ("student", model, student, config.report.student),
+        ]:
+            print(f"{who}, {len(captions)} captions:")
+            sampler = Sampler(network, teacher.tokenizer, captions, config.data.size, config.report.batch_size, seed=2)
+            draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
+            figures[who] = report.figures_of(draw, plan.to_dict(), captions, features, reference, print)
+        result = figures | report.environment() | {
+            "captions": len(captions),
+            "guidance_scale": config.report.guidance_scale,
+            "config_digest": config_digest(config.to_dict()),
+            "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
+        }
+        report.write(result, workdir)
+        report.show(result)
+        print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
+
+    return Job(
+        title="lcd",
+        init=init,
+        frozen={
+            "unet": frozen["unet"],
+            "text_encoder": frozen["text_encoder"],
+            "empty_ids": jnp.asarray(tokenizers.encode(teacher.tokenizer, [""])[0]),
+        },
+        draw=partial(
+            lcd.draw,
+            num_ddim_steps=config.objective.num_ddim_steps,
+            w_min=config.objective.w_min,
+            w_max=config.objective.w_max,
+            empty_prompts=config.objective.empty_prompts,
+        ),
+        loss=partial(
+            lcd.loss,
+            networks=lcd.Networks(model.denoise, teacher.model.denoise, model.encode_prompt, model.to_latents),
+            schedule=model.schedule,
+            num_ddim_steps=config.objective.num_ddim_steps,
+            kind=config.objective.distance,
+            huber_c=config.objective.huber_c,
+        ),
+        batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
+        preview=preview,
+        finish=finish,
+    )
+
+
+def lcm_scheduler(config: Mapping) -> dict:
+    """The LCMScheduler that belongs to a student of a teacher with this scheduler_config.json."""
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+            "rescale_betas_zero_snr")  # fmt: skip
+    return {name: config[name] for name in kept if name in config} | {
+        "_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0,
+        "set_alpha_to_one": False, "clip_sample": False,
+    }  # fmt: skip
+
+
+RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job, "diffusion": diffusion_job, "lcd": lcd_job}
