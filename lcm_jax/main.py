@@ -24,14 +24,14 @@ def main(argv: list[str]) -> int:
     # Imported late, so that --help and a mistyped option answer at once.
     from lcm_jax.recipes import RECIPES
     from lcm_jax.training.checkpoint import CheckpointError
-    from lcm_jax.training.loop import RunError, claim_workdir, train
+    from lcm_jax.training.loop import RunError, check_workdir, train
 
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     if config.objective.name not in RECIPES:
         print(f"objective.name is {config.objective.name!r}; choose one of {', '.join(RECIPES)}", file=sys.stderr)
         return 2
     try:
-        claim_workdir(workdir, config.to_dict())
+        check_workdir(workdir, config.to_dict())
         train(RECIPES[config.objective.name](config, workdir), config, workdir)
     except (RunError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,13 +39,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run() -> None:
-    """The command; an option that does not exist is an error of one line that names the nearest one."""
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; a mistake in them is an error of one line that names the nearest right word."""
     try:
-        app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
-    except (AttributeError, KeyError, FileNotFoundError, flags.Error) as error:
-        sys.exit(f"error: {error}")
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.to_dict()  # reports a config file that did not load
+        return rest
+    except (flags.Error, AttributeError, KeyError, OSError) as error:
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        sys.exit("error: " + " ".join(text.replace("\\n", " ").replace("\\'", "'").split()))
 
 
 if __name__ == "__main__":
-    run()
+    app.run(main, flags_parser=parse)

@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import lcm_jax
 from lcm_jax.evaluation import verifier
 from lcm_jax.evaluation.frechet import Moments, frechet_distance, moments
 
-PACKAGES = ("lcm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # pictures(sampler, steps) -> (uint8[N, H, W, 3], seconds without compilation)
 Pictures = Callable[[str, int], tuple[np.ndarray, float]]
@@ -48,7 +49,8 @@ def environment() -> dict:
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} x {jax.device_count()} ({platform.machine()})",
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES}
+        | {"lcm_jax": lcm_jax.__version__, "python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d"),
     }
 

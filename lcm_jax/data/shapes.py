@@ -86,7 +86,8 @@ class Scene:
 
 
 def _phrase(thing: Thing) -> str:
-    return " ".join(["a", *(word for word in (thing.size, thing.color) if word), thing.shape]).replace("a orange", "an orange")
+    words_of_it = [word for word in (thing.size, thing.color, thing.shape) if word]
+    return " ".join(["an" if words_of_it[0] == "orange" else "a", *words_of_it])
 
 
 def describe(specification: Specification, opener: str = "") -> str:
@@ -101,7 +102,10 @@ def describe(specification: Specification, opener: str = "") -> str:
     return f"{opener}{_phrase(first)} {link} {_phrase(specification.things[1])}"
 
 
-_THING = rf"an? (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?(?:(?P<color{{0}}>{'|'.join(COLORS)}) )?(?P<shape{{0}}>{'|'.join(SHAPES)})"
+_THING = (
+    rf"an? (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?(?:(?P<color{{0}}>{'|'.join(COLORS)}) )?"
+    rf"(?P<shape{{0}}>{'|'.join(SHAPES)})"
+)
 _LINK = "|".join(["and", *RELATIONS.values()])
 _PATTERN = re.compile(rf"{_THING.format(1)}(?: (?P<link>{_LINK}) {_THING.format(2)})?")
 _COUNTING = re.compile(rf"(?P<number>{'|'.join(NUMBERS)}) (?P<plural>{'|'.join(PLURALS.values())})")
@@ -118,7 +122,9 @@ def parse(caption: str) -> Specification:
     if not match:
         unknown = [word for word in text.split() if word not in words()]
         why = f"it does not know {', '.join(map(repr, unknown))}" if unknown else "the words are not in its order"
-        raise ValueError(f"caption {caption!r} is outside the grammar of shapes: {why}; try 'a red circle above a blue square'")
+        raise ValueError(
+            f"caption {caption!r} is outside the grammar of shapes: {why}; try 'a red circle above a blue square'"
+        )
     first = Thing(match["shape1"], match["color1"], match["size1"])
     if not match["link"]:
         return Specification("colors" if first.color else "single_object", (first,))
@@ -207,7 +213,7 @@ def _radius(rng: np.random.Generator, thing: Thing, count: int) -> float:
 
 def _holds(relation: str, dx: float, dy: float) -> bool:
     """Whether the offset of the first object from the second says `relation` clearly: one axis dominates twice."""
-    along, across = (-dx, dy) if relation == "left" else (dx, dy) if relation == "right" else (-dy, dx) if relation == "above" else (dy, dx)
+    along, across = {"left": (-dx, dy), "right": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > 2 * abs(across)
 
 
@@ -247,7 +253,7 @@ def compose(caption: str, specification: Specification, rng: np.random.Generator
 
 
 def outline(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance (or a bound of it that is exact at straight edges) from the outline, negative inside; y downwards."""
+    """Signed distance (or a bound of it, exact at straight edges) from the outline, negative inside; y downwards."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":

@@ -34,7 +34,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root: the eigenvalues of Ca^1/2 Cb Ca^1/2 that should be 0 come out near 1e-16, and their roots near 1e-8.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; compare those of one network")
+        raise ValueError(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; use those of one network")
     cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     apart = np.sum((a.mean - b.mean) ** 2)
     return max(0.0, float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))

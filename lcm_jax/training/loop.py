@@ -53,27 +53,32 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json` into a new workdir; raises RunError where another config's run lives."""
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises RunError where the run of another config lives in `workdir`. Writes nothing."""
     path = workdir / "config.json"
-    mine = json.loads(json.dumps(config, default=list))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        if config_digest(theirs) != config_digest(mine):
-            names = [
-                f"{name} ({theirs_flat.get(name)!r} there, {mine_flat.get(name)!r} here)"
-                for theirs_flat, mine_flat in [(_flatten(theirs), _flatten(mine))]
-                for name in sorted(theirs_flat.keys() | mine_flat.keys())
-                if theirs_flat.get(name) != mine_flat.get(name) and name.split(".")[0] not in FREE_GROUPS
-            ]
-            raise RunError(
-                f"workdir {workdir} belongs to a run with another config; different: {', '.join(names[:6])}"
-                f"{' ..' if len(names) > 6 else ''}\nChoose another --workdir, or set these keys back to continue that run."
-            )
+    if not path.exists():
+        return
+    theirs, mine = json.loads(path.read_text()), json.loads(json.dumps(config, default=list))
+    if config_digest(theirs) == config_digest(mine):
+        return
+    theirs, mine = _flatten(theirs), _flatten(mine)
+    names = [
+        f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
+        for name in sorted(theirs.keys() | mine.keys())
+        if theirs.get(name) != mine.get(name) and name.split(".")[0] not in FREE_GROUPS
+    ]
+    raise RunError(
+        f"workdir {workdir} belongs to a run with another config; different: {', '.join(names[:6])}"
+        f"{' ..' if len(names) > 6 else ''}\nChoose another --workdir, or set these keys back to continue that run."
+    )
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`, by which `check_workdir` knows the run again."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    temporary = workdir / "config.json.part"
+    temporary.write_text(json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, workdir / "config.json")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -90,6 +95,8 @@ def train(job: Job, config, workdir: Path) -> bool:
     Raises RunError on a loss that is not finite; the last good checkpoint stays.
     """
     began = time.monotonic()
+    check_workdir(workdir, config.to_dict())
+    claim_workdir(workdir, config.to_dict())
     steps, batch_size = config.train.steps, config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     rows = mesh.size * config.train.accumulate

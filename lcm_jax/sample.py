@@ -1,0 +1,120 @@
+"""Make pictures from texts with a model in diffusers layout, or a shipped one (`shapes`, `shapes-lcm`).
+
+Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, and OUTPUT/grid.png with --grid, one row a prompt.
+Example:
+
+    python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
+        --num_inference_steps=4 --output=pictures
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or a shipped model: shapes, shapes-lcm.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat it for several prompts.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder that the pictures go to.")
+STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Network evaluations a picture: 1 to 50 for an LCM.")
+GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.")
+SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
+COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.")
+SAMPLER = flags.DEFINE_enum("sampler", None, ["lcm", "ddim", "dpmsolver++"], "By default the model's own.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.")
+VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")
+WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.")
+BATCH = flags.DEFINE_integer("batch_size", 16, "Pictures made at a time; it does not change them.", lower_bound=1)
+GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace pictures that are there already.")
+flags.mark_flag_as_required("output")
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the flags, then those of the file. Raises ValueError when there are none."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
+    found = [*prompts, *(line.strip() for line in lines if line.strip())]
+    if not found:
+        raise ValueError(f"there are no prompts{f' in {file}' if file else ''}: give --prompt=TEXT or --prompts_file=FILE")
+    return found
+
+
+def write_picture(picture, path: Path) -> None:
+    """Whole or not at all: a stopped command leaves no half picture behind."""
+    temporary = path.with_name(f".{path.name}")
+    picture.save(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def make_grid(pictures, columns: int):
+    """PIL pictures of one size -> one picture, row by row."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % columns * width, i // columns * height))
+    return grid
+
+
+def sample() -> None:
+    """Reads the flags and writes the pictures. Raises ValueError or OSError before anything is written."""
+    prompts, output = read_prompts(PROMPT.value, PROMPTS_FILE.value), Path(OUTPUT.value)
+    if COPIES.value < 1:
+        raise ValueError(f"num_images_per_prompt is {COPIES.value}; give 1 or more")
+    digits = max(3, len(str(len(prompts) * COPIES.value - 1)))
+    files = [output / f"{i:0{digits}d}.png" for i in range(len(prompts) * COPIES.value)]
+    grid = output / "grid.png"
+    there = [file for file in [*files, *([grid] if GRID.value else [])] if file.exists()]
+    if there and not OVERWRITE.value:
+        raise ValueError(f"{there[0]} exists already; choose another --output, or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output} is a file; give a folder")
+
+    from lcm_jax.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
+    start = time.perf_counter()
+    pictures = pipe(
+        prompts, num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value, seed=SEED.value,
+        num_images_per_prompt=COPIES.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value,
+        batch_size=BATCH.value,
+    ).images  # fmt: skip
+    seconds = time.perf_counter() - start
+
+    output.mkdir(parents=True, exist_ok=True)
+    for picture, file in zip(pictures, files, strict=True):
+        write_picture(picture, file)
+        print(file)
+    if GRID.value:
+        write_picture(make_grid(pictures, COPIES.value if COPIES.value > 1 else min(len(pictures), 8)), grid)
+        print(grid)
+    print(f"{len(pictures)} pictures in {seconds:.2f} s, compilation included: {len(pictures) / seconds:.2f} pictures/s")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+    try:
+        sample()
+    except (ValueError, OSError) as error:  # ModelError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run() -> None:
+    """The command; an option that does not exist is an error of one line that names the nearest one."""
+    try:
+        app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

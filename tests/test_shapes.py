@@ -1,0 +1,203 @@
+import hashlib
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from lcm_jax.data import shapes
+from lcm_jax.data.shapes import SPLITS, TASKS, Shapes, Specification, Thing, captions, describe, parse
+
+
+def _scenes(split: str, count: int = 600) -> list[shapes.Scene]:
+    data = Shapes(split, count)
+    return [data.scene(i) for i in range(count)]
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_parse_inverts_describe_for_every_content(task):
+    contents = shapes._contents(task)
+    assert len(set(contents)) == len(contents)
+    for specification in contents:
+        for opener in shapes.OPENERS:
+            assert parse(describe(specification, opener)) == specification
+
+
+def test_grammar_reads_as_english():
+    assert parse("A photo of  an orange circle") == Specification("colors", (Thing("circle", "orange"),))
+    assert parse("three crosses") == Specification("counting", (Thing("cross"),) * 3)
+    position = Specification("position", (Thing("circle", "red"), Thing("square", "blue")), "above")
+    assert describe(position, "a drawing of ") == "a drawing of a red circle above a blue square"
+    assert describe(Specification("colors", (Thing("cross", "orange", "small"),))) == "a small orange cross"
+
+
+@pytest.mark.parametrize(
+    ("caption", "culprit"),
+    [
+        ("a pink circle", "'pink'"),
+        ("seven circles", "'seven'"),
+        ("a red circle above a blue hexagon", "'hexagon'"),
+        ("a circle red", "order"),
+        ("", "order"),
+    ],
+)
+def test_caption_outside_the_grammar_names_the_word(caption, culprit):
+    with pytest.raises(ValueError, match=f"caption {re.escape(repr(caption))}.*{culprit}.*try "):
+        parse(caption)
+
+
+def test_words_are_exactly_those_of_the_captions():
+    used = {word for split in SPLITS for caption in captions(split) for word in caption.split()}
+    assert used == set(shapes.words())
+    assert list(shapes.words()) == sorted(shapes.words())
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_share_no_caption_and_leave_none_out():
+    of = {split: captions(split) for split in SPLITS}
+    assert all(len(set(listed)) == len(listed) for listed in of.values())
+    for first, second in combinations(SPLITS, 2):
+        assert not set(of[first]) & set(of[second]), (first, second)
+    every = {describe(s, opener) for task in TASKS for s in shapes._contents(task) for opener in shapes.OPENERS}
+    assert set().union(*of.values()) == every
+
+
+@pytest.mark.parametrize("task", ["colors", "position", "color_attribution"])
+def test_tasks_of_many_contents_hold_out_contents_not_wordings(task):
+    contents = [{parse(caption) for caption in captions(split, task)} for split in SPLITS]
+    assert all(not first & second for first, second in combinations(contents, 2))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_captions_to_test(task):
+    assert len(captions("test", task)) >= 5
+    assert len(captions("val", task)) >= 3
+    assert len(captions("train", task)) > 2 * len(captions("test", task))
+
+
+def test_captions_of_the_splits_have_not_moved():
+    # The shipped model was trained on one side of this line and is measured on the other.
+    digest = hashlib.sha256("\n".join(c for split in SPLITS for c in captions(split)).encode()).hexdigest()
+    assert digest[:16] == "e8a038dfd0a315e1"
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_held_out_pairs_are_in_no_picture_outside_composition(split):
+    for scene in _scenes(split, 3000):
+        assert not {(o.color, o.shape) for o in scene.objects} & set(shapes.HELD_OUT_PAIRS), scene.caption
+
+
+def test_composition_always_names_a_held_out_pair_and_draws_it():
+    for caption in captions("composition"):
+        assert any((t.color, t.shape) in shapes.HELD_OUT_PAIRS for t in parse(caption).things), caption
+    for scene in _scenes("composition", 300):
+        assert {(o.color, o.shape) for o in scene.objects} & set(shapes.HELD_OUT_PAIRS), scene.caption
+
+
+# ---- scenes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_scenes_draw_what_their_captions_say(split):
+    allowed = set(captions(split))
+    for scene in _scenes(split):
+        assert scene.caption in allowed and parse(scene.caption) == scene.specification
+        for thing, seen in zip(scene.specification.things, scene.objects, strict=True):
+            assert thing.shape == seen.shape and thing.color in (None, seen.color)
+            if thing.size:
+                assert shapes.SIZES[thing.size][0] <= seen.radius <= shapes.SIZES[thing.size][1]
+
+
+def test_tasks_take_turns():
+    assert [scene.specification.task for scene in _scenes("train", 12)] == [*TASKS, *TASKS]
+    assert {scene.specification.task for scene in _scenes("composition", 30)} == set(TASKS[3:])
+
+
+@pytest.mark.parametrize("split", ["train", "composition"])
+def test_objects_lie_inside_and_apart(split):
+    for scene in _scenes(split, 1200):
+        for o in scene.objects:
+            reach = shapes.REACH * o.radius + shapes.BORDER
+            assert reach <= o.x <= shapes.BASE - reach and reach <= o.y <= shapes.BASE - reach
+        for a, b in combinations(scene.objects, 2):
+            assert np.hypot(a.x - b.x, a.y - b.y) >= shapes.REACH * (a.radius + b.radius) + shapes.GAP - 1e-9
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_no_shape_leaves_its_reach(shape):
+    axis = np.linspace(-2, 2, 801)
+    inside = shapes.outline(shape, axis[None, :], axis[:, None], 1.0) < 0
+    assert np.hypot(axis[None, :], axis[:, None])[inside].max() <= shapes.REACH
+
+
+def test_positions_are_clear():
+    axes = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # of the first from the second
+    seen = set()
+    for scene in _scenes("train", 1800):
+        if scene.specification.task == "position":
+            first, second = scene.objects
+            dx, dy = first.x - second.x, first.y - second.y
+            ax, ay = axes[scene.specification.relation]
+            assert dx * ax + dy * ay > 2 * abs(dx * ay + dy * ax), scene
+            seen.add(scene.specification.relation)
+    assert seen == set(axes)
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def test_records_depend_on_seed_split_and_index_alone():
+    forwards, backwards = Shapes("train", 24), Shapes("train", 1000)
+    records = [forwards[i] for i in range(24)]
+    for i in reversed(range(24)):
+        again = backwards[i]
+        assert again["caption"] == records[i]["caption"]
+        np.testing.assert_array_equal(again["image"], records[i]["image"])
+    assert any((Shapes("train", 24, seed=1)[i]["image"] != records[i]["image"]).any() for i in range(24))
+    assert len({record["image"].tobytes() for record in records}) == 24
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_pictures_have_the_size_asked_for(size):
+    image = Shapes("val", 4, size)[3]["image"]
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
+
+
+def test_both_sizes_show_the_same_picture():
+    small, large = Shapes("train", 60), Shapes("train", 60, 128)
+    for i in range(60):
+        halved = large[i]["image"].reshape(64, 2, 64, 2, 3).mean((1, 3))
+        difference = np.abs(halved - small[i]["image"])
+        assert small[i]["caption"] == large[i]["caption"]
+        assert difference.mean() < 1 and difference.max() < 70  # the rims differ by how coverage is estimated
+
+
+def test_edges_are_anti_aliased():
+    disc = shapes.Object("circle", "red", 32, 32, 12, (255, 0, 0))
+    plain = shapes.Ground("plain", (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0, 20.0, 0.0)
+    red = shapes.render(shapes.Scene("a red circle", parse("a red circle"), (disc,), plain))[..., 0]
+    assert len(np.unique(red)) >= 8  # hard edges would leave two
+    assert red.sum() / 255 == pytest.approx(np.pi * 12**2, rel=0.01)
+
+
+def test_every_color_shape_and_ground_is_drawn():
+    scenes = _scenes("train", 1200)
+    assert {o.shape for s in scenes for o in s.objects} == set(shapes.SHAPES)
+    assert {o.color for s in scenes for o in s.objects} == set(shapes.COLORS) and len(shapes.COLORS) >= 6
+    assert {s.ground.kind for s in scenes} == {"plain", "gradient", "stripes", "checks", "dots"}
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_records_outside_the_set_are_errors(index):
+    with pytest.raises(IndexError, match=f"record {index} of 5"):
+        Shapes("train", 5)[index]
+
+
+def test_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="'training'.*train, val, test, composition"):
+        Shapes("training", 5)
