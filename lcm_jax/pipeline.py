@@ -1,5 +1,6 @@
 """From text to pictures, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -59,7 +60,9 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-def generate(model, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int) -> jax.Array:
+def generate(
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int
+) -> jax.Array:
     """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
     z = sample_latents(
         model, params, token_ids, empty_ids, latents, noise, guidance_scale, sampler=sampler, steps=steps
@@ -67,7 +70,9 @@ def generate(model, params, token_ids, empty_ids, latents, noise, guidance_scale
     return to_uint8(model.decode(params["vae"], z))
 
 
-def draw_noise(seed: int, count: int, steps: int, shape: tuple[int, int, int], first: int = 0) -> tuple[jax.Array, jax.Array]:
+def draw_noise(
+    seed: int, count: int, steps: int, shape: tuple[int, int, int], first: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """(latents float32[count, h, w, c], noise float32[steps - 1, count, h, w, c]).
 
     Picture i's numbers depend on (seed, first + i) alone, so that it is the same in any batch.
@@ -75,8 +80,8 @@ def draw_noise(seed: int, count: int, steps: int, shape: tuple[int, int, int], f
 
     def one(i):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        later = [jax.random.normal(jax.random.fold_in(key, s), shape) for s in range(1, steps)]
-        return jax.random.normal(jax.random.fold_in(key, 0), shape), jnp.stack(later) if later else jnp.zeros((0, *shape))
+        draws = jnp.stack([jax.random.normal(jax.random.fold_in(key, s), shape) for s in range(steps)])
+        return draws[0], draws[1:]
 
     latents, noise = jax.vmap(one)(first + jnp.arange(count))
     return latents, jnp.moveaxis(noise, 1, 0)
@@ -162,19 +167,21 @@ class Pipeline:
 
         scale = self.model.downscale
         size = self.configs["unet"].get("sample_size") or 64
-        height, width = height or size * scale, width or size * scale
+        rows, columns = size if isinstance(size, list | tuple) else (size, size)
+        height = rows * scale if height is None else height
+        width = columns * scale if width is None else width
         if height % scale or width % scale or min(height, width) < scale:
             raise ValueError(f"height and width are {height} and {width}; give multiples of {scale}")
         count = len(prompts) * num_images_per_prompt
         shape = (height // scale, width // scale, self.configs["vae"].get("latent_channels", 4))
-        drawn, noise = draw_noise(seed, count, num_inference_steps, shape)
+        drawn, noise = draw_noise(seed, count, num_inference_steps if sampler == "lcm" else 1, shape)
         if latents is not None and np.shape(latents) != drawn.shape:
             raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
         drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)
 
         if cut := tokenizers.overlong(self.tokenizer, prompts):
             limit = self.tokenizer.model_max_length
-            print(f"{len(cut)} prompts are longer than {limit} tokens and were cut, first {prompts[cut[0]]!r}")
+            warnings.warn(f"{len(cut)} prompts longer than {limit} tokens were cut: {prompts[cut[0]]!r}", stacklevel=2)
         token_ids = np.repeat(tokenizers.encode(self.tokenizer, prompts), num_images_per_prompt, axis=0)
         run = sample_latents if output_type == "latent" else generate
         result = np.asarray(

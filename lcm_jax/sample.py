@@ -1,10 +1,6 @@
 """Make pictures from texts with a model in diffusers layout, or a shipped one (`shapes`, `shapes-lcm`).
 
-Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, and OUTPUT/grid.png with --grid, one row a prompt.
-Example:
-
-    python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
-        --num_inference_steps=4 --output=pictures
+Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, and OUTPUT/grid.png with --grid.
 """
 
 import math
@@ -16,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or a shipped model: shapes, shapes-lcm.")
+MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or shapes, or shapes-lcm.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat it for several prompts.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder that the pictures go to.")
@@ -29,10 +25,13 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"]
 VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")
 WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.")
-BATCH = flags.DEFINE_integer("batch_size", 16, "Pictures made at a time; it does not change them.", lower_bound=1)
 GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace pictures that are there already.")
-flags.mark_flag_as_required("output")
+
+EXAMPLE = """Example:
+
+    python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
+        --num_inference_steps=4 --output=pictures"""
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -40,7 +39,8 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
     found = [*prompts, *(line.strip() for line in lines if line.strip())]
     if not found:
-        raise ValueError(f"there are no prompts{f' in {file}' if file else ''}: give --prompt=TEXT or --prompts_file=FILE")
+        where = f" in {file}" if file else ""
+        raise ValueError(f"there are no prompts{where}: give --prompt=TEXT or --prompts_file=FILE")
     return found
 
 
@@ -83,7 +83,6 @@ def sample() -> None:
     pictures = pipe(
         prompts, num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value, seed=SEED.value,
         num_images_per_prompt=COPIES.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value,
-        batch_size=BATCH.value,
     ).images  # fmt: skip
     seconds = time.perf_counter() - start
 
@@ -94,12 +93,14 @@ def sample() -> None:
     if GRID.value:
         write_picture(make_grid(pictures, COPIES.value if COPIES.value > 1 else min(len(pictures), 8)), grid)
         print(grid)
-    print(f"{len(pictures)} pictures in {seconds:.2f} s, compilation included: {len(pictures) / seconds:.2f} pictures/s")
+    rate = len(pictures) / seconds
+    print(f"{len(pictures)} pictures in {seconds:.2f} s, compilation included: {rate:.2f} pictures/s")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        print(f"error: unexpected argument {argv[1]!r}; options are written --name=value", file=sys.stderr)
+        return 1
     try:
         sample()
     except (ValueError, OSError) as error:  # ModelError is a ValueError
@@ -108,10 +109,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def parse(argv: list[str]) -> list[str]:
+    """The flags; --help prints them with an example, and succeeds."""
+    if any(option in argv for option in ("--help", "-help", "-h")):
+        print(f"{__doc__}\nOptions:{flags.FLAGS.module_help(sys.modules[__name__])}\n{EXAMPLE}")
+        sys.exit(0)
+    rest = flags.FLAGS(argv)
+    if OUTPUT.value is None:
+        raise flags.ValidationError("--output is missing: name the folder that the pictures go to")
+    return rest
+
+
 def run() -> None:
     """The command; an option that does not exist is an error of one line that names the nearest one."""
     try:
-        app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
+        app.run(main, flags_parser=parse)
     except flags.Error as error:
         sys.exit(f"error: {error}")
 

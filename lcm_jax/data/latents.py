@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 
 
 class LatentCache:
-    """Random access to {"moments": float32[h,w,2c], "token_ids": int32[L]} of a folder written by `cache_latents`."""
+    """Random access to {"moments": float32[h,w,2c], "token_ids": int32[L]} in a folder of `cache_latents`."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -53,8 +55,10 @@ def cache_latents(
     target = Path(folder) / key
     if (target / "identity.json").exists():
         return LatentCache(target)
-    temporary = target.with_name(f"{key}.part-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f"{key}.part-*"):  # of a run that was killed while encoding
+        shutil.rmtree(stale)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{key}.part-", dir=target.parent))
     began = said = time.monotonic()
     moments = None
     token_ids = []

@@ -16,6 +16,7 @@ from lcm_jax.data import shapes
 
 CHROMA = 62  # of 255, between the ground's (below 25) and the colours' (above 100)
 LEAST_AREA = 22  # pixels of a picture of 64; smaller specks are no objects
+LARGEST = 16.0  # radius in pixels; a larger patch of colour (a flat or noisy picture) is no object of the set
 SIZE_LIMIT = 10.0  # radius in pixels between small (up to 8.5) and large (from 11.5)
 
 
@@ -57,14 +58,9 @@ def detect(image: np.ndarray) -> list[Detection]:
         color = min(shapes.COLORS, key=lambda name: _hue_distance(rgb, shapes.COLORS[name]))
         ys, xs = np.nonzero(mask)
         shape = _fit(mask)
-        area = float(mask.sum()) * scale**2
-        found.append(
-            Detection(
-                shape, color,
-                (where[1].start + xs.mean() + 0.5) * scale, (where[0].start + ys.mean() + 0.5) * scale,
-                float(np.sqrt(area / _unit_area(shape))),
-            )
-        )  # fmt: skip
+        radius = float(np.sqrt(mask.sum() / _unit_area(shape))) * scale
+        x, y = (where[1].start + xs.mean() + 0.5) * scale, (where[0].start + ys.mean() + 0.5) * scale
+        found.append(Detection(shape if radius <= LARGEST else "patch", color, x, y, radius))
     return sorted(found, key=lambda d: d.x)
 
 

@@ -16,6 +16,18 @@ from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
 Params = Any
 
 
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of a scheduler_config.json that would change the pictures and are not implemented."""
+    clips = config.get("clip_sample", config.get("_class_name") == "DDIMScheduler")  # diffusers' default
+    for option, value, allowed in [
+        ("clip_sample", clips, False),
+        ("thresholding", config.get("thresholding", False), False),
+        ("timestep_scaling", config.get("timestep_scaling", 10.0), 10.0),
+    ]:
+        if value != allowed:
+            raise ValueError(f"scheduler config: {option}={value!r} is not supported; latent models have {allowed!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """The three networks and the schedule of one model; hold it once, it is compared by identity."""
@@ -24,18 +36,28 @@ class StableDiffusion:
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     schedule: Schedule
+    scheduler: Mapping[str, Any]  # scheduler_config.json, for the grid of timesteps that it asks for
 
     @classmethod
     def from_configs(
         cls, configs: Mapping[str, Mapping[str, Any]], dtype: Dtype = jnp.float32, remat: bool = False
     ) -> "StableDiffusion":
-        """configs: `unet`, `vae`, `text_encoder`, `scheduler`, each a published config.json as it stands."""
-        return cls(
-            UNet2DCondition.from_config(configs["unet"], dtype, remat),
-            AutoencoderKL.from_config(configs["vae"], dtype),
-            CLIPTextModel.from_config(configs["text_encoder"], dtype),
-            make_schedule(configs["scheduler"]),
-        )
+        """configs: `unet`, `vae`, `text_encoder`, `scheduler`, each a published config.json as it stands.
+
+        Raises ValueError that names an option which is not supported, or two networks that do not fit each other.
+        """
+        check_scheduler(configs["scheduler"])
+        unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
+        vae = AutoencoderKL.from_config(configs["vae"], dtype)
+        text_encoder = CLIPTextModel.from_config(configs["text_encoder"], dtype)
+        for option, one, other, two in [
+            ("cross_attention_dim", unet.config["cross_attention_dim"], "text encoder's hidden_size", text_encoder.config.hidden_size),
+            ("in_channels", unet.config["in_channels"], "autoencoder's latent_channels", vae.config["latent_channels"]),
+            ("out_channels", unet.config["out_channels"], "autoencoder's latent_channels", vae.config["latent_channels"]),
+        ]:  # fmt: skip
+            if any(value != two for value in (one if isinstance(one, tuple) else (one,))):
+                raise ValueError(f"the UNet's {option} is {one} but the {other} is {two}: these networks are of two models")
+        return cls(unet, vae, text_encoder, make_schedule(configs["scheduler"]), dict(configs["scheduler"]))
 
     @property
     def downscale(self) -> int:

@@ -257,7 +257,7 @@ class UNet2DCondition(nn.Module):
 
         embedding = timestep_embedding(timesteps, widths[0], c["flip_sin_to_cos"], c["freq_shift"])
         time_dim = c["time_embedding_dim"] or 4 * widths[0]
-        time = TimestepEmbedding(time_dim, c["time_cond_proj_dim"], "silu", dtype, name="time_embedding")(
+        time = TimestepEmbedding(time_dim, c["time_cond_proj_dim"], c["act_fn"], dtype, name="time_embedding")(
             embedding, guidance_embedding
         )
         context = context.astype(dtype)

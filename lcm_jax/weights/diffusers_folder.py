@@ -45,8 +45,9 @@ def locate(model: str | Path) -> Path:
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
     if not folder.is_dir():
-        near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "give a folder in diffusers layout, or one of " + ", ".join(SHIPPED)
+        near = [name for name in difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5) if name != str(model)]
+        names = ", ".join(SHIPPED)
+        hint = f"did you mean {near[0]!r}?" if near else f"give a folder in diffusers layout, or one of {names}"
         raise ModelError(f"there is no model {str(model)!r}: {hint}")
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")

@@ -1,0 +1,10 @@
+"""Every test sees eight host devices, and broadcasting between arrays of different rank is an error."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; processes that tests start inherit it
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,242 @@
+"""Whole runs: the real command in real processes, and the loop in this one."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_model
+
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.recipes import RECIPES
+from lcm_jax.training.loop import RunError, check_workdir, train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher")
+
+
+def load_config(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+SHRUNK = {
+    "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1, "log.every_steps": 1,
+}  # fmt: skip
+SHRUNK_LCD = SHRUNK | {
+    "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
+    "sample.teacher_steps": 2, "sample.student_steps": (1, 2), "report.per_task": 1, "report.reference": 32,
+    "report.batch_size": 6,
+}  # fmt: skip
+
+
+def shrunk_lcd(teacher: Path, **more):
+    config = load_config("shapes")
+    config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher)} | more)
+    config.report.teacher = {"ddim": (1, 2), "dpmsolver++": (2,)}
+    config.report.student = {"lcm": (1, 2)}
+    return config
+
+
+def run(config, workdir: Path) -> bool:
+    check_workdir(workdir, config.to_dict())
+    return train(RECIPES[config.objective.name](config, workdir), config, workdir)
+
+
+def command(teacher: Path, workdir: Path, steps: int, cache: Path, **more) -> subprocess.Popen:
+    flags = {k: v for k, v in SHRUNK_LCD.items() if not isinstance(v, tuple)} | {
+        "teacher": teacher, "train.steps": steps, "report.teacher": None, "report.student": None,
+    } | more  # fmt: skip
+    del flags["report.teacher"], flags["report.student"]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    arguments = [f"--config={ROOT / 'configs' / 'shapes.py'}", f"--workdir={workdir}"]
+    arguments += [f"--config.{name}={value}" for name, value in flags.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lcm_jax.main", *arguments], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    metrics = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if metrics.exists() and any(f'"step": {step},' in line for line in metrics.read_text().splitlines()):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def final_state(workdir: Path, step: int):
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_killed_and_stopped_runs_end_with_the_same_bits(teacher, tmp_path):
+    """kill -9, then SIGTERM, then to the end: parameters, target and optimizer equal those of an unbroken run."""
+    cache, steps = tmp_path / "cache", 60
+    keep = {"report.per_task": 1, "checkpoint.every_steps": 5}
+    whole = command(teacher, tmp_path / "whole", steps, cache, **keep)
+    output = whole.communicate(timeout=500)[0]
+    assert whole.returncode == 0, output
+
+    broken = command(teacher, tmp_path / "broken", steps, cache, **keep)
+    wait_for_step(tmp_path / "broken", 13, broken)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert broken.returncode == -signal.SIGKILL
+
+    stopped = command(teacher, tmp_path / "broken", steps, cache, **keep)
+    wait_for_step(tmp_path / "broken", 27, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=240)[0]
+    assert stopped.returncode == 0, output
+    assert "resumed" in output and "stopped at step" in output
+    assert not (tmp_path / "broken" / "export").exists()
+
+    last = command(teacher, tmp_path / "broken", steps, cache, **keep)
+    output = last.communicate(timeout=500)[0]
+    assert last.returncode == 0, output
+    expected, found = final_state(tmp_path / "whole", steps), final_state(tmp_path / "broken", steps)
+    assert expected.keys() == found.keys() and len(expected) > 300
+    for name, value in expected.items():
+        assert value.tobytes() == found[name].tobytes(), name
+    lines = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, steps + 1)), "each step stands in the log once"
+
+
+def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys):
+    config = shrunk_lcd(teacher)
+    config.sample.every_steps = 1
+    assert run(config, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["teacher"]) == {"ddim", "dpmsolver++"} and set(report["student"]["lcm"]) == {"1", "2"}
+    for figures in [*report["teacher"]["ddim"].values(), *report["student"]["lcm"].values()]:
+        assert 0 <= figures["verifier"] <= 1 and len(figures["tasks"]) == 6
+        assert figures["frechet"] >= 0 and figures["pictures_per_s"] > 0
+    assert report["versions"]["jax"] == jax.__version__ and report["device"] and len(report["config_digest"]) == 64
+    assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
+    for name in ("000001.png", "000002.png", "final.png"):
+        assert (tmp_path / "run" / "samples" / name).stat().st_size > 1000
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+    student = Pipeline.from_pretrained(tmp_path / "run" / "export")
+    assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
+    assert student.configs["unet"]["time_cond_proj_dim"] == 256
+    assert np.abs(student.params["unet"]["time_embedding"]["cond_proj"]["kernel"]).max() > 0, "w was learnt"
+    taught = Pipeline.from_pretrained(teacher)
+    for name in ("vae", "text_encoder"):
+        same = jax.tree.map(np.array_equal, student.params[name], taught.params[name])
+        assert all(jax.tree.leaves(same)), f"{name} is the teacher's"
+
+    capsys.readouterr()
+    assert run(config, tmp_path / "run"), "a finished run may be started again"
+    assert "this run is complete" in capsys.readouterr().out
+
+
+def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
+    vae = load_config("shapes_vae")
+    vae.update_from_flattened_dict(
+        SHRUNK | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.pictures": 4}
+    )
+    assert run(vae, tmp_path / "vae")
+    exported = json.loads((tmp_path / "vae" / "export" / "vae" / "config.json").read_text())
+    assert exported["scaling_factor"] not in (1.0, 0.18215) and (tmp_path / "vae" / "samples" / "000002.png").exists()
+
+    config = load_config("shapes_teacher")
+    config.update_from_flattened_dict(
+        SHRUNK
+        | {
+            "autoencoder": str(tmp_path / "vae" / "export"), "unet.block_out_channels": (16, 16), "unet.norm_num_groups": 4,
+            "text_encoder.hidden_size": 16, "text_encoder.num_hidden_layers": 1, "sample.every_steps": 2,
+            "sample.per_task": 1, "sample.steps": 2, "sample.batch_size": 6,
+        }
+    )  # fmt: skip
+    assert run(config, tmp_path / "teacher")
+    pipe = Pipeline.from_pretrained(tmp_path / "teacher" / "export")
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+    assert pipe.params["unet"]["conv_in"]["kernel"].dtype == np.float16
+    lines = [json.loads(line) for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    assert "verifier" in lines[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(teacher, tmp_path):
+    config = shrunk_lcd(teacher, **{"train.steps": 3, "checkpoint.every_steps": 1})
+    config.train.steps = 30
+    job = RECIPES["lcd"](config, tmp_path / "run")
+
+    def poisoned(params, target, frozen, batch, draws):
+        total, metrics = job.loss(params, target, frozen, batch, draws)
+        bad = batch["token_ids"].sum() * 0 + jax.numpy.nan
+        step_loss = jax.numpy.where(params["unet"]["conv_out"]["bias"].sum() != start, bad, total)
+        return step_loss, metrics | {"loss": step_loss}
+
+    start = job.init()["unet"]["conv_out"]["bias"].sum()
+    from dataclasses import replace
+
+    with pytest.raises(RunError, match=r"step 2: loss is nan.*last good checkpoint"):
+        train(replace(job, loss=poisoned), config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+
+
+def test_a_workdir_of_another_config_is_refused(teacher, tmp_path):
+    config = shrunk_lcd(teacher)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict(), default=list))
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(RunError, match=r"optimizer.learning_rate \(0.0003 there, 0.5 here\)"):
+        run(config, tmp_path / "run")
+    config.optimizer.learning_rate = 3e-4
+    config.log.every_steps = 7
+    check_workdir(tmp_path / "run", config.to_dict())  # how often it logs is free
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_batches_that_do_not_fit_the_devices_are_refused(teacher, tmp_path):
+    config = shrunk_lcd(teacher, **{"train.batch_size": 12})
+    with pytest.raises(RunError, match="train.batch_size 12 is not a multiple"):
+        run(config, tmp_path / "run")
+
+
+def main(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lcm_jax.main", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/shapes.py", "--workdir=W", "--config.train.stps=3"], 'Did you mean "steps"'),
+        (["--config=configs/none.py", "--workdir=W"], "configs/none.py"),
+        (["--config=configs/shapes.py", "--workdir=W", "--config.train.steps=few"], "few"),
+        (["--config=configs/shapes.py"], "--workdir"),
+        (["--config=configs/shapes.py", "--workdir=W", "--config.teacher=shape"], "did you mean 'shapes'?"),
+        (["--config=configs/shapes.py", "--workdir=W", "--config.teacher=configs"], "model_index.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(arguments, message, tmp_path):
+    done = main(*(a.replace("=W", f"={tmp_path / 'run'}") for a in arguments))
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
