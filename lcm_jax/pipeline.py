@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ SAMPLERS = {
     "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
     "DPMSolverMultistepScheduler": "dpmsolver++",
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
+    """The sampler's timesteps, descending int32[steps]. DDIM has the spacing of the scheduler's config, and
+    DPM-Solver++ the trailing one. Raises ValueError for a number of steps that the grid does not hold."""
+    config, total = model.scheduler, len(model.schedule.alphas_cumprod)
+    if sampler == "lcm":
+        return lcm_timesteps(steps, 1.0, config.get("original_inference_steps", 50), total)
+    if sampler == "ddim":
+        return solver_timesteps(steps, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), total)
+    return solver_timesteps(steps, "trailing", 0, total)
 
 
 def sample_latents(
@@ -32,27 +44,31 @@ def sample_latents(
 
     params: {"unet", "text_encoder"}; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt; latents:
     float32[B, h, w, c], standard normal; noise: float32[steps - 1, B, h, w, c], which only `lcm` uses; guidance_scale:
-    float32[] in diffusers' convention, w + 1. sampler: lcm, ddim or dpmsolver++.
+    float32[] in diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as
+    classifier-free guidance, its two passes as one batch of 2B. sampler: lcm, ddim or dpmsolver++.
     """
-    batch = latents.shape[0]
     context = model.encode_prompt(params["text_encoder"], token_ids)
     weight = guidance_scale - 1.0
-    if sampler == "lcm":
-        dim = model.guidance_embedding_dim
-        embedding = guidance_embedding(jnp.full(batch, weight), dim) if dim else None
+    if model.guidance_embedding_dim is not None:
+        embedding = guidance_embedding(jnp.full(latents.shape[0], weight), model.guidance_embedding_dim)
         network = lambda z, t: model.denoise(params["unet"], z, t, context, embedding)  # noqa: E731
-        return sample_consistency(network, latents, lcm_timesteps(steps), noise, model.schedule)
+    else:
+        empty = model.encode_prompt(params["text_encoder"], jnp.broadcast_to(empty_ids, token_ids.shape))
+        both = jnp.concatenate([context, empty])
 
-    empty = model.encode_prompt(params["text_encoder"], jnp.broadcast_to(empty_ids, token_ids.shape))
-    both = jnp.concatenate([context, empty])
+        def network(z, t):
+            output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+            cond, uncond = jnp.split(output, 2)
+            return classifier_free(uncond, cond, weight)
 
-    def network(z, t):
-        output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
-        cond, uncond = jnp.split(output, 2)
-        return classifier_free(uncond, cond, weight)
-
-    solve = sample_ddim if sampler == "ddim" else sample_dpm_solver_pp
-    return solve(network, latents, solver_timesteps(steps), model.schedule)
+    grid = timesteps(model, sampler, steps)
+    if sampler == "lcm":
+        return sample_consistency(network, latents, grid, noise, model.schedule)
+    if sampler == "ddim":
+        # Where a scheduler's config is silent this is diffusers' default for its class.
+        to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
+        return sample_ddim(network, latents, grid, model.schedule, to_one)
+    return sample_dpm_solver_pp(network, latents, grid, model.schedule)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -98,10 +114,25 @@ class Pipeline:
     """A text-to-image model of a diffusers folder. Its parameters stay as stored and are cast where they are used."""
 
     def __init__(self, folder: Path, configs: dict, params: dict, index: dict, dtype: str = "float32"):
-        self.folder, self.configs, self.params, self.index = folder, configs, params, index
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
+        self.folder, self.configs, self.index = folder, configs, index
+        self.params = jax.device_put(params)  # once, not at every call
         self.model = StableDiffusion.from_configs(configs, jnp.dtype(dtype))
         self.tokenizer = tokenizers.load(folder / "tokenizer")
+        text = self.model.text_encoder.config
+        length = self.tokenizer.model_max_length
+        for what, value, option, limit in [
+            ("model_max_length", length, "max_position_embeddings", text.max_position_embeddings),
+            ("vocabulary", len(self.tokenizer), "vocab_size", text.vocab_size),
+        ]:
+            if value > limit:
+                raise folders.ModelError(
+                    f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
+                    "give it the tokenizer that it was trained with"
+                )
         self._empty = tokenizers.encode(self.tokenizer, [""])[0]
+        self._compiled: dict = {}  # (function, sampler, steps) -> jitted
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", variant: str | None = None) -> "Pipeline":
@@ -110,13 +141,14 @@ class Pipeline:
         dtype: what the networks compute in. variant: the file variant, such as `fp16`. Raises ModelError.
         """
         folder = folders.locate(path)
+        index = folders.read_index(folder)
         configs, tensors = {}, {}
         for name in folders.NETWORKS:
             configs[name], tensors[name] = folders.read_component(folder, name, variant)
         configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         abstract = StableDiffusion.from_configs(configs).abstract_params()
         params = {n: folders.to_params(n, tensors[n], abstract[n], str(folder)) for n in folders.NETWORKS}
-        return cls(folder, configs, params, folders.read_json(folder / "model_index.json"), dtype)
+        return cls(folder, configs, params, index, dtype)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
         """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.
@@ -158,12 +190,13 @@ class Pipeline:
             raise ValueError(f"output_type is {output_type!r}; choose pil, np or latent")
         if sampler not in SAMPLERS.values():
             raise ValueError(f"sampler is {sampler!r}; choose lcm, ddim or dpmsolver++")
-        if sampler == "lcm":
-            lcm_timesteps(num_inference_steps)  # raises on a number that the grid does not hold
-        else:
-            solver_timesteps(num_inference_steps)
-            if self.model.guidance_embedding_dim is not None:
-                raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
+        if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
+            raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
+        timesteps(self.model, sampler, num_inference_steps)  # raises on a number that the grid does not hold
+        if not 1 <= guidance_scale < np.inf:
+            raise ValueError(f"guidance_scale is {guidance_scale}; give 1 (no guidance) or more, such as 8")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed is {seed}; give a number from 0 to {2**31 - 1}")
 
         scale = self.model.downscale
         size = self.configs["unet"].get("sample_size") or 64
@@ -179,16 +212,13 @@ class Pipeline:
             raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
         drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)
 
-        if cut := tokenizers.overlong(self.tokenizer, prompts):
+        for i in tokenizers.overlong(self.tokenizer, prompts):
             limit = self.tokenizer.model_max_length
-            warnings.warn(f"{len(cut)} prompts longer than {limit} tokens were cut: {prompts[cut[0]]!r}", stacklevel=2)
+            lost = self.tokenizer.decode(self.tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
+            warnings.warn(f"prompt {i} is longer than {limit} tokens and was cut; lost: {lost!r}", stacklevel=2)
         token_ids = np.repeat(tokenizers.encode(self.tokenizer, prompts), num_images_per_prompt, axis=0)
-        run = sample_latents if output_type == "latent" else generate
-        result = np.asarray(
-            _compiled(run, self.model, sampler, num_inference_steps)(
-                self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale)
-            )
-        )
+        run = self._jitted(sample_latents if output_type == "latent" else generate, sampler, num_inference_steps)
+        result = np.asarray(run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale)))
         if output_type == "latent":
             return Output(result)
         if output_type == "np":
@@ -197,8 +227,9 @@ class Pipeline:
 
         return Output([Image.fromarray(picture) for picture in result])
 
-
-@cache
-def _compiled(run, model: StableDiffusion, sampler: str, steps: int):
-    """`run` under one jit for each model, sampler and number of steps."""
-    return jax.jit(partial(run, model, sampler=sampler, steps=steps))
+    def _jitted(self, function, sampler: str, steps: int):
+        """`function` of this model under one jit for each sampler and number of steps."""
+        key = (function, sampler, steps)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(function, self.model, sampler=sampler, steps=steps))
+        return self._compiled[key]

@@ -211,8 +211,10 @@ class Sampler:
 
 
 def diffusion_job(config, workdir: Path) -> Job:
-    """Text encoder and UNet from scratch, on the latents of a trained autoencoder."""
-    vae_config, vae_tensors = folders.read_component(Path(config.autoencoder), "vae")
+    """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
+    shipped = config.autoencoder in folders.SHIPPED
+    autoencoder_folder = folders.locate(config.autoencoder) if shipped else Path(config.autoencoder)
+    vae_config, vae_tensors = folders.read_component(autoencoder_folder, "vae")
     tokenizers.build(shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings)
     tokenizer = tokenizers.load(workdir / "tokenizer")
     unet_config = config.unet.to_dict() | {
@@ -227,13 +229,21 @@ def diffusion_job(config, workdir: Path) -> Job:
     scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type}
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
-    vae_params = master(folders.to_params("vae", vae_tensors, model.abstract_params()["vae"], config.autoencoder))
+    abstract = model.abstract_params()
+    vae_params = master(folders.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
     source = latent_source(config, workdir, model, vae_params, tokenizer)
     sampler = Sampler(
         model, tokenizer, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
     )
+    # A model to go on from: its weights are checked against the networks of this config.
+    start = {
+        name: master(folders.to_params(name, folders.read_component(folders.locate(config.init), name)[1], abstract[name]))
+        for name in (("unet", "text_encoder") if config.init else ())
+    }
 
     def init():
+        if start:
+            return start
         unet, text = jax.random.split(jax.random.key(config.train.seed))
         z = jnp.zeros((1, unet_config["sample_size"], unet_config["sample_size"], unet_config["in_channels"]))
         context = jnp.zeros((1, 1, unet_config["cross_attention_dim"]))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_model
+import torch
+from diffusers import LatentConsistencyModelPipeline
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
@@ -35,7 +38,7 @@ def load_config(name: str):
 
 
 SHRUNK = {
-    "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1, "log.every_steps": 1,
+    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1, "log.every_steps": 1,
 }  # fmt: skip
 SHRUNK_LCD = SHRUNK | {
     "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
@@ -147,6 +150,15 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
         same = jax.tree.map(np.array_equal, student.params[name], taught.params[name])
         assert all(jax.tree.leaves(same)), f"{name} is the teacher's"
 
+    client = LatentConsistencyModelPipeline.from_pretrained(tmp_path / "run" / "export")
+    client.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(3).standard_normal((1, 16, 16, 4)).astype(np.float32)
+    arguments = {"num_inference_steps": 1, "guidance_scale": 4.0, "output_type": "np"}
+    prompt = "a red circle above a blue square"
+    theirs = client(prompt, latents=torch.tensor(latents.transpose(0, 3, 1, 2)), **arguments).images
+    ours = student(prompt, latents=latents, **arguments).images
+    assert np.abs(theirs - ours).max() * 255 <= 2 and np.std(ours) > 0.01
+
     capsys.readouterr()
     assert run(config, tmp_path / "run"), "a finished run may be started again"
     assert "this run is complete" in capsys.readouterr().out
@@ -190,8 +202,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         return step_loss, metrics | {"loss": step_loss}
 
     start = job.init()["unet"]["conv_out"]["bias"].sum()
-    from dataclasses import replace
-
     with pytest.raises(RunError, match=r"step 2: loss is nan.*last good checkpoint"):
         train(replace(job, loss=poisoned), config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
@@ -212,7 +222,7 @@ def test_a_workdir_of_another_config_is_refused(teacher, tmp_path):
 
 
 def test_batches_that_do_not_fit_the_devices_are_refused(teacher, tmp_path):
-    config = shrunk_lcd(teacher, **{"train.batch_size": 12})
+    config = shrunk_lcd(teacher, **{"train.batch_size": 12, "mesh.data": 8})
     with pytest.raises(RunError, match="train.batch_size 12 is not a multiple"):
         run(config, tmp_path / "run")
 

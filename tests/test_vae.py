@@ -120,7 +120,8 @@ def test_half_precision_comes_out_in_float32():
     "option, value",
     [
         ("act_fn", "tanh"), ("latents_mean", [0.0]), ("number_of_heads", 2),
-        ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), ("up_block_types", ["UpDecoderBlock2D"]),
+        ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
+        ("up_block_types", ["UpDecoderBlock2D"]),
     ],
 )  # fmt: skip
 def test_an_unsupported_option_is_named_with_its_value(option, value):

@@ -1,4 +1,4 @@
-"""The consistency function f(z, t) = c_skip z + c_out x0 and the embedding of the guidance weight (arXiv 2310.04378)."""
+"""The consistency function f(z, t) = c_skip z + c_out x0, and the embedding of the guidance weight (2310.04378)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,10 @@ import numpy as np
 from lcm_jax.diffusion.schedule import Schedule, like, predict_x0
 
 
-def boundary_scalings(t: jax.Array, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[jax.Array, jax.Array]:
-    """(c_skip, c_out) = (d^2 / (u^2 + d^2), u / sqrt(u^2 + d^2)) with u = 10 t: (1, 0) at t = 0, so that f(z, 0) = z."""
+def boundary_scalings(
+    t: jax.Array, timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """(c_skip, c_out) = (d^2 / (u^2 + d^2), u / sqrt(u^2 + d^2)) with u = 10 t: (1, 0) at t = 0, so f(z, 0) = z."""
     u = jnp.asarray(t, jnp.float32) * timestep_scaling
     return sigma_data**2 / (u**2 + sigma_data**2), u / jnp.sqrt(u**2 + sigma_data**2)
 
@@ -20,9 +22,9 @@ def consistency_function(schedule: Schedule, output: jax.Array, z: jax.Array, t:
 
 
 def guidance_embedding(w: jax.Array, dim: int = 256) -> jax.Array:
-    """w: float32[B], the paper's weight (guidance_scale - 1) -> float32[B, dim]: [sin, cos] of 1000 w exp(-j ln(10^4)/(dim/2 - 1)).
+    """[sin, cos] of 1000 w exp(-j ln(10^4) / (dim/2 - 1)), j < dim/2: float32[B, dim].
 
-    Always in float32: in half precision 1000 w alone is off by more than a turn.
+    w: float32[B], the paper's weight (guidance_scale - 1). Always in float32: in half precision 1000 w alone is off by more than a turn.
     """
     half = dim // 2
     frequencies = np.exp(-np.arange(half) * np.log(10000.0) / (half - 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""From noise to latents: the multistep consistency sampler, and DDIM and DPM-Solver++ as baselines, each one `lax.scan`.
+"""From noise to latents: the multistep consistency sampler, and the baselines DDIM and DPM-Solver++, each a `lax.scan`.
 
 `network(z, t)` takes z: float32[B, h, w, c] and t: int32[B] and returns the network's output, guidance included.
 Every coefficient that depends on the timesteps alone is computed on the host in float64.
@@ -17,10 +17,12 @@ from lcm_jax.diffusion.solvers import ddim_step, dpm_solver_pp_2m_step
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def sample_consistency(network: Network, z: jax.Array, timesteps: np.ndarray, noise: jax.Array, schedule: Schedule) -> jax.Array:
+def sample_consistency(
+    network: Network, z: jax.Array, timesteps: np.ndarray, noise: jax.Array, schedule: Schedule
+) -> jax.Array:
     """Algorithm 3 of arXiv 2310.04378: jump to x0, noise it again to the next timestep, jump again.
 
-    z: float32[B, h, w, c], standard normal. timesteps: int32[n] descending. noise: float32[n - 1, B, h, w, c] or longer.
+    z: float32[B, h, w, c], standard normal. timesteps: int32[n], descending. noise: float32[n - 1 or more, B, h, w, c].
     Returns the last jump's latents, float32[B, h, w, c].
     """
     n = len(timesteps)
@@ -65,8 +67,8 @@ def sample_ddim(
 def dpm_solver_pp_coefficients(timesteps: np.ndarray, schedule: Schedule) -> np.ndarray:
     """float32[n, 3]: ratio, first, second of `dpm_solver_pp_2m_step` for each step, ending at sigma = 0.
 
-    With lambda = log(alpha / sigma) and h the step in lambda: ratio = sigma_next / sigma, first = alpha_next (1 - e^-h),
-    second = first h / (2 h_before). The first step is of first order; so is the last, since it ends at sigma = 0.
+    With lambda = log(alpha / sigma) and h the step in lambda: ratio = sigma_next / sigma,
+    first = alpha_next (1 - e^-h), second = first h / (2 h_before). The first step is of first order; so is the last, since it ends at sigma = 0.
     """
     bar = schedule.alphas_cumprod.astype(np.float64)[timesteps]
     alpha, sigma = np.append(np.sqrt(bar), 1.0), np.append(np.sqrt(1.0 - bar), 0.0)

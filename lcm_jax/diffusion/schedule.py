@@ -23,11 +23,11 @@ class Schedule:
 
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {self.prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type is {self.prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
 
 
 def make_schedule(config: Mapping[str, Any]) -> Schedule:
-    """The schedule of a diffusers scheduler_config.json. Raises ValueError that names a value which is not supported."""
+    """The schedule of a diffusers scheduler_config.json. Raises ValueError that names an unsupported value."""
     steps = config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     kind = config.get("beta_schedule", "linear")
@@ -106,8 +106,18 @@ def predict_noise(schedule: Schedule, output: jax.Array, z: jax.Array, t: jax.Ar
     return (z - alpha * output) / sigma if schedule.prediction_type == "sample" else alpha * output + sigma * z
 
 
-def skipping_steps(index: jax.Array, num_ddim_steps: int = 50, num_train_timesteps: int = 1000) -> tuple[jax.Array, jax.Array]:
-    """index: int32[B] in 0..num_ddim_steps-1 -> (s, t): s = (index + 1) k - 1 and t = max(s - k, 0), k = 1000 // 50."""
+def skipping_steps(
+    index: jax.Array, num_ddim_steps: int = 50, num_train_timesteps: int = 1000
+) -> tuple[jax.Array, jax.Array]:
+    """index: int32[B] in 0..num_ddim_steps-1 -> (s, t): s = (index + 1) k - 1 and t = max(s - k, 0), k = 1000 / 50.
+
+    Raises ValueError unless num_ddim_steps divides num_train_timesteps: the last step would miss the table's end.
+    """
+    if num_ddim_steps < 1 or num_train_timesteps % num_ddim_steps:
+        raise ValueError(
+            f"num_ddim_steps is {num_ddim_steps}, which does not divide num_train_timesteps = {num_train_timesteps}; "
+            f"choose a divisor, such as 50"
+        )
     k = num_train_timesteps // num_ddim_steps
     s = (index + 1) * k - 1
     return s, jnp.maximum(s - k, 0)

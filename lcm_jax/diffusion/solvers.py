@@ -6,7 +6,10 @@ from lcm_jax.diffusion.schedule import like
 
 
 def ddim_step(x0: jax.Array, noise: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """z = alpha x0 + sigma e (arXiv 2010.02502, eta 0): float32[B, h, w, c] at the alpha, sigma (float32[B] or []) arrived at."""
+    """z = alpha x0 + sigma e (arXiv 2010.02502, eta 0): float32[B, h, w, c].
+
+    x0, noise: float32[B, h, w, c]; alpha, sigma: float32[B] or [], those of the step arrived at.
+    """
     return like(alpha, x0) * x0 + like(sigma, x0) * noise
 
 

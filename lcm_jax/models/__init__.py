@@ -1,1 +1,1 @@
-"""The networks of latent diffusion in Flax linen, NHWC, with submodule names that mirror the keys of diffusers' weights."""
+"""The networks of latent diffusion in Flax linen, NHWC, with submodule names that mirror diffusers' keys."""

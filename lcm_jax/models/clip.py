@@ -111,7 +111,7 @@ class Embeddings(nn.Module):
             return nn.Embed(rows, c.hidden_size, self.dtype, embedding_init=normal(std), name=name)
 
         tokens = table(c.vocab_size, std, "token_embedding")(token_ids)
-        return tokens + table(c.max_position_embeddings, std / 2, "position_embedding")(jnp.arange(token_ids.shape[1]))
+        return tokens + table(c.max_position_embeddings, std / 2, "position_embedding")(jnp.arange(token_ids.shape[1])[None])
 
 
 class SelfAttention(nn.Module):
@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         causal = jnp.tril(jnp.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(self.dtype)
+        weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1).astype(self.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
         into_stream = normal(std * (2 * c.num_hidden_layers) ** -0.5)
         return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="out_proj")(y)

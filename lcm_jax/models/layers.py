@@ -6,10 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 Dtype = Any
-ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False), "mish": jax.nn.mish, "relu": nn.relu}
+ACTIVATIONS = {
+    "silu": nn.silu, "swish": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False), "mish": jax.nn.mish,
+    "relu": nn.relu,
+}  # fmt: skip
 
 
 def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
@@ -145,15 +149,17 @@ class Upsample(nn.Module):
         if size is None or size == (2 * h, 2 * w):
             x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         else:
-            x = jax.image.resize(x, (b, *size, c), "nearest")
+            # PyTorch's rule, floor(i h / H); jax.image.resize takes pixel centres, which differ at odd sizes.
+            rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
+            x = x[:, rows[:, None], columns[None, :], :]
         return Conv(self.features, dtype=self.dtype, name="conv")(x)
 
 
 def attention(query, key, value, mask=None):
     """softmax(q k^T / sqrt(d)) v with the softmax in float32.
 
-    query: [B, N, heads, d]; key, value: [B, M, heads, d]; mask: bool broadcastable to [B, heads, N, M]. On a GPU in half
-    precision cuDNN's fused kernel is used where it can be (no mask, d a multiple of 8 and at most 128).
+    query: [B, N, heads, d]; key, value: [B, M, heads, d]; mask: bool broadcastable to [B, heads, N, M]. On a GPU in
+    half precision cuDNN's fused kernel is used where it can be (no mask, d a multiple of 8 and at most 128).
     """
     d = query.shape[-1]
     half = query.dtype in (jnp.bfloat16, jnp.float16)

@@ -17,7 +17,7 @@ Params = Any
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for options of a scheduler_config.json that would change the pictures and are not implemented."""
+    """Raises ValueError for an option of scheduler_config.json that changes the pictures and is not implemented."""
     clips = config.get("clip_sample", config.get("_class_name") == "DDIMScheduler")  # diffusers' default
     for option, value, allowed in [
         ("clip_sample", clips, False),
@@ -50,13 +50,15 @@ class StableDiffusion:
         unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
         vae = AutoencoderKL.from_config(configs["vae"], dtype)
         text_encoder = CLIPTextModel.from_config(configs["text_encoder"], dtype)
-        for option, one, other, two in [
-            ("cross_attention_dim", unet.config["cross_attention_dim"], "text encoder's hidden_size", text_encoder.config.hidden_size),
-            ("in_channels", unet.config["in_channels"], "autoencoder's latent_channels", vae.config["latent_channels"]),
-            ("out_channels", unet.config["out_channels"], "autoencoder's latent_channels", vae.config["latent_channels"]),
-        ]:  # fmt: skip
-            if any(value != two for value in (one if isinstance(one, tuple) else (one,))):
-                raise ValueError(f"the UNet's {option} is {one} but the {other} is {two}: these networks are of two models")
+        width, channels = text_encoder.config.hidden_size, vae.config["latent_channels"]
+        for option, other, value in [
+            ("cross_attention_dim", "text encoder's hidden_size", width),
+            ("in_channels", "autoencoder's latent_channels", channels),
+            ("out_channels", "autoencoder's latent_channels", channels),
+        ]:
+            mine = unet.config[option]
+            if any(one != value for one in (mine if isinstance(mine, tuple) else (mine,))):
+                raise ValueError(f"the UNet's {option} is {mine}, the {other} {value}: they belong to different models")
         return cls(unet, vae, text_encoder, make_schedule(configs["scheduler"]), dict(configs["scheduler"]))
 
     @property

@@ -211,7 +211,9 @@ class UNet2DCondition(nn.Module):
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: bool = False) -> "UNet2DCondition":
+    def from_config(
+        cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: bool = False
+    ) -> "UNet2DCondition":
         """config: a published config.json as it stands; what it leaves out has diffusers' default.
 
         remat: recompute each block's activations in the backward pass (less memory, about a third more time).
@@ -248,7 +250,7 @@ class UNet2DCondition(nn.Module):
         """
         c, dtype = self.config, self.dtype
         if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
-            raise ValueError("this UNet takes no guidance embedding: its config has no time_cond_proj_dim (it is not an LCM)")
+            raise ValueError("this UNet takes no guidance embedding: its config has no time_cond_proj_dim")
         widths, levels = c["block_out_channels"], len(c["block_out_channels"])
         per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
         heads = per_level(c["num_attention_heads"] or c["attention_head_dim"])
@@ -286,4 +288,5 @@ class UNet2DCondition(nn.Module):
             )
 
         x = activation(c["act_fn"])(GroupNorm(c["norm_num_groups"], c["norm_eps"], dtype, name="conv_norm_out")(x))
-        return Conv(c["out_channels"], c["conv_out_kernel"], dtype=dtype, zero=True, name="conv_out")(x).astype(jnp.float32)
+        out = Conv(c["out_channels"], c["conv_out_kernel"], dtype=dtype, zero=True, name="conv_out")(x)
+        return out.astype(jnp.float32)

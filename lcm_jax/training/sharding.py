@@ -10,21 +10,21 @@ MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`. data = -1 takes every device that fsdp leaves.
+    """A mesh with the axes `data` and `fsdp`, over the first data x fsdp devices.
 
-    Raises ValueError when the product is not the number of devices.
+    data = -1 takes every device that fsdp leaves. Raises ValueError when there are fewer devices than that.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or (data == -1 and devices % fsdp):
-        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices; choose a divisor")
+    devices = jax.devices()
     if data == -1:
-        data = devices // fsdp
-    if data * fsdp != devices:
+        data = len(devices) // max(fsdp, 1)
+    if data < 1 or fsdp < 1 or data * fsdp > len(devices):
         raise ValueError(
-            f"mesh.data x mesh.fsdp is {data} x {fsdp} but there are {devices} devices; "
-            f"set mesh.data=-1 to use what mesh.fsdp leaves"
+            f"mesh.data x mesh.fsdp is {data} x {fsdp} and there are {len(devices)} devices; "
+            f"set mesh.fsdp to at most {len(devices)} and mesh.data=-1 to use the rest"
         )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -37,7 +37,7 @@ def by_batch(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding per leaf of `tree` (arrays or ShapeDtypeStructs): the largest axis that `fsdp` divides is split over it.
+    """A sharding for each leaf of `tree` (arrays or their shapes): the largest axis that `fsdp` divides is split over it.
 
     One rule serves parameters, their moving average and Adam's moments alike, since they have the same shapes.
     """

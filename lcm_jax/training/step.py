@@ -13,21 +13,27 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    draw: Callable, loss: Callable, optimizer: optax.GradientTransformation, *, seed: int, ema_rate: float, accumulate: int = 1
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    draw: Callable, loss: Callable, optimizer: optax.GradientTransformation, *,
+    seed: int, ema_rate: float, accumulate: int = 1,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     draw(rng, batch) -> draws: every random number of the step, as arrays with a leading batch axis.
     loss(params, target, frozen, batch, draws) -> (float32[], metrics): a mean over the batch axis.
     ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak; METHOD: the target network).
-    accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch.
+    accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch. `step` raises
+        ValueError, while it is traced, where it does not divide the batch.
     """
 
     def micro_batches(tree):
-        # Example i goes to micro-batch i mod N, so that each micro-batch lies on all devices when the batch axis is sharded.
-        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0), tree)
+        # Example i goes to micro-batch i mod N: each lies on all devices when the batch axis is sharded.
+        split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])  # noqa: E731
+        return jax.tree.map(lambda x: jnp.moveaxis(split(x), 1, 0), tree)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if size % accumulate:
+            raise ValueError(f"batch size {size} is not a multiple of accumulate = {accumulate}; choose one that divides it")
         draws = draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
         gradient = jax.grad(loss, has_aux=True)
 
@@ -46,7 +52,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: ema_rate * e + (1.0 - ema_rate) * p, state.ema, params)
-        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax.weights import naming
 
+DTYPES = ("float32", "bfloat16", "float16")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = ("shapes", "shapes-lcm")
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -45,7 +46,9 @@ def locate(model: str | Path) -> Path:
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
     if not folder.is_dir():
-        near = [name for name in difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5) if name != str(model)]
+        if str(model) in SHIPPED:
+            raise ModelError(f"the shipped model {str(model)!r} is not at {folder}: install lcm_jax again")
+        near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)
         names = ", ".join(SHIPPED)
         hint = f"did you mean {near[0]!r}?" if near else f"give a folder in diffusers layout, or one of {names}"
         raise ModelError(f"there is no model {str(model)!r}: {hint}")
@@ -61,6 +64,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}): copy it again") from None
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json. Raises ModelError where a component is of a class that is not supported."""
+    index = read_json(folder / "model_index.json")
+    for name, (_, expected) in CLASSES.items():
+        entry = index.get(name)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if str(found).removesuffix("Fast") != expected:
+            raise ModelError(f"{folder / 'model_index.json'}: {name} is {found!r}; only {expected} is supported")
+    if other := sorted({"text_encoder_2", "controlnet", "motion_adapter"} & index.keys()):
+        raise ModelError(f"{folder / 'model_index.json'}: {index.get('_class_name')} with {other[0]} is not supported")
+    return index
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -79,7 +95,10 @@ def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[st
         return read_safetensors(whole)
     if index is None:
         there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_file())) or "nothing"
-        raise ModelError(f"{whole} is missing (variant {variant!r}; the folder holds {there}): check the path and the variant")
+        raise ModelError(
+            f"{whole} is missing (the folder holds {there}): give the variant of a file that is there, "
+            "such as fp16; only safetensors are read"
+        )
     tensors: dict[str, np.ndarray] = {}
     placed = read_json(index)["weight_map"]
     for name in sorted(set(placed.values())):
@@ -133,13 +152,14 @@ def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, wh
         if modern is None:
             continue
         path = naming.to_path(modern, tensor.ndim)
-        if path in wanted:
+        if path in wanted and path not in found and tensor.dtype.name in DTYPES:
             found[path] = naming.to_array(path, tensor)
         else:
-            extra.append(f"+ {key} {list(tensor.shape)}")
+            extra.append(f"+ {key} {tensor.dtype.name}{list(tensor.shape)}")
     missing = [f"- {naming.to_key(path)}" for path in wanted if path not in found]
     shapes = [
-        f"! {naming.to_key(path)}: {list(found[path].shape)} in the file, {list(shape)} by the config (our layout)"
+        f"! {naming.to_key(path)}: {naming.tensor_shape(path, found[path].shape)} in the file, "
+        f"{naming.tensor_shape(path, shape)} by the config"
         for path, shape in wanted.items()
         if path in found and found[path].shape != shape
     ]
@@ -158,8 +178,10 @@ def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, wh
 def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarray]:
     """The inverse of `to_params`: tensors by PyTorch name, in their own dtype or cast to `dtype`.
 
-    Raises ModelError where a finite number overflows in the narrower type.
+    Raises ModelError for another dtype than float32, bfloat16, float16, or where a finite number overflows in it.
     """
+    if dtype not in (None, *DTYPES):
+        raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     tensors, overflow = {}, []
     for path, leaf in flatten_dict(params).items():
         tensor = naming.to_tensor(path, np.asarray(leaf))
@@ -171,7 +193,8 @@ def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarra
             tensor = narrow
         tensors[naming.to_key(path)] = tensor
     if overflow:
-        raise ModelError(f"{len(overflow)} tensors overflow in {dtype}: {', '.join(overflow[:5])}; use bfloat16 or float32")
+        names = ", ".join(overflow[:5])
+        raise ModelError(f"{len(overflow)} tensors overflow in {dtype}: {names}; use bfloat16 or float32")
     return tensors
 
 
@@ -187,23 +210,38 @@ def np_dtype(name: str) -> np.dtype:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into; it takes the place of `target` only when the block ends without an error.
 
-    Raises ModelError when `target` exists with something in it, unless `overwrite`.
+    Raises ModelError when `target` exists with something in it, unless `overwrite` and it is a model; and when writing
+    fails, on a full disk say. What was there is then untouched.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = Path(target).resolve()  # a link to a folder stays a link
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file; give a folder")
+    if filled := target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
+        if not any((target / part).exists() for part in ("model_index.json", *NETWORKS)):
+            raise ModelError(f"{target} holds something that is no model; it is not overwritten, choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written ({error}); choose another folder") from None
     try:
         yield temporary
         temporary.chmod(0o755)
-        if target.is_dir() and any(target.iterdir()):
+        if filled:
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, aside)
-            os.replace(temporary, target)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                os.replace(aside, target)
+                raise
             shutil.rmtree(aside)
         else:
             os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"writing {target} failed ({error}); what was there is untouched. Free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -247,17 +285,23 @@ def write_pipeline(
 ) -> None:  # fmt: skip
     """Writes all of a text-to-image pipeline into the empty `folder`.
 
-    configs, params: by network (unet, vae, text_encoder). tokenizer: a folder to copy. scheduler: scheduler_config.json.
-    index: the model_index.json to keep, otherwise one is made: a LatentConsistencyModelPipeline where the scheduler is
-    LCMScheduler, else a StableDiffusionPipeline. how: dtype, variant, max_shard_bytes of `write_component`.
+    configs, params: by network (unet, vae, text_encoder). tokenizer: a folder to copy. scheduler: its config.
+    index: the model_index.json to keep but for components that are not written (a safety checker), which become null;
+    otherwise one is made: a LatentConsistencyModelPipeline where the scheduler is LCMScheduler, else a
+    StableDiffusionPipeline. how: dtype, variant, max_shard_bytes of `write_component`.
     """
     for name in NETWORKS:
         write_component(folder, name, configs[name], params[name], **how)
     shutil.copytree(tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    written = {*CLASSES, "scheduler"}
+    if index is not None:
+        kept = {k: [None, None] if isinstance(v, list) and k not in written else v for k, v in index.items()}
+        write_json(folder / "model_index.json", kept | {"requires_safety_checker": False})
+        return
     kind = "LatentConsistencyModelPipeline" if scheduler["_class_name"] == "LCMScheduler" else "StableDiffusionPipeline"
     made = {"_class_name": kind, "_diffusers_version": "0.42.0", "requires_safety_checker": False}
     made |= {name: list(CLASSES[name]) for name in CLASSES} | {"scheduler": ["diffusers", scheduler["_class_name"]]}
     made |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
-    write_json(folder / "model_index.json", index or made)
+    write_json(folder / "model_index.json", made)

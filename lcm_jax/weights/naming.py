@@ -40,6 +40,13 @@ def to_key(path: tuple[str, ...]) -> str:
     return ".".join([*parts, leaf])
 
 
+def tensor_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> list[int]:
+    """The shape of one of our arrays in PyTorch's layout."""
+    if path[-1] != "kernel":
+        return list(shape)
+    return [shape[i] for i in (3, 2, 0, 1)] if len(shape) == 4 else list(reversed(shape))
+
+
 def to_array(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
     """PyTorch's layout -> ours, a view."""
     if path[-1] != "kernel":
