@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
         {
             "name": "lcd",
             "num_ddim_steps": 50,  # the skipping step k is 1000 / 50 = 20
-            "w_min": 1.0,
-            "w_max": 5.0,
+            "w_min": 0.5,
+            "w_max": 4.0,
             "distance": "huber",
             "huber_c": 1e-3,
             "empty_prompts": 0.0,
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict({"every_steps": 10})
     config.sample = ConfigDict(
         {
-            "every_steps": 200, "per_task": 2, "batch_size": 12, "guidance_scale": 4.0,
+            "every_steps": 200, "per_task": 2, "batch_size": 12, "guidance_scale": 3.0,
             "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
         }
     )  # fmt: skip
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             "per_task": 24,
             "batch_size": 36,
             "reference": 1024,
-            "guidance_scale": 4.0,
+            "guidance_scale": 3.0,
             "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},
             "student": {"lcm": (1, 2, 4, 8)},
         }

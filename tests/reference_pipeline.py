@@ -40,6 +40,9 @@ def networks(student: bool) -> dict:
         attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), time_cond_proj_dim=32 if student else None,
     )  # fmt: skip
+    if student:
+        with torch.no_grad():
+            unet.time_embedding.cond_proj.weight.mul_(30.0)  # so that the weight of guidance is seen in the pictures
     vae = AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,

@@ -208,7 +208,7 @@ def guess(scale, z, t, context, embedding=None):
     angle = z + 0.01 * t[:, None, None, None] + context.mean((1, 2))[:, None, None, None]
     if embedding is not None:
         angle = angle + embedding[:, :3].sum(1)[:, None, None, None]
-    return scale * jnp.sin(angle)
+    return jnp.broadcast_to(scale, angle.shape) * jnp.sin(angle)  # one number, or one a channel
 
 
 def speak(schedule, x0, z, t):

@@ -24,7 +24,8 @@ def consistency_function(schedule: Schedule, output: jax.Array, z: jax.Array, t:
 def guidance_embedding(w: jax.Array, dim: int = 256) -> jax.Array:
     """[sin, cos] of 1000 w exp(-j ln(10^4) / (dim/2 - 1)), j < dim/2: float32[B, dim].
 
-    w: float32[B], the paper's weight (guidance_scale - 1). Always in float32: in half precision 1000 w alone is off by more than a turn.
+    w: float32[B], the paper's weight (guidance_scale - 1). Always in float32: in half precision 1000 w alone is off by
+    more than a turn.
     """
     half = dim // 2
     frequencies = np.exp(-np.arange(half) * np.log(10000.0) / (half - 1)).astype(np.float32)

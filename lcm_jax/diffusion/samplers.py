@@ -42,14 +42,15 @@ def sample_consistency(
 
 
 def sample_ddim(
-    network: Network, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, set_alpha_to_one: bool = False
-) -> jax.Array:
+    network: Network, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, set_alpha_to_one: bool = False,
+    num_inference_steps: int | None = None,
+) -> jax.Array:  # fmt: skip
     """DDIM with eta 0 (arXiv 2010.02502) from z: float32[B, h, w, c] at timesteps[0] to t = 0 (or to alpha = 1).
 
     timesteps: int32[n] descending and evenly spaced. As in diffusers each step goes to t - 1000 // n, which is the next
-    timestep where n divides 1000.
+    timestep where n divides 1000. num_inference_steps: this n, where strength < 1 has left fewer timesteps.
     """
-    before = timesteps - len(schedule.alphas_cumprod) // len(timesteps)
+    before = timesteps - len(schedule.alphas_cumprod) // (num_inference_steps or len(timesteps))
     table = schedule.alphas_cumprod.astype(np.float64)
     final = 1.0 if set_alpha_to_one else table[0]
     bar = np.where(before >= 0, table[np.maximum(before, 0)], final)
@@ -68,7 +69,8 @@ def dpm_solver_pp_coefficients(timesteps: np.ndarray, schedule: Schedule) -> np.
     """float32[n, 3]: ratio, first, second of `dpm_solver_pp_2m_step` for each step, ending at sigma = 0.
 
     With lambda = log(alpha / sigma) and h the step in lambda: ratio = sigma_next / sigma,
-    first = alpha_next (1 - e^-h), second = first h / (2 h_before). The first step is of first order; so is the last, since it ends at sigma = 0.
+    first = alpha_next (1 - e^-h), second = first h / (2 h_before).
+    The first step is of first order; so is the last, since it ends at sigma = 0.
     """
     bar = schedule.alphas_cumprod.astype(np.float64)[timesteps]
     alpha, sigma = np.append(np.sqrt(bar), 1.0), np.append(np.sqrt(1.0 - bar), 0.0)

@@ -143,11 +143,13 @@ def lcm_timesteps(
 
 
 def solver_timesteps(
-    num_inference_steps: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000
-) -> np.ndarray:
+    num_inference_steps: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000,
+    strength: float = 1.0,
+) -> np.ndarray:  # fmt: skip
     """The n timesteps of a many-step solver, descending int32[n], at diffusers' DDIM spacing `trailing` or `leading`.
 
-    Raises ValueError when n is not in 1..num_train_timesteps or the spacing is another.
+    strength < 1 keeps the last int(n strength) of them, for image to image.
+    Raises ValueError when n is not in 1..num_train_timesteps, the spacing is another, or strength leaves no step.
     """
     n = num_inference_steps
     if not 1 <= n <= num_train_timesteps:
@@ -158,4 +160,6 @@ def solver_timesteps(
         grid = np.round(np.arange(n) * (num_train_timesteps // n))[::-1] + steps_offset
     else:
         raise ValueError(f"timestep_spacing is {spacing!r}; choose trailing or leading")
-    return grid.astype(np.int32)
+    if not 1 <= int(n * strength) <= n:
+        raise ValueError(f"strength is {strength} with {n} steps; choose a number from {1 / n:.3g} to 1")
+    return grid[n - int(n * strength) :].astype(np.int32)

@@ -1,9 +1,12 @@
 """Checkpoints of a run: written asynchronously, committed atomically, kept by a policy (the only importer of orbax)."""
 
+import logging
 import shutil
+import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lcm_jax.training.state import TrainState
@@ -11,6 +14,18 @@ from lcm_jax.training.state import TrainState
 
 class CheckpointError(RuntimeError):
     """No checkpoint of a folder that has some can be read."""
+
+
+def checksums(state: TrainState) -> dict[str, int]:
+    """The crc32 of each leaf's bytes, by its path: orbax returns flipped bits on a disk without a word.
+
+    A leaf of which this process does not hold every value (FSDP over several hosts) has none.
+    """
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if leaf.is_fully_addressable or leaf.is_fully_replicated
+    }
 
 
 class Checkpoints:
@@ -23,6 +38,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
         self._keep = keep
+        # orbax tells its steps by absl at level INFO, which absl commands print.
+        logging.getLogger("absl").setLevel(logging.WARNING)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -33,7 +50,9 @@ class Checkpoints:
         """Starts to write `state` in the background; returns once it is safe to donate the arrays."""
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(
+                step, args=ocp.args.StandardSave(state), custom_metadata={"crc32": checksums(state)}
+            )
 
     def wait(self) -> None:
         """Returns when everything asked for is on disk; raises what went wrong in the background (a full disk, say)."""
@@ -42,14 +61,15 @@ class Checkpoints:
     def restore(self, abstract: TrainState, say=print) -> TrainState | None:
         """The newest state that can be read, on the shardings of `abstract`, or None where no step was ever saved.
 
-        A checkpoint that cannot be read is moved aside to `<folder>-unreadable/`, named, and the one before it is tried.
+        A checkpoint that cannot be read, or whose values are not those that were saved, is moved aside to
+        `<folder>-unreadable/`, named, and the one before it is tried.
         Raises CheckpointError when there were checkpoints and none could be read: starting over would bury them.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-                jax.block_until_ready(state)
+                self._compare(step, state)
             except Exception as error:  # orbax and tensorstore raise many kinds; every one of them is reported
                 aside = self._set_aside(step)
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -62,6 +82,14 @@ class Checkpoints:
                 f"they are kept in {self.folder}-unreadable: start in another --workdir to train from the beginning"
             )
         return None
+
+    def _compare(self, step: int, state: TrainState) -> None:
+        """Raises CheckpointError where a leaf's checksum is not the one saved with it."""
+        saved = (self._manager.metadata(step).custom_metadata or {}).get("crc32", {})
+        found = checksums(state)
+        changed = [name for name in saved if name in found and saved[name] != found[name]]
+        if changed:
+            raise CheckpointError(f"{len(changed)} arrays are not what was saved, first {changed[0]}")
 
     def _set_aside(self, step: int) -> Path:
         self._manager.close()

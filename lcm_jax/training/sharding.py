@@ -37,7 +37,7 @@ def by_batch(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of `tree` (arrays or their shapes): the largest axis that `fsdp` divides is split over it.
+    """A sharding for each leaf of `tree` (arrays or their shapes): the largest axis that `fsdp` divides is split.
 
     One rule serves parameters, their moving average and Adam's moments alike, since they have the same shapes.
     """

@@ -33,7 +33,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         size = jax.tree.leaves(batch)[0].shape[0]
         if size % accumulate:
-            raise ValueError(f"batch size {size} is not a multiple of accumulate = {accumulate}; choose one that divides it")
+            raise ValueError(f"batch size {size} is not a multiple of accumulate {accumulate}; choose a divisor of it")
         draws = draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
         gradient = jax.grad(loss, has_aux=True)
 

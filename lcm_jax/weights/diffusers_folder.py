@@ -229,6 +229,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        for path in temporary.rglob("*"):  # safetensors writes files that only their owner can read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if filled:
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, aside)

@@ -1,0 +1,264 @@
+"""Text to pictures: against diffusers' own pipelines on the same folder and latents, and by itself."""
+
+import json
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_pipeline
+import torch
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+
+import lcm_jax
+from lcm_jax import pipeline
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.weights.diffusers_folder import ModelError
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders written by diffusers, by the name of their scheduler: lcm (a student), ddim, trailing, pndm, dpm."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in reference_pipeline.SCHEDULERS:
+        reference_pipeline.build(folder / "tokenizer", name).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(models):
+    return lcm_jax.Pipeline.from_pretrained(models / "lcm")
+
+
+@pytest.fixture(scope="module")
+def teacher(models):
+    return lcm_jax.Pipeline.from_pretrained(models / "ddim")
+
+
+def draw_latents(seed=0, count=1):
+    return np.random.default_rng(seed).standard_normal((count, 8, 8, 4)).astype(np.float32)
+
+
+def to_torch(latents):
+    return torch.from_numpy(np.ascontiguousarray(latents.transpose(0, 3, 1, 2)))
+
+
+def run_theirs(folder, kind, latents, **arguments):
+    """The arrays of diffusers' own pipeline for a folder, NHWC."""
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        images = pipe(PROMPT, latents=to_torch(latents), **arguments).images
+    return images.numpy().transpose(0, 2, 3, 1) if isinstance(images, torch.Tensor) else images
+
+
+# --- the same pictures as diffusers ---
+
+
+def test_diffusers_loads_what_we_write_and_makes_the_same_picture(student, tmp_path):
+    student.save_pretrained(tmp_path / "export")
+    latents = draw_latents()
+    arguments = {"num_inference_steps": 1, "guidance_scale": 8.0, "output_type": "np"}
+    theirs = run_theirs(tmp_path / "export", LatentConsistencyModelPipeline, latents, **arguments)
+    ours = student(PROMPT, latents=latents, **arguments).images
+    assert ours.shape == (1, 16, 16, 3) and ours.dtype == np.float32 and ours.std() > 0.1
+    assert np.abs(theirs - ours).max() * 255 <= 2
+
+    # The weight of guidance really arrives: another one gives another picture.
+    other = student(PROMPT, latents=latents, **arguments | {"guidance_scale": 2.0}).images
+    theirs = run_theirs(
+        tmp_path / "export", LatentConsistencyModelPipeline, latents, **arguments | {"guidance_scale": 2.0}
+    )
+    assert np.abs(other - ours).max() * 255 > 3 and np.abs(theirs - other).max() * 255 <= 2
+
+
+def test_several_steps_are_those_of_diffusers_given_the_same_noise(models, student, monkeypatch):
+    latents, noise = pipeline.draw_noise(7, 1, 4, (8, 8, 4))
+    draws = iter(noise)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: to_torch(np.asarray(next(draws)))
+    )
+    arguments = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
+    theirs = run_theirs(models / "lcm", LatentConsistencyModelPipeline, np.asarray(latents), **arguments)
+    assert next(draws, None) is None  # all of it was used
+    ours = student(PROMPT, seed=7, **arguments).images
+    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["ddim", "trailing", "pndm", "dpm"])
+def test_solvers_follow_the_folder_as_diffusers_does(models, name):
+    """Classifier-free guidance, the grid of timesteps and the last step, from the scheduler's config."""
+    latents = draw_latents()
+    theirs = StableDiffusionPipeline.from_pretrained(models / name)
+    if name == "pndm":  # it is replaced by DDIM with the same config, as diffusers' users do
+        theirs.scheduler = reference_pipeline.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
+    theirs.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
+    with torch.no_grad():
+        expected = theirs(PROMPT, latents=to_torch(latents), **arguments).images.numpy().transpose(0, 2, 3, 1)
+    pipe = lcm_jax.Pipeline.from_pretrained(models / name)
+    ours = pipe(PROMPT, latents=latents, **arguments).images
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_network_without_guidance_input_is_guided_by_two_passes(teacher):
+    """As after an LCM-LoRA: the consistency sampler with classifier-free guidance."""
+    arguments = {"latents": draw_latents(), "num_inference_steps": 1, "sampler": "lcm", "output_type": "latent"}
+    at = {w: teacher(PROMPT, guidance_scale=w, **arguments).images for w in (1.0, 2.0, 3.0)}
+    # One step is affine in the network's output, and so in the guidance.
+    assert np.abs(at[2.0] - at[1.0]).max() > 1e-4
+    np.testing.assert_allclose(at[3.0] - at[1.0], 2 * (at[2.0] - at[1.0]), rtol=1e-3, atol=1e-4 * np.abs(at[1.0]).max())
+
+
+# --- weights through the public face ---
+
+
+@pytest.mark.parametrize("dtype, variant", [("float16", "fp16"), ("bfloat16", None)])
+def test_saved_as_it_was_stored(models, tmp_path, dtype, variant):
+    folder, mine = tmp_path / "theirs", tmp_path / "mine"
+    reference_pipeline.build(models / "tokenizer", "lcm").save_pretrained(folder)
+    narrow = lcm_jax.Pipeline.from_pretrained(folder)
+    narrow.save_pretrained(tmp_path / "narrow", dtype=dtype, variant=variant)
+    pipe = lcm_jax.Pipeline.from_pretrained(tmp_path / "narrow", dtype="bfloat16", variant=variant)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipe.params)} == {dtype}
+    pipe.save_pretrained(mine, variant=variant)
+    written = {str(p.relative_to(mine)): p.read_bytes() for p in mine.rglob("*") if p.is_file()}
+    assert len([name for name in written if name.endswith(".safetensors")]) == 3
+    for name, content in written.items():
+        assert (tmp_path / "narrow" / name).read_bytes() == content, name
+
+
+def test_half_precision_compute_is_close(models, student):
+    half = lcm_jax.Pipeline.from_pretrained(models / "lcm", dtype="bfloat16")
+    arguments = {"num_inference_steps": 1, "output_type": "np", "latents": draw_latents()}
+    a, b = (pipe(PROMPT, **arguments).images for pipe in (student, half))
+    assert 0 < np.abs(a - b).mean() < 0.02
+
+
+def test_saving_over_a_model_must_be_asked_for(models, student, tmp_path):
+    folder = shutil.copytree(models / "ddim", tmp_path / "model")
+    before = (folder / "unet" / "config.json").read_bytes()
+    with pytest.raises(ModelError, match="exists already"):
+        student.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+    student.save_pretrained(folder, overwrite=True)
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+
+
+# --- randomness ---
+
+
+def test_a_picture_depends_on_its_seed_and_place_only(student):
+    batch = student([PROMPT, "a red circle", PROMPT], num_inference_steps=2, seed=5, output_type="latent").images
+    again = student([PROMPT, "a red circle", PROMPT], num_inference_steps=2, seed=5, output_type="latent").images
+    np.testing.assert_array_equal(batch, again)
+    assert np.abs(batch[0] - batch[2]).max() > 0.1
+    alone = student(PROMPT, num_inference_steps=2, seed=5, output_type="latent").images
+    np.testing.assert_allclose(alone[0], batch[0], atol=1e-4)
+    many = student(PROMPT, num_inference_steps=2, seed=5, num_images_per_prompt=3, output_type="latent").images
+    np.testing.assert_allclose(many[[0, 2]], batch[[0, 2]], atol=1e-4)
+    assert np.abs(student(PROMPT, num_inference_steps=2, seed=6, output_type="latent").images - alone).max() > 0.1
+
+
+def test_noise_of_picture_i_is_that_of_any_batch_and_number_of_steps():
+    latents, noise = pipeline.draw_noise(3, 4, 5, (2, 2, 4))
+    assert latents.shape == (4, 2, 2, 4) and noise.shape == (4, 4, 2, 2, 4) and noise.dtype == jnp.float32
+    later, later_noise = pipeline.draw_noise(3, 1, 3, (2, 2, 4), first=2)
+    np.testing.assert_array_equal(later[0], latents[2])
+    np.testing.assert_array_equal(later_noise[:, 0], noise[:2, 2])
+    everything = np.concatenate([latents[None], noise]).ravel()
+    assert len(np.unique(everything)) == everything.size
+
+
+# --- what comes out ---
+
+
+def test_output_types_and_sizes(student):
+    arguments = {"num_inference_steps": 1, "latents": draw_latents()}
+    picture = student(PROMPT, **arguments).images
+    assert len(picture) == 1 and picture[0].size == (16, 16) and picture[0].mode == "RGB"
+    floats = student(PROMPT, output_type="np", **arguments).images
+    np.testing.assert_array_equal(np.round(floats[0] * 255), np.asarray(picture[0]))
+    wide = student(PROMPT, num_inference_steps=1, height=8, width=24, output_type="latent").images
+    assert wide.shape == (1, 4, 12, 4)
+
+
+def test_a_call_is_one_compiled_function_reused(student):
+    run = lambda prompt, w: student(prompt, num_inference_steps=1, guidance_scale=w, latents=draw_latents())  # noqa: E731
+    run(PROMPT, 8.0)
+    before = {key: function._cache_size() for key, function in student._compiled.items()}
+    run("a blue square", 3.0)
+    assert {key: function._cache_size() for key, function in student._compiled.items()} == before
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
+    long = " ".join(["red"] * (reference_pipeline.LENGTH - 2)) + " blue square"
+    with pytest.warns(UserWarning, match=f"longer than {reference_pipeline.LENGTH} tokens.*blue square"):
+        cut = student(["a", long], num_inference_steps=1, output_type="latent", seed=1).images
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = student(["a", long.removesuffix(" blue square")], num_inference_steps=1, output_type="latent", seed=1)
+    np.testing.assert_array_equal(cut, kept.images)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; choose 1 to 50"),
+        ({"num_inference_steps": 51}, "num_inference_steps is 51; choose 1 to 50"),
+        ({"prompt": []}, "prompt is \\[\\]; give a text"),
+        ({"prompt": ["a", 3]}, "prompt is .*; give a text"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; give 1 or more"),
+        ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np or latent"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose"),
+        ({"sampler": "ddim"}, "this model is an LCM; use sampler='lcm' or its teacher"),
+        ({"height": 17}, "height and width are 17 and 16; give multiples of 2"),
+        ({"width": 0}, "height and width are 16 and 0; give multiples of 2"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\); give \(1, 8, 8, 4\)"),
+        ({"latents": draw_latents(count=2)}, r"latents have shape \(2, 8, 8, 4\); give \(1, 8, 8, 4\)"),
+        ({"guidance_scale": 0.0}, "guidance_scale is 0.0; give 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"seed": -1}, "seed is -1; give a number from 0"),
+    ],
+)
+def test_bad_arguments_are_named_with_their_value_and_the_remedy(student, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        student(**{"prompt": PROMPT} | arguments)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_models_that_cannot_work_are_refused(models, tmp_path):
+    with pytest.raises(ModelError, match="no model"):
+        lcm_jax.Pipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="dtype is 'float8'; choose float32, bfloat16, float16"):
+        lcm_jax.Pipeline.from_pretrained(models / "lcm", dtype="float8")
+
+    def changed(part, **options):
+        folder = shutil.copytree(models / "ddim", tmp_path / str(len(list(tmp_path.iterdir()))))
+        path = folder / part
+        path.write_text(json.dumps(json.loads(path.read_text()) | options))
+        return folder
+
+    for part, options, message in [
+        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True is not supported"),
+        ("unet/config.json", {"cross_attention_dim": 24}, "dim is 24, the text encoder's hidden_size 16"),
+        ("unet/config.json", {"block_out_channels": [16, 16]}, "unet of .*another shape"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ("text_encoder/config.json", {"vocab_size": 300}, "text_encoder of .*another shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lcm_jax.Pipeline.from_pretrained(changed(part, **options))
+
+    folder = changed("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler")
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; choose sampler="):
+        lcm_jax.Pipeline.from_pretrained(folder)(PROMPT)
+    tokenizers.build(reference_pipeline.WORDS, folder / "tokenizer", model_max_length=30)
+    with pytest.raises(ModelError, match="model_max_length is 30, above the text encoder's max_position_embeddings 12"):
+        lcm_jax.Pipeline.from_pretrained(folder)

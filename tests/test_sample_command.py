@@ -1,0 +1,97 @@
+"""`python -m lcm_jax.sample`, as a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_pipeline
+from PIL import Image
+
+import lcm_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = "--num_inference_steps=2"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    reference_pipeline.build(folder / "tokenizer", "lcm").save_pretrained(folder / "student")
+    return folder / "student"
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "lcm_jax.sample", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def fails(result, *parts):
+    """It says what is wrong in a line or two, without a traceback."""
+    assert result.returncode != 0
+    lines = result.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 2, result.stderr
+    for part in parts:
+        assert part in result.stderr, result.stderr
+
+
+def test_pictures_of_every_prompt_once(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square\n\na red square\n")
+    output = tmp_path / "new" / "pictures"
+    arguments = [f"--model={model}", "--prompt=a red circle", f"--prompts_file={prompts}", STEPS, f"--output={output}"]
+    result = run(*arguments, "--grid", "--seed=3")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["000.png", "001.png", "002.png", "grid.png"]
+    assert all(part in result.stdout for part in ["3 pictures in", "pictures/s", str(output / "002.png")])
+
+    pipe = lcm_jax.Pipeline.from_pretrained(model)
+    expected = pipe(["a red circle", "a blue square", "a red square"], num_inference_steps=2, seed=3).images
+    pictures = [Image.open(output / f"00{i}.png") for i in range(3)]
+    for ours, theirs in zip(pictures, expected, strict=True):
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert Image.open(output / "grid.png").size == (48, 16)
+
+    # Again into the same folder: refused before anything is loaded or touched.
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    fails(run(*arguments, "--seed=4"), "000.png exists already", "--overwrite")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_help_ends_with_an_example_and_needs_no_jax():
+    result = run("--help")
+    assert result.returncode == 0
+    last = result.stdout.strip().splitlines()[-2:]
+    assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
+    code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert imported.stdout == f"False {lcm_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--promt=a"], ["promt", "--prompt"]),
+        (["--prompt=a"], ["--output is missing"]),
+        (["--output=new"], ["no prompts", "--prompt="]),
+        (["--prompt=a", "--output=new", "--sampler=euler"], ["euler", "lcm"]),
+        (["--prompt=a", "--output=new", "more"], ["'more'"]),
+        (["--prompt=a", "--output=new", "--prompts_file=nowhere.txt"], ["nowhere.txt"]),
+        (["--prompt=a", "--output=new", "--model=shapes-lmc"], ["'shapes-lmc'", "did you mean 'shapes-lcm'"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_mistakes_are_one_line(arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(run(*arguments), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [0, 51])
+def test_a_number_of_steps_that_is_not_possible(model, tmp_path, steps):
+    output = tmp_path / "pictures"
+    fails(run(f"--model={model}", "--prompt=a", f"--output={output}", f"--num_inference_steps={steps}"),
+          f"num_inference_steps is {steps}", "1 to 50")  # fmt: skip
+    assert not output.exists()
