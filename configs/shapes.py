@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 6000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 600, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 500, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
             "remat": False,
         }
     )  # fmt: skip
@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.report = ConfigDict(
         {
-            "per_task": 24,
-            "batch_size": 36,
+            "per_task": 16,
+            "batch_size": 32,
             "reference": 1024,
             "guidance_scale": 3.0,
             "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},

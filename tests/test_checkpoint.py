@@ -1,0 +1,190 @@
+"""Checkpoints survive what happens to files: kills, truncation, flipped bits, another mesh."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lcm_jax.training import sharding
+from lcm_jax.training.checkpoint import CheckpointError, Checkpoints
+from lcm_jax.training.state import create_state
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def state_at(step: int):
+    """A state in which every value is its own, NaN-free, at `step`."""
+    rng = np.random.default_rng(step)
+    params = {"dense": {"kernel": np.zeros((64, 16)), "bias": np.zeros(16)}, "scale": np.zeros(7)}
+    state = create_state(params, OPTIMIZER)
+    fill = lambda x: jnp.asarray(rng.standard_normal(x.shape) * 100, x.dtype)  # noqa: E731
+    return jax.tree.map(fill, state).replace(step=jnp.int32(step))
+
+
+def abstract(mesh=None):
+    shapes = jax.eval_shape(state_at, 0)
+    shardings = sharding.tree_shardings(mesh or sharding.make_mesh(8, 1), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def assert_same_bits(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def three_saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (10, 20, 30):
+        checkpoints.save(state_at(step))
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def three(three_saved, tmp_path) -> Path:
+    """A folder with checkpoints at 10, 20 and 30, to be damaged."""
+    return Path(shutil.copytree(three_saved, tmp_path / "run" / "checkpoints"))
+
+
+def restore(folder: Path, keep: int = 3, mesh=None):
+    """(state, what was said)."""
+    said: list[str] = []
+    checkpoints = Checkpoints(folder, keep)
+    try:
+        return checkpoints.restore(abstract(mesh), said.append), said
+    finally:
+        checkpoints.close()
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def arrays_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_the_newest_comes_back_to_the_last_bit(three):
+    state, said = restore(three)
+    assert_same_bits(state, state_at(30))
+    assert type(state.opt_state) is tuple and not said
+
+
+def test_an_empty_folder_holds_nothing(tmp_path):
+    assert restore(tmp_path / "none") == (None, [])
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(state_at(step))
+    checkpoints.save(state_at(4))  # once more, as at the end of a run: no error
+    checkpoints.close()
+    assert steps(tmp_path / "c") == ["3", "4"]
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip_one_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, overwrite, flip_one_bit, Path.unlink], ids=lambda f: f.__name__)
+def test_a_damaged_newest_gives_way_to_the_one_before(damage, three):
+    damage(arrays_file(three / "30"))
+    state, said = restore(three)
+    assert_same_bits(state, state_at(20))
+    aside = three.with_name("checkpoints-unreadable")
+    assert len(said) == 1 and "\n" not in said[0]
+    assert said[0].startswith("checkpoint 30 cannot be read (") and f"moved to {aside / '30'}" in said[0]
+    assert steps(three) == ["10", "20"] and arrays_file(aside / "30")
+
+    # The run goes on, and writes the same step again.
+    checkpoints = Checkpoints(three, keep=3)
+    checkpoints.save(state_at(30))
+    checkpoints.close()
+    assert_same_bits(restore(three)[0], state_at(30))
+
+
+def test_a_flipped_bit_is_named(three):
+    flip_one_bit(arrays_file(three / "30"))
+    assert "arrays are not what was saved" in restore(three)[1][0]
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(three):
+    path = three / "30" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+    assert_same_bits(restore(three)[0], state_at(30))
+
+
+def test_where_all_are_damaged_nothing_starts_over(three):
+    for step in ("10", "20", "30"):
+        truncate(arrays_file(three / step))
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[30, 20, 10\] in .* could be read; they are kept"):
+        restore(three)
+    assert steps(three.with_name("checkpoints-unreadable")) == ["10", "20", "30"]
+
+
+@pytest.mark.parametrize("name", ["40.orbax-checkpoint-tmp", "40.orbax-checkpoint-tmp-1700000000000000"])
+def test_a_save_that_was_interrupted_is_not_there(name, three):
+    half = Path(shutil.copytree(three / "30", three / name))
+    arrays_file(half).unlink()
+    for path in half.rglob("commit_success.txt"):
+        path.unlink()
+    state, said = restore(three)
+    assert_same_bits(state, state_at(30))
+    assert not said
+    checkpoints = Checkpoints(three, keep=3)
+    checkpoints.save(state_at(40))
+    checkpoints.close()
+    assert_same_bits(restore(three)[0], state_at(40))
+
+
+def test_another_mesh_reads_it(three, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state, said = restore(three, mesh=sharding.make_mesh(2, 4))
+    assert_same_bits(state, state_at(30))
+    assert not said and state.params["dense"]["kernel"].addressable_data(0).shape == (16, 16)
+
+    # And back: saved in pieces, read whole.
+    checkpoints = Checkpoints(three, keep=3)
+    checkpoints.save(state.replace(step=state.step + 1))
+    checkpoints.close()
+    state, said = restore(three, mesh=sharding.make_mesh(8, 1))
+    assert not said and state.step == 31 and state.params["dense"]["kernel"].sharding.is_fully_replicated
+    assert_same_bits(state.opt_state, state_at(30).opt_state)
+
+
+def test_donated_buffers_do_not_reach_the_file(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    state = state_at(1)
+    checkpoints.save(state)
+    state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    checkpoints.close()
+    assert_same_bits(restore(tmp_path / "c")[0], state_at(1))
+
+
+def test_the_library_is_silent(tmp_path, monkeypatch, caplog):
+    absl = logging.getLogger("absl")
+    monkeypatch.setattr(absl, "propagate", True)
+    absl.setLevel(logging.INFO)  # as absl's own `app.run` does
+    with caplog.at_level(logging.INFO):
+        restore(tmp_path / "c")
+    assert not [record for record in caplog.records if record.levelno < logging.WARNING]
