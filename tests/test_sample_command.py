@@ -73,7 +73,7 @@ def test_help_ends_with_an_example_and_needs_no_jax():
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--promt=a"], ["promt", "--prompt"]),
+        (["--promt=a"], ["'promt'", "Did you mean: prompt"]),
         (["--prompt=a"], ["--output is missing"]),
         (["--output=new"], ["no prompts", "--prompt="]),
         (["--prompt=a", "--output=new", "--sampler=euler"], ["euler", "lcm"]),

@@ -55,7 +55,8 @@ def test_consistency_sampling_equals_lcm_scheduler(n, strength, kind, monkeypatc
         z = result.prev_sample
     timesteps = lcm_timesteps(n, strength)
     schedule = make_schedule(SD | {"prediction_type": kind})
-    assert_same(sample_consistency(network, jnp.asarray(Z), timesteps, noise[: n - 1], schedule), result.denoised.numpy())
+    ours = sample_consistency(network, jnp.asarray(Z), timesteps, noise[: n - 1], schedule)
+    assert_same(ours, result.denoised.numpy())
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)

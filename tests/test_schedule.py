@@ -5,8 +5,18 @@ import numpy as np
 import pytest
 
 from lcm_jax.diffusion.schedule import (
-    PREDICTION_TYPES, Schedule, add_noise, alpha_sigma, lcm_timesteps, make_schedule, predict_noise, predict_x0,
-    skipping_steps, solver_timesteps, training_target, velocity,
+    PREDICTION_TYPES,
+    Schedule,
+    add_noise,
+    alpha_sigma,
+    lcm_timesteps,
+    make_schedule,
+    predict_noise,
+    predict_x0,
+    skipping_steps,
+    solver_timesteps,
+    training_target,
+    velocity,
 )  # fmt: skip
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

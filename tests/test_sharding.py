@@ -19,7 +19,7 @@ from lcm_jax.training.step import make_train_step
 
 TEACHER = {
     "sample_size": 4, "in_channels": 2, "out_channels": 2, "block_out_channels": (32,), "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": 4,
     "norm_num_groups": 8, "cross_attention_dim": 16,
 }  # fmt: skip
 STUDENT = TEACHER | {"time_cond_proj_dim": 256}
@@ -60,7 +60,7 @@ def run(data: int, fsdp: int, steps: int = 3):
         to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
     )
     # Adam divides by the gradient's own size, which makes noise of gradients that are zero: epsilon keeps them zero.
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-2))
     rng = np.random.default_rng(0)
     frozen = {
         "unet": initial(TEACHER, 1), "empty_ids": np.zeros(3, np.int32),
@@ -78,6 +78,7 @@ def run(data: int, fsdp: int, steps: int = 3):
         ),
         in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
+        compiler_options={"xla_backend_optimization_level": 0},  # three steps are not worth an optimised program
     )  # fmt: skip
     state = jax.device_put(create(params), shardings)
     frozen, losses = jax.device_put(frozen, frozen_shardings), []
@@ -112,7 +113,7 @@ def test_eight_devices_equal_one(data, fsdp, monkeypatch):
     kernels = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 4096]
     pieces = {leaf.size // leaf.addressable_data(0).size for leaf in kernels}
     assert pieces == {fsdp}, "parameters, target and moments alike are split over fsdp, and over nothing else"
-    assert len(kernels) > 40
+    assert len(kernels) > 20
 
 
 def test_the_real_optimizer_is_sharded_like_the_parameters(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcm_jax.models.unet import UNet2DCondition
+from lcm_jax.models.unet import TimestepEmbedding, UNet2DCondition
 from lcm_jax.weights import naming
 
 TWO = {
@@ -159,10 +159,12 @@ def test_half_precision_stays_close_and_comes_out_in_float32(lcm):
 
 
 def test_a_new_guidance_input_changes_nothing_at_the_start():
-    config = SMALL["as an LCM"]
-    network, (z, t, context, _) = UNet2DCondition.from_config(config), inputs(config)
-    params = jax.jit(network.init)(jax.random.key(0), z, t, context)["params"]
-    assert not params["time_embedding"]["cond_proj"]["kernel"].any()
+    layer, rng = TimestepEmbedding(12, 16, "silu", jnp.float32), np.random.default_rng(0)
+    time, condition = (rng.standard_normal((2, n)).astype(np.float32) for n in (8, 16))
+    variables = layer.init(jax.random.key(0), time, condition)
+    without = layer.apply(variables, time)
+    assert without.any()
+    np.testing.assert_array_equal(layer.apply(variables, time, condition), without)
 
 
 def test_a_guidance_embedding_that_the_network_has_no_input_for_is_an_error():

@@ -23,9 +23,12 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
         ("clip_sample", clips, False),
         ("thresholding", config.get("thresholding", False), False),
         ("timestep_scaling", config.get("timestep_scaling", 10.0), 10.0),
+        ("use_karras_sigmas", config.get("use_karras_sigmas") or False, False),
+        ("algorithm_type", config.get("algorithm_type", "dpmsolver++"), "dpmsolver++"),
+        ("solver_order", config.get("solver_order", 2), 2),
     ]:
         if value != allowed:
-            raise ValueError(f"scheduler config: {option}={value!r} is not supported; latent models have {allowed!r}")
+            raise ValueError(f"scheduler config: {option}={value!r} is not supported; only {allowed!r} is")
 
 
 @dataclass(frozen=True, eq=False)

@@ -183,13 +183,14 @@ class DownLevel(Level):
 
 class UpLevel(Level):
     upsample: bool = True
+    size: tuple[int, int] | None = None  # (height, width) of the next level, which odd sizes need
 
     @nn.compact
-    def __call__(self, x, skips, time, context, size):
-        """skips: innermost first. size: (height, width) of the next level, which odd sizes need."""
+    def __call__(self, x, skips, time, context):
+        """skips: innermost first."""
         for i, skip in enumerate(skips):
             x = self.attend(i, self.resnet(i, jnp.concatenate([x, skip], axis=-1), time), context)
-        return Upsample(self.features, self.dtype, name="upsamplers_0")(x, size) if self.upsample else x
+        return Upsample(self.features, self.dtype, name="upsamplers_0")(x, self.size) if self.upsample else x
 
 
 class MidLevel(Level):
@@ -283,8 +284,8 @@ class UNet2DCondition(nn.Module):
             count = layers[level] + 1
             taken, skips = skips[-count:][::-1], skips[:-count]
             size = skips[-1].shape[1:3] if skips else None
-            x = block(UpLevel)(c, widths[level], heads[level], depth, dtype, level > 0, name=f"up_blocks_{i}")(
-                x, taken, time, context, size
+            x = block(UpLevel)(c, widths[level], heads[level], depth, dtype, level > 0, size, name=f"up_blocks_{i}")(
+                x, taken, time, context
             )
 
         x = activation(c["act_fn"])(GroupNorm(c["norm_num_groups"], c["norm_eps"], dtype, name="conv_norm_out")(x))

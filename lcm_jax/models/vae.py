@@ -38,17 +38,16 @@ DEFAULTS = {
 
 
 class MidBlock(nn.Module):
-    """Two resnets about an attention layer. `act_fn` does not reach here: it is always SiLU, as in diffusers."""
-
     features: int
     groups: int
+    act: str
     attend: bool
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x):
         resnet = lambda i, y: ResnetBlock(  # noqa: E731
-            self.features, self.groups, EPSILON, dtype=self.dtype, name=f"resnets_{i}"
+            self.features, self.groups, EPSILON, self.act, dtype=self.dtype, name=f"resnets_{i}"
         )(y)
         x = resnet(0, x)
         if self.attend:
@@ -106,7 +105,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             resample = "down" if i < len(widths) - 1 else None
             x = ResnetStack(width, c["layers_per_block"], groups, act, resample, self.dtype, name=f"down_blocks_{i}")(x)
-        features = MidBlock(widths[-1], groups, c["mid_block_add_attention"], self.dtype, name="mid_block")(x)
+        features = MidBlock(widths[-1], groups, act, c["mid_block_add_attention"], self.dtype, name="mid_block")(x)
+        # diffusers' last activation is SiLU whatever act_fn is, here and in the decoder.
         x = nn.silu(GroupNorm(groups, EPSILON, self.dtype, name="conv_norm_out")(features))
         return features, Conv(2 * c["latent_channels"], dtype=self.dtype, name="conv_out")(x)
 
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         c, groups, act = self.config, self.config["norm_num_groups"], self.config["act_fn"]
         widths = tuple(reversed(c["block_out_channels"]))
         x = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
-        x = MidBlock(widths[0], groups, c["mid_block_add_attention"], self.dtype, name="mid_block")(x)
+        x = MidBlock(widths[0], groups, act, c["mid_block_add_attention"], self.dtype, name="mid_block")(x)
         for i, width in enumerate(widths):
             resample = "up" if i < len(widths) - 1 else None
             layers = c["layers_per_block"] + 1
