@@ -1,4 +1,4 @@
-"""The main job in small: distil the embedded teacher into a latent consistency model, on two cores and without a network.
+"""The main job in small: distil the embedded teacher into a latent consistency model on two cores, without a network.
 
     python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/shapes
 

@@ -2,9 +2,10 @@
 
     python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/shapes_teacher
 
-It takes the autoencoder that `configs/shapes_vae.py` leaves behind, or any other (`--config.autoencoder=shapes`). Expect about an hour and a
-half on two cores, a few minutes on a GPU; samples and the verifier's score are logged as it goes, and `export/` holds
-the model in diffusers layout. It predicts v, which stays exact where few-step sampling begins, at t = 999.
+It takes the autoencoder that `configs/shapes_vae.py` leaves behind, or another (`--config.autoencoder=shapes`). Expect
+40 minutes on two cores, a few on a GPU; samples and the verifier's score are logged as it goes, and `export/` holds the
+model in diffusers layout. It predicts v, which stays exact where few-step sampling begins, at t = 999. The score still
+rises at the end: `--config.init=shapes` goes on from the shipped weights.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with an argument after a colon if it takes one.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; an argument follows a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, metrics, report, export.")
 flags.mark_flags_as_required(["config", "workdir"])
 

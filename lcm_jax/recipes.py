@@ -140,8 +140,10 @@ def autoencoder_job(config, workdir: Path) -> Job:
             "seconds": seconds,
         }
         (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"autoencoder in {workdir / 'export' / 'vae'}; the verifier accepts {figures['verifier']['overall']:.1%} "
-              f"of held-out pictures after encoding and decoding")
+        print(
+            f"autoencoder in {workdir / 'export' / 'vae'}; the verifier accepts {figures['verifier']['overall']:.1%} "
+            f"of held-out pictures after encoding and decoding"
+        )
 
     return Job(
         title="autoencoder",
@@ -162,7 +164,7 @@ def autoencoder_job(config, workdir: Path) -> Job:
     )  # fmt: skip
 
 
-# ---- what the two objectives in latent space share --------------------------------------------------------------------
+# ---- what the objectives in latent space share --------------------------------------------------------------------
 
 
 def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tokenizer) -> latents.LatentCache:
@@ -215,7 +217,9 @@ def diffusion_job(config, workdir: Path) -> Job:
     shipped = config.autoencoder in folders.SHIPPED
     autoencoder_folder = folders.locate(config.autoencoder) if shipped else Path(config.autoencoder)
     vae_config, vae_tensors = folders.read_component(autoencoder_folder, "vae")
-    tokenizers.build(shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings)
+    tokenizers.build(
+        shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
+    )
     tokenizer = tokenizers.load(workdir / "tokenizer")
     unet_config = config.unet.to_dict() | {
         "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
@@ -224,7 +228,8 @@ def diffusion_job(config, workdir: Path) -> Job:
     }  # fmt: skip
     text_config = config.text_encoder.to_dict() | {
         "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type}
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
@@ -237,7 +242,9 @@ def diffusion_job(config, workdir: Path) -> Job:
     )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
-        name: master(folders.to_params(name, folders.read_component(folders.locate(config.init), name)[1], abstract[name]))
+        name: master(
+            folders.to_params(name, folders.read_component(folders.locate(config.init), name)[1], abstract[name])
+        )
         for name in (("unet", "text_encoder") if config.init else ())
     }
 
@@ -290,7 +297,9 @@ def lcd_job(config, workdir: Path) -> Job:
     """Latent consistency distillation of the model `config.teacher`."""
     teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
     if teacher.model.guidance_embedding_dim is not None:
-        raise ValueError(f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from")
+        raise ValueError(
+            f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
+        )
     unet_config = teacher.configs["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim}
     configs = teacher.configs | {"unet": unet_config}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
@@ -344,7 +353,9 @@ def lcd_job(config, workdir: Path) -> Job:
         began = time.monotonic()
         captions = prompts_of("test", config.report.per_task)
         real = pictures(config, "test", config.report.reference)
-        encoder = jax.jit(lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2)))
+        encoder = jax.jit(
+            lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
+        )
 
         def features(images):
             whole = len(images) // 32 * 32
@@ -363,12 +374,16 @@ def lcd_job(config, workdir: Path) -> Job:
             sampler = Sampler(network, teacher.tokenizer, captions, config.data.size, config.report.batch_size, seed=2)
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
             figures[who] = report.figures_of(draw, plan.to_dict(), captions, features, reference, print)
-        result = figures | report.environment() | {
-            "captions": len(captions),
-            "guidance_scale": config.report.guidance_scale,
-            "config_digest": config_digest(config.to_dict()),
-            "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
-        }
+        result = (
+            figures
+            | report.environment()
+            | {
+                "captions": len(captions),
+                "guidance_scale": config.report.guidance_scale,
+                "config_digest": config_digest(config.to_dict()),
+                "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
+            }
+        )
         report.write(result, workdir)
         report.show(result)
         print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")

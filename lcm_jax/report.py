@@ -23,7 +23,12 @@ Pictures = Callable[[str, int], tuple[np.ndarray, float]]
 
 
 def figures_of(
-    pictures: Pictures, plan: Mapping[str, Sequence[int]], captions: list[str], features: Callable, reference: Moments, say
+    pictures: Pictures,
+    plan: Mapping[str, Sequence[int]],
+    captions: list[str],
+    features: Callable,
+    reference: Moments,
+    say,
 ) -> dict:
     """{sampler: {steps: {"verifier", "tasks", "frechet", "pictures_per_s"}}} for every sampler and steps of `plan`.
 
@@ -59,7 +64,15 @@ def table(report: Mapping) -> Table:
     """The report's figures as a table for the terminal."""
     tasks = list(next(iter(next(iter(report["teacher"].values())).values()))["tasks"])
     view = Table(title=f"verifier and Frechet distance over {report['captions']} held-out captions")
-    for column in ("model", "sampler", "steps", "verifier", "Frechet", "pictures/s", *(t.replace("_", " ") for t in tasks)):
+    for column in (
+        "model",
+        "sampler",
+        "steps",
+        "verifier",
+        "Frechet",
+        "pictures/s",
+        *(t.replace("_", " ") for t in tasks),
+    ):
         view.add_column(column, justify="left" if column in ("model", "sampler") else "right")
     for row in rows(report):
         view.add_row(*row)
@@ -84,14 +97,14 @@ def markdown(report: Mapping) -> str:
         [
             "# Student and teacher",
             "",
-            f"{report['captions']} held-out captions, guidance scale {report['guidance_scale']}, the same noise for all; "
-            f"{report['device']}. Training took {report['seconds']['training']:.0f} s.",
+            f"{report['captions']} held-out captions, guidance scale {report['guidance_scale']}, the same noise for "
+            f"all; {report['device']}. Training took {report['seconds']['training']:.0f} s.",
             "",
             *lines,
             "",
             "The verifier's score is the mean over the six tasks. The Frechet distance compares the features of the "
-            "autoencoder's encoder, averaged over positions, with those of real pictures; at this number of pictures it is "
-            "biased upwards, for all rows alike.",
+            "autoencoder's encoder, averaged over positions, with those of real pictures; with this few pictures it "
+            "is biased upwards, for all rows alike.",
             "",
         ]
     )

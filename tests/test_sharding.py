@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.models.unet import UNet2DCondition
@@ -31,13 +31,6 @@ OPTIMIZER = SimpleNamespace(
 )
 
 
-def mesh_of(data: int, fsdp: int):
-    if data * fsdp == jax.device_count():
-        return sharding.make_mesh(data, fsdp)
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
 def initial(config, seed):
     """Random parameters on the host, drawn without compiling an initialiser."""
     z, t, context = jnp.zeros((1, 4, 4, 2)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 3, 16))
@@ -51,7 +44,7 @@ def initial(config, seed):
 @cache
 def run(data: int, fsdp: int, steps: int = 3):
     """(losses, final state) of a small distillation on a mesh."""
-    mesh = mesh_of(data, fsdp)
+    mesh = sharding.make_mesh(data, fsdp)
     student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(TEACHER)
     networks = lcd.Networks(
         student=lambda params, *inputs: student.apply({"params": params}, *inputs),
@@ -146,11 +139,12 @@ def test_the_sharding_rule(shape, fsdp, spec):
 
 def test_a_mesh_that_does_not_fit_is_an_error():
     assert dict(sharding.make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
+    assert sharding.make_mesh(2, 2).size == 4, "fewer devices than there are"
     for data, fsdp, message in [
-        (-1, 3, "mesh.fsdp is 3, which does not divide the 8 devices"),
-        (-1, 0, "mesh.fsdp is 0"),
-        (2, 2, "mesh.data x mesh.fsdp is 2 x 2 but there are 8 devices; set mesh.data=-1"),
-        (8, 8, "8 x 8 but there are 8 devices"),
+        (-1, 9, "mesh.data x mesh.fsdp is 0 x 9 and there are 8 devices; set mesh.fsdp to at most 8"),
+        (-1, 0, "is 8 x 0 and there are 8 devices"),
+        (0, 1, "is 0 x 1 and there are 8 devices"),
+        (8, 2, "is 8 x 2 and there are 8 devices"),
     ]:
         with pytest.raises(ValueError, match=message):
             sharding.make_mesh(data, fsdp)

@@ -38,7 +38,8 @@ def load_config(name: str):
 
 
 SHRUNK = {
-    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1, "log.every_steps": 1,
+    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1,
+    "log.every_steps": 1,
 }  # fmt: skip
 SHRUNK_LCD = SHRUNK | {
     "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
@@ -167,7 +168,8 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
 def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     vae = load_config("shapes_vae")
     vae.update_from_flattened_dict(
-        SHRUNK | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.pictures": 4}
+        SHRUNK
+        | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.pictures": 4}
     )
     assert run(vae, tmp_path / "vae")
     exported = json.loads((tmp_path / "vae" / "export" / "vae" / "config.json").read_text())
@@ -177,7 +179,8 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     config.update_from_flattened_dict(
         SHRUNK
         | {
-            "autoencoder": str(tmp_path / "vae" / "export"), "unet.block_out_channels": (16, 16), "unet.norm_num_groups": 4,
+            "autoencoder": str(tmp_path / "vae" / "export"), "unet.block_out_channels": (16, 16),
+            "unet.norm_num_groups": 4,
             "text_encoder.hidden_size": 16, "text_encoder.num_hidden_layers": 1, "sample.every_steps": 2,
             "sample.per_task": 1, "sample.steps": 2, "sample.batch_size": 6,
         }

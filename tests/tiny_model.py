@@ -1,4 +1,4 @@
-"""A random text-to-image model of a few thousand parameters, in diffusers layout, written by this project's own code."""
+"""A random text-to-image model of a few thousand parameters in diffusers layout, by this project's own code."""
 
 from pathlib import Path
 

@@ -47,9 +47,9 @@ def cache_latents(
 ) -> LatentCache:
     """Encodes {"image": uint8[H,W,3], "caption": str} records into folder/<digest of identity>/, or reuses it.
 
-    encode: uint8[B,H,W,3] -> moments [B,h,w,2c], stored in float16. tokenize: captions -> int32[B,L]. identity: what the
-    cache depends on (data, autoencoder, tokenizer); another identity gets a folder of its own. The folder appears under
-    its name only when it is complete.
+    encode: uint8[B,H,W,3] -> moments [B,h,w,2c], stored in float16. tokenize: captions -> int32[B,L]. identity: what
+    the cache depends on (data, autoencoder, tokenizer); another identity gets a folder of its own. The folder
+    appears under its name only when it is complete.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = Path(folder) / key

@@ -111,7 +111,9 @@ class Embeddings(nn.Module):
             return nn.Embed(rows, c.hidden_size, self.dtype, embedding_init=normal(std), name=name)
 
         tokens = table(c.vocab_size, std, "token_embedding")(token_ids)
-        return tokens + table(c.max_position_embeddings, std / 2, "position_embedding")(jnp.arange(token_ids.shape[1])[None])
+        return tokens + table(c.max_position_embeddings, std / 2, "position_embedding")(
+            jnp.arange(token_ids.shape[1])[None]
+        )
 
 
 class SelfAttention(nn.Module):

@@ -1,1 +1,1 @@
-"""What a step minimises: one file an objective, each a `draw` of all randomness and a `loss` that is exact in its draws."""
+"""What a step minimises, one file an objective: a `draw` of all randomness and a `loss` that is exact in its draws."""

@@ -1,4 +1,4 @@
-"""A KL-regularised autoencoder (latent diffusion, arXiv 2112.10752, section 3.1), without its perceptual and adversarial terms."""
+"""A KL-regularised autoencoder (arXiv 2112.10752, section 3.1), without its perceptual and adversarial terms."""
 
 from collections.abc import Callable
 from typing import NamedTuple

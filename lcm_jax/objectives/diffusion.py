@@ -10,7 +10,8 @@ from lcm_jax.diffusion.schedule import Schedule, add_noise, training_target
 
 
 class Networks(NamedTuple):
-    """unet(params, z, t, context) -> output; encode_prompt(params, token_ids) -> context; to_latents(moments, noise) -> z."""
+    """unet(params, z, t, context) -> output; encode_prompt(params, token_ids) -> context;
+    to_latents(moments, noise) -> z."""
 
     unet: Callable
     encode_prompt: Callable
@@ -39,7 +40,8 @@ def draw(rng: jax.Array, batch, *, num_train_timesteps: int, empty_prompts: floa
 def loss(params, target, frozen, batch, draws: Draws, *, networks: Networks, schedule: Schedule):
     """mean (network(z_t, t, c) - y)^2, y the noise, the velocity or the latent by the schedule's prediction type.
 
-    params: {"unet", "text_encoder"}; batch: moments float32[B,h,w,2c], token_ids int32[B,L]; frozen["empty_ids"]: int32[L].
+    params: {"unet", "text_encoder"}; frozen["empty_ids"]: int32[L]; batch: moments float32[B,h,w,2c], token_ids
+    int32[B,L].
     Returns (float32[], metrics).
     """
     z = networks.to_latents(batch["moments"], draws.posterior)

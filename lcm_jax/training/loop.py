@@ -33,7 +33,7 @@ class Job:
 
     init() -> parameters to optimise. frozen: parameters that never change (teacher, text encoder), an argument of
     `loss`. draw, loss: see `training.step`. batches(step) -> endless batches of numpy arrays, beginning with that of
-    `step` (0-based). preview(ema, path) writes a PNG to `path` and returns scalars. finish(ema, seconds) writes what the
+    `step` (0-based). preview(ema, path) writes a PNG to `path`, returns scalars. finish(ema, seconds) writes what the
     run leaves behind.
     """
 
@@ -114,8 +114,12 @@ def train(job: Job, config, workdir: Path) -> bool:
     frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
     train_step = jax.jit(
         make_train_step(
-            job.draw, job.loss, optimizer,
-            seed=config.train.seed, ema_rate=config.train.ema_rate, accumulate=config.train.accumulate,
+            job.draw,
+            job.loss,
+            optimizer,
+            seed=config.train.seed,
+            ema_rate=config.train.ema_rate,
+            accumulate=config.train.accumulate,
         ),
         in_shardings=(shardings, sharding.tree_shardings(mesh, job.frozen), sharding.by_batch(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
