@@ -141,7 +141,8 @@ def test_a_mesh_that_does_not_fit_is_an_error():
     assert dict(sharding.make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
     assert sharding.make_mesh(2, 2).size == 4, "fewer devices than there are"
     for data, fsdp, message in [
-        (-1, 9, "mesh.data x mesh.fsdp is 0 x 9 and there are 8 devices; set mesh.fsdp to at most 8"),
+        (-1, 9, "mesh.data x mesh.fsdp is 0 x 9 and there are 8 devices; set mesh.fsdp to a divisor of that"),
+        (-1, 3, "is 2 x 3 and there are 8 devices"),
         (-1, 0, "is 8 x 0 and there are 8 devices"),
         (0, 1, "is 0 x 1 and there are 8 devices"),
         (8, 2, "is 8 x 2 and there are 8 devices"),

@@ -12,18 +12,21 @@ MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
 def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh with the axes `data` and `fsdp`, over the first data x fsdp devices.
 
-    data = -1 takes every device that fsdp leaves. Raises ValueError when there are fewer devices than that.
+    data = -1 takes every device that fsdp leaves. Raises ValueError when there are fewer devices than that, or when
+    fsdp does not divide them.
     """
     devices = jax.devices()
-    if data == -1:
+    rest = data == -1
+    if rest:
         data = len(devices) // max(fsdp, 1)
-    if data < 1 or fsdp < 1 or data * fsdp > len(devices):
+    used = data * fsdp
+    if data < 1 or fsdp < 1 or used > len(devices) or (rest and used < len(devices)):
         raise ValueError(
             f"mesh.data x mesh.fsdp is {data} x {fsdp} and there are {len(devices)} devices; "
-            f"set mesh.fsdp to at most {len(devices)} and mesh.data=-1 to use the rest"
+            f"set mesh.fsdp to a divisor of that, at most {len(devices)}, and mesh.data=-1 to use the rest"
         )
     return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used]
     )
 
 
