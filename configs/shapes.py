@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 6000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 500, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 400, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
             "remat": False,
         }
     )  # fmt: skip

@@ -7,7 +7,9 @@ Every key of the config can be set by --config.group.key=value. The same command
 stopped run left off.
 """
 
+import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags
@@ -21,6 +23,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+    if version("jaxlib").startswith("0.10."):
+        # On a CPU the fused micro-kernels of this version slow training by a fifth; others may not know the flag.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
     # Imported late, so that --help and a mistyped option answer at once.
     from lcm_jax.recipes import RECIPES
     from lcm_jax.training.checkpoint import CheckpointError
