@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; an argument follows a colon.")
@@ -21,6 +21,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
     if version("jaxlib").startswith("0.10."):

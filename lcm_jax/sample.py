@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or shapes, or shapes-lcm.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat it for several prompts.")
@@ -98,6 +98,7 @@ def sample() -> None:
 
 
 def main(argv: list[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
     if len(argv) > 1:
         print(f"error: unexpected argument {argv[1]!r}; options are written --name=value", file=sys.stderr)
         return 1
