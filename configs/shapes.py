@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 3e-4, "warmup_steps": 20, "schedule": "cosine",
+            "name": "adamw", "learning_rate": 3e-4, "warmup_steps": 20, "schedule": "cosine",
             "b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0,
         }
     )  # fmt: skip

@@ -15,7 +15,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.autoencoder = "runs/shapes_vae/export"
     config.init = ""  # a model of these networks to go on from, `shapes` for the shipped one; from scratch where empty
-    config.objective = ConfigDict({"name": "diffusion", "prediction_type": "v_prediction", "empty_prompts": 0.1})
+    config.objective = ConfigDict(
+        {"name": "diffusion", "prediction_type": "v_prediction", "empty_prompts": 0.1, "timestep_power": 0.6}
+    )
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 60_000, "cache": ""})
     config.unet = ConfigDict(
         {
@@ -42,8 +44,8 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 1e-3, "warmup_steps": 300, "schedule": "cosine",
-            "b1": 0.9, "b2": 0.99, "weight_decay": 1e-2, "clip_norm": 1.0,
+            "name": "muon", "learning_rate": 1.5e-3, "warmup_steps": 300, "schedule": "cosine",
+            "b1": 0.95, "b2": 0.99, "weight_decay": 1e-2, "clip_norm": 1.0,
         }
     )  # fmt: skip
     config.export = ConfigDict({"dtype": "float16"})

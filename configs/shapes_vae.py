@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine",
+            "name": "adamw", "learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine",
             "b1": 0.9, "b2": 0.99, "weight_decay": 1e-4, "clip_norm": 1.0,
         }
     )  # fmt: skip

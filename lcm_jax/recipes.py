@@ -282,6 +282,7 @@ def diffusion_job(config, workdir: Path) -> Job:
             diffusion.draw,
             num_train_timesteps=len(model.schedule.alphas_cumprod),
             empty_prompts=config.objective.empty_prompts,
+            timestep_power=config.objective.timestep_power,
         ),
         loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
         batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),

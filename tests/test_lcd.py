@@ -465,7 +465,8 @@ def test_pitfall_8_micro_batches_equal_one_batch(clip):
 
 def test_pitfall_8_the_moving_average_and_the_clip_act_once_per_update():
     config = SimpleNamespace(
-        learning_rate=1e-2, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=1.0
+        name="adamw", learning_rate=1e-2, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.0,
+        clip_norm=1.0,
     )
     average = np.array([0.9, 0.5, -0.4], np.float32)
     for i, (state, _) in enumerate(run_steps(4, make_optimizer(config, steps=10)), start=1):

@@ -27,7 +27,8 @@ SCHEDULE = make_schedule({
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"
 })  # fmt: skip
 OPTIMIZER = SimpleNamespace(
-    learning_rate=1e-3, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, weight_decay=1e-2, clip_norm=1.0
+    name="adamw", learning_rate=1e-3, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, weight_decay=1e-2,
+    clip_norm=1.0,
 )
 
 

@@ -15,7 +15,14 @@ from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
 
 OPTIMIZER = SimpleNamespace(
-    learning_rate=1.0, warmup_steps=2, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.1, clip_norm=1.0
+    name="adamw",
+    learning_rate=1.0,
+    warmup_steps=2,
+    schedule="constant",
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.1,
+    clip_norm=1.0,
 )
 
 
@@ -87,6 +94,36 @@ def test_the_optimizers_schedules():
     np.testing.assert_allclose(decays(warmup_steps=0), [1] * 6, atol=1e-6)
     with pytest.raises(ValueError, match="optimizer.schedule is 'linear'; choose constant or cosine"):
         decays(schedule="linear")
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adamw():
+    """Its update of a kernel has all singular values alike, at 0.2 of Adam's size per element; biases get AdamW's."""
+    rng = np.random.default_rng(0)
+    params = {
+        "conv": {"kernel": jnp.zeros((3, 3, 8, 32)), "bias": jnp.zeros(32)},
+        "table": {"embedding": jnp.zeros((50, 8))},
+    }
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
+    config = vars(OPTIMIZER) | {"warmup_steps": 0, "weight_decay": 0.0}
+    updates = {}
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(SimpleNamespace(**(config | {"name": name})), steps=6)
+        updates[name], _ = optimizer.update(gradient, optimizer.init(params), params)
+    kernel = np.asarray(updates["muon"]["conv"]["kernel"]).reshape(72, 32)
+    values = np.linalg.svd(kernel, compute_uv=False)
+    assert (
+        values.max() / values.min()
+        < 2.0
+        < np.divide(*np.linalg.svd(gradient["conv"]["kernel"].reshape(72, 32))[1][[0, -1]])
+    )
+    np.testing.assert_allclose(np.sqrt(np.mean(kernel**2)), 0.2, rtol=0.2)
+    assert np.sum(kernel * np.asarray(gradient["conv"]["kernel"]).reshape(72, 32)) < 0, "it goes down"
+    adam = optax.nadamw(1.0, b1=config["b1"], b2=config["b2"], weight_decay=0.0)  # Muon's Adam has Nesterov's momentum
+    expected, _ = adam.update(gradient, adam.init(params), params)
+    np.testing.assert_allclose(updates["muon"]["conv"]["bias"], expected["conv"]["bias"], rtol=1e-3)
+    np.testing.assert_allclose(updates["muon"]["table"]["embedding"], expected["table"]["embedding"], rtol=1e-3)
+    with pytest.raises(ValueError, match="optimizer.name is 'sgd'; choose adamw or muon"):
+        make_optimizer(SimpleNamespace(**(config | {"name": "sgd"})), steps=6)
 
 
 def test_the_target_begins_as_the_parameters_in_buffers_of_its_own():

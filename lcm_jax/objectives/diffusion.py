@@ -25,14 +25,21 @@ class Draws(NamedTuple):
     keep_prompt: jax.Array  # bool[B], False trains the empty prompt (classifier-free guidance, arXiv 2207.12598)
 
 
-def draw(rng: jax.Array, batch, *, num_train_timesteps: int, empty_prompts: float) -> Draws:
-    """batch["moments"]: float32[B,h,w,2c]; empty_prompts: the share of captions replaced by the empty one."""
+def draw(
+    rng: jax.Array, batch, *, num_train_timesteps: int, empty_prompts: float, timestep_power: float = 1.0
+) -> Draws:
+    """batch["moments"]: float32[B,h,w,2c]; empty_prompts: the share of captions replaced by the empty one.
+
+    timestep_power p: t = floor(T u^p), u ~ U[0, 1). 1 is uniform; below 1 late, noisy steps come more often, where
+    the caption decides what is drawn and where.
+    """
     b, h, w, c2 = batch["moments"].shape
     posterior, noise, time, keep = jax.random.split(rng, 4)
+    u = jax.random.uniform(time, (b,))
     return Draws(
         posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
         noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
-        t=jax.random.randint(time, (b,), 0, num_train_timesteps),
+        t=jnp.minimum(num_train_timesteps * u**timestep_power, num_train_timesteps - 1).astype(jnp.int32),
         keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
     )
 

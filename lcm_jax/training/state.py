@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 Params = Any  # a nested dict of float32 arrays
 
@@ -36,11 +37,14 @@ def create_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; decay acts on matrices and kernels, not on biases and scales.
+    """AdamW or Muon after clipping by the global norm; decay acts on matrices and kernels, not on biases and scales.
 
-    config: the `optimizer` group of a run's config (learning_rate, warmup_steps, schedule, b1, b2, weight_decay,
-    clip_norm). steps: the length of the run in optimizer updates, for the cosine schedule.
-    Raises ValueError for a schedule that is neither `constant` nor `cosine`.
+    Muon (Jordan et al. 2024, optax's) orthogonalises the momentum of matrices and convolution kernels, these as
+    [height * width * in, out], and scales it to the size of an Adam update (arXiv 2502.16982), so that one learning
+    rate fits both; biases, scales and embedding tables take the step of AdamW with Nesterov momentum.
+    config: the `optimizer` group of a run's config (name, learning_rate, warmup_steps, schedule, b1, b2,
+    weight_decay, clip_norm). steps: the length of the run in optimizer updates, for the cosine schedule.
+    Raises ValueError for a name or a schedule that is not one of those.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "constant":
@@ -54,7 +58,24 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim >= 2, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices),
-    )
+    if config.name == "adamw":
+        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
+    elif config.name == "muon":
+        update = muon(
+            schedule, beta=config.b1, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=0.2,
+            weight_decay=config.weight_decay, muon_weight_dimension_numbers=_as_matrices,
+        )  # fmt: skip
+    else:
+        raise ValueError(f"optimizer.name is {config.name!r}; choose adamw or muon")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _as_matrices(params):
+    """How Muon reads each parameter as a matrix: the last axis against all others; None for what is none."""
+
+    def dimensions(path, p):
+        if p.ndim < 2 or path[-1].key == "embedding":
+            return None
+        return MuonDimensionNumbers(reduction_axis=tuple(range(p.ndim - 1)), output_axis=(p.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
