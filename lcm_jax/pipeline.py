@@ -14,47 +14,50 @@ import numpy as np
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_dpm_solver_pp
+from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_dpm_solver_pp, sample_euler
 from lcm_jax.diffusion.schedule import lcm_timesteps, solver_timesteps
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 
 SAMPLERS = {
     "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "DPMSolverMultistepScheduler": "dpmsolver++", "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
 }  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
-    """The sampler's timesteps, descending int32[steps]. DDIM has the spacing of the scheduler's config, and
+    """The sampler's timesteps, descending int32[steps]. DDIM and Euler have the spacing of the scheduler's config, and
     DPM-Solver++ the trailing one. Raises ValueError for a number of steps that the grid does not hold."""
     config, total = model.scheduler, len(model.schedule.alphas_cumprod)
     if sampler == "lcm":
         return lcm_timesteps(steps, 1.0, config.get("original_inference_steps", 50), total)
-    if sampler == "ddim":
+    if sampler in ("ddim", "euler", "euler_ancestral"):
         return solver_timesteps(steps, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), total)
     return solver_timesteps(steps, "trailing", 0, total)
 
 
 def sample_latents(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int
-) -> jax.Array:
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None, *,
+    sampler: str, steps: int,
+) -> jax.Array:  # fmt: skip
     """Token ids to scaled latents: pure, and one `lax.scan`.
 
-    params: {"unet", "text_encoder"}; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt; latents:
-    float32[B, h, w, c], standard normal; noise: float32[steps - 1, B, h, w, c], which only `lcm` uses; guidance_scale:
-    float32[] in diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as
-    classifier-free guidance, its two passes as one batch of 2B. sampler: lcm, ddim or dpmsolver++.
+    params: "unet" and the text encoders; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt (SDXL: a row for
+    each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents: float32[B, h, w, c], standard normal;
+    noise: float32[steps - 1, B, h, w, c], which `lcm` and `euler_ancestral` use; guidance_scale: float32[] in
+    diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as guidance
+    without a classifier, its two passes as one batch of 2B. sampler: one of SAMPLERS.
     """
-    context = model.encode_prompt(params["text_encoder"], token_ids)
+    context = model.encode_prompt(params, token_ids, time_ids)
     weight = guidance_scale - 1.0
     if model.guidance_embedding_dim is not None:
         embedding = guidance_embedding(jnp.full(latents.shape[0], weight), model.guidance_embedding_dim)
         network = lambda z, t: model.denoise(params["unet"], z, t, context, embedding)  # noqa: E731
     else:
-        empty = model.encode_prompt(params["text_encoder"], jnp.broadcast_to(empty_ids, token_ids.shape))
-        both = jnp.concatenate([context, empty])
+        empty = model.encode_prompt(params, jnp.broadcast_to(empty_ids, token_ids.shape), time_ids)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, empty)
 
         def network(z, t):
             output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
@@ -68,6 +71,10 @@ def sample_latents(
         # Where a scheduler's config is silent this is diffusers' default for its class.
         to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
         return sample_ddim(network, latents, grid, model.schedule, to_one)
+    if sampler == "euler":
+        return sample_euler(network, latents, grid, model.schedule)
+    if sampler == "euler_ancestral":
+        return sample_euler(network, latents, grid, model.schedule, noise)
     return sample_dpm_solver_pp(network, latents, grid, model.schedule)
 
 
@@ -77,13 +84,21 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, *, sampler: str, steps: int
-) -> jax.Array:
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None, *,
+    sampler: str, steps: int,
+) -> jax.Array:  # fmt: skip
     """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
     z = sample_latents(
-        model, params, token_ids, empty_ids, latents, noise, guidance_scale, sampler=sampler, steps=steps
+        model, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids, sampler=sampler, steps=steps
     )
     return to_uint8(model.decode(params["vae"], z))
+
+
+def make_time_ids(
+    count: int, size: tuple[int, int], original: tuple[int, int] | None = None, corner: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """SDXL's sizes, float32[count, 6]: original (height, width), the crop's (top, left), size (height, width)."""
+    return np.tile(np.array([*(original or size), *corner, *size], np.float32), (count, 1))
 
 
 def draw_noise(
@@ -119,19 +134,25 @@ class Pipeline:
         self.folder, self.configs, self.index = folder, configs, index
         self.params = jax.device_put(params)  # once, not at every call
         self.model = StableDiffusion.from_configs(configs, jnp.dtype(dtype))
-        self.tokenizer = tokenizers.load(folder / "tokenizer")
-        text = self.model.text_encoder.config
-        length = self.tokenizer.model_max_length
-        for what, value, option, limit in [
-            ("model_max_length", length, "max_position_embeddings", text.max_position_embeddings),
-            ("vocabulary", len(self.tokenizer), "vocab_size", text.vocab_size),
-        ]:
-            if value > limit:
-                raise folders.ModelError(
-                    f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
-                    "give it the tokenizer that it was trained with"
-                )
-        self._empty = tokenizers.encode(self.tokenizer, [""])[0]
+        encoders = [encoder for encoder in (self.model.text_encoder, self.model.text_encoder_2) if encoder]
+        self.tokenizers = [tokenizers.load(folder / f"tokenizer{'_2' * i}") for i in range(len(encoders))]
+        for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
+            text = encoder.config
+            for what, value, option, limit in [
+                (
+                    "model_max_length",
+                    tokenizer.model_max_length,
+                    "max_position_embeddings",
+                    text.max_position_embeddings,
+                ),
+                ("vocabulary", len(tokenizer), "vocab_size", text.vocab_size),
+            ]:
+                if value > limit:
+                    raise folders.ModelError(
+                        f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
+                        "give it the tokenizer that it was trained with"
+                    )
+        self._empty = self.tokenize([""])[0]
         self._compiled: dict = {}  # (function, sampler, steps) -> jitted
 
     @classmethod
@@ -142,12 +163,12 @@ class Pipeline:
         """
         folder = folders.locate(path)
         index = folders.read_index(folder)
-        configs, tensors = {}, {}
-        for name in folders.NETWORKS:
+        configs, tensors = {"model_index": index}, {}
+        for name in folders.networks_of(index):
             configs[name], tensors[name] = folders.read_component(folder, name, variant)
         configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         abstract = StableDiffusion.from_configs(configs).abstract_params()
-        params = {n: folders.to_params(n, tensors[n], abstract[n], str(folder)) for n in folders.NETWORKS}
+        params = {n: folders.to_params(n, tensors[n], abstract[n], str(folder)) for n in tensors}
         return cls(folder, configs, params, index, dtype)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
@@ -161,23 +182,30 @@ class Pipeline:
                 index=self.index, **how,
             )  # fmt: skip
 
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """prompts -> int32[B, L], or int32[B, 2, L] for SDXL; longer ones are cut."""
+        return tokenizers.encode_for(self.tokenizers, prompts)
+
     @property
     def sampler(self) -> str:
-        """The sampler that the folder's scheduler asks for: lcm, ddim or dpmsolver++."""
+        """The sampler that the folder's scheduler asks for, one of SAMPLERS."""
         name = self.configs["scheduler"]["_class_name"]
         if name not in SAMPLERS:
-            raise ValueError(f"scheduler {name} is not supported; choose sampler='lcm', 'ddim' or 'dpmsolver++'")
+            raise ValueError(f"scheduler {name} is not supported; choose the sampler: {', '.join(SAMPLERS.values())}")
         return SAMPLERS[name]
 
     def __call__(
         self, prompt: str | Sequence[str], num_inference_steps: int = 4, guidance_scale: float = 8.0, seed: int = 0,
         num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None,
         latents: np.ndarray | None = None, output_type: str = "pil", sampler: str | None = None,
+        original_size: tuple[int, int] | None = None, crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
     ) -> Output:  # fmt: skip
         """Pictures for one prompt or several, num_images_per_prompt of each, in that order.
 
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to begin from.
-        output_type: pil, np or latent. sampler: lcm, ddim or dpmsolver++; by default the one of the folder's scheduler.
+        output_type: pil, np or latent. sampler: one of SAMPLERS; by default that of the folder's scheduler. The last
+        three are what SDXL is told of the picture, (height, width) or (top, left) in pixels; other models ignore them.
         Raises ValueError that names the argument, its value and what is allowed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -189,7 +217,9 @@ class Pipeline:
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type is {output_type!r}; choose pil, np or latent")
         if sampler not in SAMPLERS.values():
-            raise ValueError(f"sampler is {sampler!r}; choose lcm, ddim or dpmsolver++")
+            raise ValueError(f"sampler is {sampler!r}; choose {', '.join(dict.fromkeys(SAMPLERS.values()))}")
+        if self.model.inpaints:
+            raise ValueError("this model inpaints: its UNet takes a mask, which this command does not give it")
         if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
             raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
         timesteps(self.model, sampler, num_inference_steps)  # raises on a number that the grid does not hold
@@ -207,18 +237,26 @@ class Pipeline:
             raise ValueError(f"height and width are {height} and {width}; give multiples of {scale}")
         count = len(prompts) * num_images_per_prompt
         shape = (height // scale, width // scale, self.configs["vae"].get("latent_channels", 4))
-        drawn, noise = draw_noise(seed, count, num_inference_steps if sampler == "lcm" else 1, shape)
+        random = sampler in ("lcm", "euler_ancestral")
+        drawn, noise = draw_noise(seed, count, num_inference_steps if random else 1, shape)
         if latents is not None and np.shape(latents) != drawn.shape:
             raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
         drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)
 
-        for i in tokenizers.overlong(self.tokenizer, prompts):
-            limit = self.tokenizer.model_max_length
-            lost = self.tokenizer.decode(self.tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
+        tokenizer = self.tokenizers[0]
+        for i in tokenizers.overlong(tokenizer, prompts):
+            limit = tokenizer.model_max_length
+            lost = tokenizer.decode(tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
             warnings.warn(f"prompt {i} is longer than {limit} tokens and was cut; lost: {lost!r}", stacklevel=2)
-        token_ids = np.repeat(tokenizers.encode(self.tokenizer, prompts), num_images_per_prompt, axis=0)
+        token_ids = np.repeat(self.tokenize(prompts), num_images_per_prompt, axis=0)
+        time_ids = None
+        if self.model.text_encoder_2 is not None:
+            size = target_size or (height, width)
+            time_ids = make_time_ids(count, size, original_size or (height, width), crops_coords_top_left)
         run = self._jitted(sample_latents if output_type == "latent" else generate, sampler, num_inference_steps)
-        result = np.asarray(run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale)))
+        result = np.asarray(
+            run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale), time_ids)
+        )
         if output_type == "latent":
             return Output(result)
         if output_type == "np":

@@ -167,13 +167,13 @@ def autoencoder_job(config, workdir: Path) -> Job:
 # ---- what the objectives in latent space share --------------------------------------------------------------------
 
 
-def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tokenizer) -> latents.LatentCache:
+def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tokenize) -> latents.LatentCache:
     """The training pictures as moments and tokens, encoded once into `data.cache`, or workdir/latents by default."""
     encode = jax.jit(lambda params, images: model.encode(params, images.astype(jnp.float32) / 127.5 - 1.0))
     return latents.cache_latents(
         pictures(config, "train", config.data.length),
         lambda images: encode(vae_params, images),
-        partial(tokenizers.encode, tokenizer),
+        tokenize,
         Path(config.data.cache or workdir / "latents"),
         {"data": f"{config.data.source} {config.data.size} {config.data.length}", "vae": digest(vae_params)},
     )
@@ -182,18 +182,18 @@ def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tok
 class Sampler:
     """Pictures for fixed prompts from fixed noise; each (sampler, steps) is compiled once."""
 
-    def __init__(self, model: StableDiffusion, tokenizer, prompts: list[str], size: int, batch: int, seed: int = 1):
+    def __init__(self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int, seed: int = 1):
         self.prompts, self._batch = prompts, min(batch, len(prompts))
         self._model, self._seed = model, seed
         side = size // model.downscale
         self._shape = (side, side, model.vae.config["latent_channels"])
-        self._ids = tokenizers.encode(tokenizer, prompts)
-        self._empty = tokenizers.encode(tokenizer, [""])[0]
+        self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
+        self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
         self._compiled: dict = {}
 
     def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
-        """(uint8[len(prompts), H, W, 3], seconds without compilation). params: unet, text_encoder, vae."""
-        params = {name: params[name] for name in folders.NETWORKS}
+        """(uint8[len(prompts), H, W, 3], seconds without compilation). params: by network."""
+        params = {name: params[name] for name in self._model.networks}
         inputs = [self._inputs(steps, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
         if (sampler, steps) not in self._compiled:
             function = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
@@ -206,7 +206,7 @@ class Sampler:
         ids = self._ids[first : first + self._batch]
         ids = np.concatenate([ids, np.repeat(ids[-1:], self._batch - len(ids), axis=0)])
         z, noise = pipeline.draw_noise(self._seed, self._batch, steps, self._shape, first)
-        return ids, self._empty, z, noise, jnp.float32(guidance_scale)
+        return ids, self._empty, z, noise, jnp.float32(guidance_scale), self._time_ids
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def diffusion_job(config, workdir: Path) -> Job:
         shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
     )
     tokenizer = tokenizers.load(workdir / "tokenizer")
+    tokenize = partial(tokenizers.encode, tokenizer)
     unet_config = config.unet.to_dict() | {
         "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
         "out_channels": vae_config["latent_channels"], "cross_attention_dim": config.text_encoder.hidden_size,
@@ -236,9 +237,9 @@ def diffusion_job(config, workdir: Path) -> Job:
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
     vae_params = master(folders.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
-    source = latent_source(config, workdir, model, vae_params, tokenizer)
+    source = latent_source(config, workdir, model, vae_params, tokenize)
     sampler = Sampler(
-        model, tokenizer, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
+        model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
     )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
@@ -277,7 +278,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     return Job(
         title="diffusion",
         init=init,
-        frozen={"empty_ids": jnp.asarray(tokenizers.encode(tokenizer, [""])[0])},
+        frozen={"empty_ids": jnp.asarray(tokenize([""])[0])},
         draw=partial(
             diffusion.draw,
             num_train_timesteps=len(model.schedule.alphas_cumprod),
@@ -302,14 +303,15 @@ def lcd_job(config, workdir: Path) -> Job:
             f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
         )
     unet_config = teacher.configs["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim}
-    configs = teacher.configs | {"unet": unet_config}
+    scheduler = lcm_scheduler(teacher.configs["scheduler"], config.objective.num_ddim_steps)
+    configs = teacher.configs | {"unet": unet_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
     frozen = master(teacher.params)
-    source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenizer)
+    source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize)
 
     shown = prompts_of("test", config.sample.per_task)
-    preview_student = Sampler(model, teacher.tokenizer, shown, config.data.size, config.sample.batch_size)
-    preview_teacher = Sampler(teacher.model, teacher.tokenizer, shown, config.data.size, config.sample.batch_size)
+    preview_student = Sampler(model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
+    preview_teacher = Sampler(teacher.model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
     few = tuple(config.sample.student_steps)
     teacher_row: list[np.ndarray] = []
 
@@ -344,7 +346,6 @@ def lcd_job(config, workdir: Path) -> Job:
         if (workdir / "export").exists():  # left by a run that was stopped between its export and its report
             shutil.rmtree(workdir / "export")
         student = frozen | jax.device_get(ema)
-        scheduler = lcm_scheduler(teacher.configs["scheduler"])
         stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
         with folders.new_folder(workdir / "export") as folder:
             folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", scheduler)
@@ -372,7 +373,7 @@ def lcd_job(config, workdir: Path) -> Job:
             ("student", model, student, config.report.student),
         ]:
             print(f"{who}, {len(captions)} captions:")
-            sampler = Sampler(network, teacher.tokenizer, captions, config.data.size, config.report.batch_size, seed=2)
+            sampler = Sampler(network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2)
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
             figures[who] = report.figures_of(draw, plan.to_dict(), captions, features, reference, print)
         result = (
@@ -392,11 +393,8 @@ def lcd_job(config, workdir: Path) -> Job:
     return Job(
         title="lcd",
         init=init,
-        frozen={
-            "unet": frozen["unet"],
-            "text_encoder": frozen["text_encoder"],
-            "empty_ids": jnp.asarray(tokenizers.encode(teacher.tokenizer, [""])[0]),
-        },
+        frozen={name: tree for name, tree in frozen.items() if name != "vae"}
+        | {"empty_ids": jnp.asarray(teacher.tokenize([""])[0])},
         draw=partial(
             lcd.draw,
             num_ddim_steps=config.objective.num_ddim_steps,
@@ -418,12 +416,13 @@ def lcd_job(config, workdir: Path) -> Job:
     )
 
 
-def lcm_scheduler(config: Mapping) -> dict:
-    """The LCMScheduler that belongs to a student of a teacher with this scheduler_config.json."""
+def lcm_scheduler(config: Mapping, num_ddim_steps: int) -> dict:
+    """The LCMScheduler of a student whose teacher has this scheduler_config.json: it samples on the grid of
+    `num_ddim_steps` timesteps that it was trained on."""
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
             "rescale_betas_zero_snr")  # fmt: skip
     return {name: config[name] for name in kept if name in config} | {
-        "_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0,
+        "_class_name": "LCMScheduler", "original_inference_steps": num_ddim_steps, "timestep_scaling": 10.0,
         "set_alpha_to_one": False, "clip_sample": False,
     }  # fmt: skip
 

@@ -20,7 +20,9 @@ STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Network evaluations a pi
 GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.")
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
 COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.")
-SAMPLER = flags.DEFINE_enum("sampler", None, ["lcm", "ddim", "dpmsolver++"], "By default the model's own.")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", None, ["lcm", "ddim", "dpmsolver++", "euler", "euler_ancestral"], "By default the model's own."
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.")
 VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")

@@ -92,6 +92,7 @@ def test_cache_holds_every_record_and_fills_up_the_last_batch(tmp_path):
         assert record["moments"].dtype == np.float32 and record["token_ids"].dtype == np.int32
         np.testing.assert_allclose(record["moments"], _blocks(source[i]["image"][None])[0], atol=1e-3)  # of float16
         np.testing.assert_array_equal(record["token_ids"], _tokenize([source[i]["caption"]])[0])
+        np.testing.assert_array_equal(record["time_ids"], np.float32([64, 64, 0, 0, 64, 64]))
 
 
 def test_cache_is_reused(tmp_path):

@@ -25,7 +25,7 @@ def test_the_diffusion_loss_is_the_squared_error_of_what_the_network_predicts(pr
     draws = diffusion.Draws(normal(B, SIDE, SIDE, C), normal(B, SIDE, SIDE, C), t, keep)
     networks = diffusion.Networks(
         unet=lambda scale, z, t, context: scale * z + context[:, None, None, None] + t[:, None, None, None] / 1000,
-        encode_prompt=lambda params, ids: params * ids.sum(-1),
+        encode_prompt=lambda params, ids, _: params["text_encoder"] * ids.sum(-1),
         to_latents=lambda moments, noise: moments[..., :C] + 0.5 * noise,
     )
     params = {"unet": jnp.float32(0.7), "text_encoder": jnp.float32(0.1)}

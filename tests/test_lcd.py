@@ -39,8 +39,8 @@ def schedule(prediction_type="epsilon"):
 # --- a world small enough to write down: the text encoder is a table, the autoencoder only scales ---
 
 
-def encode_prompt(params, token_ids):
-    return params["table"][token_ids]
+def encode_prompt(frozen, token_ids, time_ids=None):
+    return frozen["text_encoder"]["table"][token_ids]
 
 
 def to_latents(moments, noise):
@@ -256,7 +256,7 @@ def test_pitfall_1_guidance_weight_is_not_guidance_scale():
     np.testing.assert_array_equal(embedding_t, embedding)
 
     plan, scale = schedule(), jnp.float32(0.7)
-    empty = jnp.broadcast_to(encode_prompt(frozen["text_encoder"], frozen["empty_ids"]), context.shape)
+    empty = jnp.broadcast_to(encode_prompt(frozen, frozen["empty_ids"]), context.shape)
     w = (1 + draws.w)[:, None, None, None]
     x0_c, x0_0 = guess(scale, z_s, s, context), guess(scale, z_s, s, empty)
     x0 = x0_0 + w * (x0_c - x0_0)
@@ -405,7 +405,7 @@ def test_an_empty_prompt_really_acts():
     emptied = batch | {"token_ids": np.tile(frozen["empty_ids"], (B, 1))}
     assert total == analytic_loss(frozen, emptied, kept)[0]
     _, seen = analytic_loss(frozen, batch, draws)
-    empty = encode_prompt(frozen["text_encoder"], frozen["empty_ids"])
+    empty = encode_prompt(frozen, frozen["empty_ids"])
     for _, _, context, _ in seen["student"]:
         np.testing.assert_array_equal(context[3], empty)
         assert (context[:3] != empty).any()

@@ -217,7 +217,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
         ({"prompt": ["a", 3]}, "prompt is .*; give a text"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; give 1 or more"),
         ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np or latent"),
-        ({"sampler": "euler"}, "sampler is 'euler'; choose"),
+        ({"sampler": "heun"}, "sampler is 'heun'; choose"),
         ({"sampler": "ddim"}, "this model is an LCM; use sampler='lcm' or its teacher"),
         ({"height": 17}, "height and width are 17 and 16; give multiples of 2"),
         ({"width": 0}, "height and width are 16 and 0; give multiples of 2"),

@@ -76,7 +76,7 @@ def test_help_ends_with_an_example_and_needs_no_jax():
         (["--promt=a"], ["'promt'", "Did you mean: prompt"]),
         (["--prompt=a"], ["--output is missing"]),
         (["--output=new"], ["no prompts", "--prompt="]),
-        (["--prompt=a", "--output=new", "--sampler=euler"], ["euler", "lcm"]),
+        (["--prompt=a", "--output=new", "--sampler=heun"], ["heun", "lcm"]),
         (["--prompt=a", "--output=new", "more"], ["'more'"]),
         (["--prompt=a", "--output=new", "--prompts_file=nowhere.txt"], ["nowhere.txt"]),
         (["--prompt=a", "--output=new", "--model=shapes-lmc"], ["'shapes-lmc'", "did you mean 'shapes-lcm'"]),

@@ -50,7 +50,7 @@ def run(data: int, fsdp: int, steps: int = 3):
     networks = lcd.Networks(
         student=lambda params, *inputs: student.apply({"params": params}, *inputs),
         teacher=lambda params, *inputs: teacher.apply({"params": params}, *inputs),
-        encode_prompt=lambda params, ids: params["table"][ids],
+        encode_prompt=lambda params, ids, _: params["text_encoder"]["table"][ids],
         to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
     )
     # Adam divides by the gradient's own size, which makes noise of gradients that are zero: epsilon keeps them zero.

@@ -15,6 +15,12 @@ TWO = {
     "attention_head_dim": 2, "sample_size": 8,
 }  # fmt: skip
 
+XL = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True, "transformer_layers_per_block": [1, 3], "attention_head_dim": [1, 2],
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 6, "projection_class_embeddings_input_dim": 46,
+}  # fmt: skip
+
 # Together they take every option away from its default.
 SMALL = {
     "as SD1": TWO | {"layers_per_block": 2},
@@ -40,10 +46,20 @@ SMALL = {
         "block_out_channels": [12], "norm_num_groups": 3, "act_fn": "relu", "attention_head_dim": 3,
         "conv_in_kernel": 1,
     },
+    "as SDXL": TWO | XL,
+    "as SSD-1B": TWO | XL | {
+        "mid_block_type": "UNetMidBlock2D", "layers_per_block": 2, "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 3, 2], 1], "time_cond_proj_dim": 8,
+    },
 }  # fmt: skip
 
 # Height and width that no halving divides, so that the way up has to remember the sizes of the way down.
-SIZES = {"as SD2": (7, 10), "attention at the bottom": (5, 3), "other activation and kernels": (7, 6)}
+SIZES = {
+    "as SD2": (7, 10),
+    "as SDXL": (6, 11),
+    "attention at the bottom": (5, 3),
+    "other activation and kernels": (7, 6),
+}
 
 # The unet/config.json of Stable Diffusion 1.5, as published, and of its LCM.
 SD15 = {
@@ -87,16 +103,22 @@ def inputs(config, size=(8, 8), batch=2):
     context = rng.standard_normal((batch, 5, width)).astype(np.float32)
     dim = config.get("time_cond_proj_dim")
     condition = rng.standard_normal((batch, dim)).astype(np.float32) if dim else None
-    return z, np.array([999, 19] * batch)[:batch].astype(np.int32), context, condition
+    t = np.array([999, 19] * batch)[:batch].astype(np.int32)
+    if "addition_embed_type" not in config:
+        return z, t, context, condition
+    time_ids = rng.integers(0, 1024, (batch, 6)).astype(np.float32)
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return z, t, context, condition, rng.standard_normal((batch, pooled)).astype(np.float32), time_ids
 
 
-def reference_output(model, z, t, context, condition):
+def reference_output(model, z, t, context, condition, pooled=None, time_ids=None):
     import torch
 
     tensor = lambda x: None if x is None else torch.from_numpy(np.asarray(x))  # noqa: E731
     with torch.no_grad():
         sample = tensor(z).permute(0, 3, 1, 2)
-        out = model(sample, tensor(t), tensor(context), timestep_cond=tensor(condition)).sample
+        added = None if pooled is None else {"text_embeds": tensor(pooled), "time_ids": tensor(time_ids)}
+        out = model(sample, tensor(t), tensor(context), timestep_cond=tensor(condition), added_cond_kwargs=added).sample
     return out.permute(0, 2, 3, 1).numpy()
 
 
@@ -174,14 +196,29 @@ def test_a_guidance_embedding_that_the_network_has_no_input_for_is_an_error():
         jax.eval_shape(lambda: network.init(jax.random.key(0), z, t, context, np.zeros((2, 256))))
 
 
+def test_sizes_and_the_pooled_prompt_go_where_there_is_an_input_for_them():
+    def output(config, *arguments):
+        network = UNet2DCondition.from_config(config)
+        return jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments))
+
+    z, t, context, _, pooled, time_ids = inputs(TWO | XL)
+    with pytest.raises(ValueError, match="takes no pooled and time_ids"):
+        output(TWO, z, t, context, None, pooled, time_ids)
+    with pytest.raises(ValueError, match="needs pooled and time_ids: its addition_embed_type is 'text_time'"):
+        output(TWO | XL, z, t, context)
+    with pytest.raises(ValueError, match="together 40, but projection_class_embeddings_input_dim is 46"):
+        output(TWO | XL, z, t, context, None, pooled, time_ids[:, :5])
+
+
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("resnet_time_scale_shift", "scale_shift"), ("addition_embed_type", "text_time"),
+        ("resnet_time_scale_shift", "scale_shift"), ("addition_embed_type", "text"),
         ("class_embed_type", "timestep"), ("dual_cross_attention", True), ("encoder_hid_dim", 64),
-        ("act_fn", "tanh"), ("mid_block_type", "UNetMidBlock2D"),
+        ("act_fn", "tanh"), ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"), ("addition_embed_type", "text_time"),
         ("num_towers", 3), ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]), ("up_block_types", ["UpBlock2D"]),
         ("attention_head_dim", [2, 2, 2]), ("layers_per_block", [1]), ("transformer_layers_per_block", [[1], 2]),
+        ("transformer_layers_per_block", [1, 2, 3]), ("reverse_transformer_layers_per_block", [[1], 2]),
         ("downsample_padding", 2), ("conv_in_kernel", 4),
     ],
 )  # fmt: skip

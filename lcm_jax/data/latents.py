@@ -13,7 +13,8 @@ import numpy as np
 
 
 class LatentCache:
-    """Random access to {"moments": float32[h,w,2c], "token_ids": int32[L]} in a folder of `cache_latents`."""
+    """Random access to {"moments": float32[h,w,2c], "token_ids": int32[L] (SDXL: [2,L]), "time_ids": float32[6]} in a
+    folder of `cache_latents`."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -22,7 +23,8 @@ class LatentCache:
     def _open(self):
         if self._arrays is None:  # opened on first use, so that the object travels to worker processes as a path
             folder = Path(self.folder)
-            self._arrays = (np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "token_ids.npy"))
+            others = (np.load(folder / f"{name}.npy") for name in ("token_ids", "time_ids"))
+            self._arrays = (np.load(folder / "moments.npy", mmap_mode="r"), *others)
         return self._arrays
 
     def __getstate__(self):
@@ -32,8 +34,8 @@ class LatentCache:
         return len(self._open()[1])
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        moments, token_ids = self._open()
-        return {"moments": moments[i].astype(np.float32), "token_ids": token_ids[i]}
+        moments, token_ids, time_ids = self._open()
+        return {"moments": moments[i].astype(np.float32), "token_ids": token_ids[i], "time_ids": time_ids[i]}
 
 
 def cache_latents(
@@ -47,10 +49,13 @@ def cache_latents(
 ) -> LatentCache:
     """Encodes {"image": uint8[H,W,3], "caption": str} records into folder/<digest of identity>/, or reuses it.
 
+    A record may have "time_ids", the sizes that SDXL is told, float32[6]: (height, width) of the picture as it was,
+    (top, left) of the crop, (H, W); one without them was not cropped.
     encode: uint8[B,H,W,3] -> moments [B,h,w,2c], stored in float16. tokenize: captions -> int32[B,L]. identity: what
     the cache depends on (data, autoencoder, tokenizer); another identity gets a folder of its own. The folder
     appears under its name only when it is complete.
     """
+    identity = {**identity, "layout": "2"}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = Path(folder) / key
     if (target / "identity.json").exists():
@@ -61,7 +66,7 @@ def cache_latents(
     temporary = Path(tempfile.mkdtemp(prefix=f"{key}.part-", dir=target.parent))
     began = said = time.monotonic()
     moments = None
-    token_ids = []
+    token_ids, time_ids = [], []
     for first in range(0, len(source), batch_size):
         records = [source[i] for i in range(first, min(first + batch_size, len(source)))]
         images = np.stack([record["image"] for record in records])
@@ -73,6 +78,8 @@ def cache_latents(
             )
         moments[first : first + len(images)] = encoded[: len(images)]
         token_ids.append(tokenize([record["caption"] for record in records]))
+        size = images.shape[1:3]
+        time_ids += [record.get("time_ids", (*size, 0, 0, *size)) for record in records]
         now = time.monotonic()
         if now - said > 10:
             said, done = now, first + len(images)
@@ -80,6 +87,7 @@ def cache_latents(
             say(f"encoding pictures {done}/{len(source)}  {done / (now - began):.0f}/s  {left:.0f} s left")
     moments.flush()
     np.save(temporary / "token_ids.npy", np.concatenate(token_ids).astype(np.int32))
+    np.save(temporary / "time_ids.npy", np.array(time_ids, np.float32))
     (temporary / "identity.json").write_text(json.dumps(dict(identity), indent=1) + "\n")
     os.replace(temporary, target)
     say(f"encoded {len(source)} pictures in {time.monotonic() - began:.0f} s")

@@ -165,6 +165,15 @@ def encode(tokenizer, captions: Sequence[str]) -> np.ndarray:
     return ids
 
 
+def encode_for(tokenizers: Sequence, captions: Sequence[str]) -> np.ndarray:
+    """captions -> int32[B, L] for one tokenizer, int32[B, n, L] for the n tokenizers of SDXL's text encoders."""
+    ids = [encode(tokenizer, captions) for tokenizer in tokenizers]
+    if len({each.shape for each in ids}) != 1:
+        lengths = ", ".join(str(tokenizer.model_max_length) for tokenizer in tokenizers)
+        raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); give those that belong together")
+    return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
+
+
 def overlong(tokenizer, captions: Sequence[str]) -> list[int]:
     """Indices of the captions that `encode` cuts."""
     return [i for i, tokens in enumerate(token_lists(tokenizer, captions)) if len(tokens) > tokenizer.model_max_length]

@@ -1,4 +1,4 @@
-"""From noise to latents: the multistep consistency sampler, and the baselines DDIM and DPM-Solver++, each a `lax.scan`.
+"""From noise to latents: the multistep consistency sampler, DDIM, Euler and DPM-Solver++, each a `lax.scan`.
 
 `network(z, t)` takes z: float32[B, h, w, c] and t: int32[B] and returns the network's output, guidance included.
 Every coefficient that depends on the timesteps alone is computed on the host in float64.
@@ -63,6 +63,36 @@ def sample_ddim(
         return ddim_step(predict_x0(schedule, output, z, t), predict_noise(schedule, output, z, t), alpha, sigma), None
 
     return jax.lax.scan(step, z, (jnp.asarray(timesteps), alpha, sigma))[0]
+
+
+def sample_euler(
+    network: Network, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, noise: jax.Array | None = None
+) -> jax.Array:
+    """Euler steps of the probability-flow equation in sigma / alpha (arXiv 2206.00364) from timesteps[0] to no noise.
+
+    z: float32[B, h, w, c], standard normal; timesteps: int32[n] descending. noise: float32[n - 1 or more, B, h, w, c]
+    makes the steps ancestral: each goes down further and adds noise, as SDXL-Turbo samples.
+    """
+    bar = schedule.alphas_cumprod.astype(np.float64)[timesteps]
+    sigma = np.append(np.sqrt((1.0 - bar) / bar), 0.0)
+    ahead, up = sigma[1:], np.zeros(len(timesteps))
+    if noise is not None:
+        up = ahead * np.sqrt(np.maximum(sigma[:-1] ** 2 - ahead**2, 0.0)) / sigma[:-1]
+    down, alpha = np.sqrt(ahead**2 - up**2), 1.0 / np.sqrt(1.0 + ahead**2)
+    steps = len(timesteps) - 1
+    fresh = (
+        jnp.zeros((steps + 1, *z.shape)) if noise is None else jnp.concatenate([noise[:steps], jnp.zeros_like(z)[None]])
+    )
+
+    def step(z, inputs):
+        t, alpha, down, up, fresh = inputs
+        t = jnp.full(z.shape[:1], t)
+        output = network(z, t)
+        x0, direction = predict_x0(schedule, output, z, t), predict_noise(schedule, output, z, t)
+        return alpha * (x0 + down * direction + up * fresh), None
+
+    table = tuple(np.stack([alpha, down, up]).astype(np.float32))
+    return jax.lax.scan(step, z, (jnp.asarray(timesteps), *table, fresh))[0]
 
 
 def dpm_solver_pp_coefficients(timesteps: np.ndarray, schedule: Schedule) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""CLIP's text encoder (arXiv 2103.00020, section 2.4): a causal pre-norm transformer over byte-pair tokens."""
+"""CLIP's text encoder (arXiv 2103.00020, section 2.4): a causal pre-norm transformer over byte-pair tokens.
+
+The same network with other numbers is OpenCLIP's: ViT-H in Stable Diffusion 2, ViT-bigG in XL, that with a projection.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,17 +19,19 @@ BOILERPLATE = frozenset(
     encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder label2id length_penalty max_length
     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type projection_dim remove_invalid_values
+    output_hidden_states output_scores pad_token_id prefix problem_type remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()
 )
 
+PROJECTING = "CLIPTextModelWithProjection"
+
 # Options that this encoder has in one value only: any other would change the numbers.
 FIXED = {
     "add_cross_attention": (False,),
-    "architectures": (None, ["CLIPTextModel"], ["CLIPModel"]),
+    "architectures": (None, ["CLIPTextModel"], ["CLIPModel"], [PROJECTING]),
     "attention_dropout": (0, None),
     "cross_attention_hidden_size": (None,),
     "dropout": (0, None),
@@ -49,21 +54,23 @@ class TextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
+    projection_dim: int = 512
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
+    projects: bool = False  # the architecture is CLIPTextModelWithProjection: `pooled` goes through a matrix
 
 
 class TextOutput(NamedTuple):
     """All in the compute dtype."""
 
     last_hidden_state: jax.Array  # [B, L, D], the last layer after the final norm
-    pooled: jax.Array  # [B, D], last_hidden_state at the end-of-text token
+    pooled: jax.Array  # [B, D], last_hidden_state at the end-of-text token; [B, projection_dim] where it is projected
     hidden_states: tuple[jax.Array, ...]  # the embeddings, then each layer, [B, L, D] before the final norm
 
 
 def read_config(config: Mapping[str, Any]) -> TextConfig:
     """A published config.json as it stands -> TextConfig. Raises ValueError on an option that is not supported."""
-    own = {field.name for field in fields(TextConfig)}
+    own = {field.name for field in fields(TextConfig)} - {"projects"}
     for name, value in config.items():
         if name in FIXED:
             if value not in FIXED[name]:
@@ -72,7 +79,8 @@ def read_config(config: Mapping[str, Any]) -> TextConfig:
         elif name not in own and name not in BOILERPLATE:
             raise ValueError(f"CLIP text encoder: option {name} = {value!r} is unknown; if inert, remove it")
 
-    options = TextConfig(**{name: value for name, value in config.items() if name in own})
+    projects = config.get("architectures") == [PROJECTING]
+    options = TextConfig(**{name: value for name, value in config.items() if name in own}, projects=projects)
     if options.hidden_act not in ("quick_gelu", "gelu"):
         raise ValueError(f"CLIP text encoder: hidden_act is {options.hidden_act!r}; supported are quick_gelu and gelu")
     if not isinstance(options.eos_token_id, int):
@@ -210,4 +218,8 @@ class CLIPTextModel(nn.Module):
         length, limit = token_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise ValueError(f"CLIP text encoder: {length} tokens but max_position_embeddings {limit}; cut the prompt")
-        return TextTransformer(self.config, self.dtype, name="text_model")(token_ids)
+        output = TextTransformer(self.config, self.dtype, name="text_model")(token_ids)
+        if not self.config.projects:
+            return output
+        project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+        return output._replace(pooled=project(output.pooled))

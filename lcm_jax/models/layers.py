@@ -79,6 +79,7 @@ class Conv(nn.Module):
     padding: tuple[tuple[int, int], tuple[int, int]] | None = None
     dtype: Dtype = jnp.float32
     zero: bool = False
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x):
@@ -87,14 +88,16 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:  # a matrix product: its gradient is several times faster than a convolution's on a CPU
-            return jnp.tensordot(x, kernel[0, 0], 1) + bias.reshape(1, 1, 1, -1)
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y + bias.reshape(1, 1, 1, -1)
+            y = jnp.tensordot(x, kernel[0, 0], 1)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        if not self.bias:
+            return y
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class ResnetBlock(nn.Module):
@@ -137,6 +140,12 @@ class Downsample(nn.Module):
         return Conv(self.features, stride=2, padding=sides, dtype=self.dtype, name="conv")(x)
 
 
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
 class Upsample(nn.Module):
     """Nearest neighbour to twice the size, or to `size` (height, width), then a 3x3 convolution."""
 
@@ -145,9 +154,9 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x, size: tuple[int, int] | None = None):
-        b, h, w, c = x.shape
+        h, w = x.shape[1:3]
         if size is None or size == (2 * h, 2 * w):
-            x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+            x = upsample_nearest(x)
         else:
             # PyTorch's rule, floor(i h / H); jax.image.resize takes pixel centres, which differ at odd sizes.
             rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))

@@ -1,8 +1,8 @@
-"""Text encoder, UNet and autoencoder as one latent diffusion model: pure functions of parameters and arrays."""
+"""Text encoders, UNet and autoencoder as one latent diffusion model: pure functions of parameters and arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.layers import Dtype
+from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
 
@@ -31,56 +32,114 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
             raise ValueError(f"scheduler config: {option}={value!r} is not supported; only {allowed!r} is")
 
 
+class Conditioning(NamedTuple):
+    """What SDXL's UNet is told: both encoders' layers side by side, the second's pooled output, and the sizes."""
+
+    context: jax.Array  # [B, L, D1 + D2]
+    pooled: jax.Array  # [B, P]
+    time_ids: jax.Array  # float32[B, 6]: (height, width) before cropping, (top, left) of the crop, (height, width) now
+
+
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
-    """The three networks and the schedule of one model; hold it once, it is compared by identity."""
+    """The networks and the schedule of one model; hold it once, it is compared by identity."""
 
     unet: UNet2DCondition
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModel | None  # SDXL has two
     schedule: Schedule
     scheduler: Mapping[str, Any]  # scheduler_config.json, for the grid of timesteps that it asks for
+    empty_is_zero: bool  # the empty prompt is zeros to the UNet (SDXL's force_zeros_for_empty_prompt)
 
     @classmethod
     def from_configs(
         cls, configs: Mapping[str, Mapping[str, Any]], dtype: Dtype = jnp.float32, remat: bool = False
     ) -> "StableDiffusion":
-        """configs: `unet`, `vae`, `text_encoder`, `scheduler`, each a published config.json as it stands.
+        """configs: `unet`, `vae`, `text_encoder`, `scheduler`, and for SDXL `text_encoder_2`, each a published
+        config.json as it stands; `model_index` for `force_zeros_for_empty_prompt`, which is true where it is silent.
 
         Raises ValueError that names an option which is not supported, or two networks that do not fit each other.
         """
         check_scheduler(configs["scheduler"])
         unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
-        vae = AutoencoderKL.from_config(configs["vae"], dtype)
+        # SDXL's autoencoder says of itself that it overflows in half precision.
+        upcast = configs["vae"].get("force_upcast", False) and jnp.dtype(dtype) == jnp.float16
+        tiny = configs["vae"].get("_class_name") == "AutoencoderTiny"
+        vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(configs["vae"], jnp.float32 if upcast else dtype)
         text_encoder = CLIPTextModel.from_config(configs["text_encoder"], dtype)
         width, channels = text_encoder.config.hidden_size, vae.config["latent_channels"]
+        text_encoder_2 = None
+        if "text_encoder_2" in configs:
+            text_encoder_2 = CLIPTextModel.from_config(configs["text_encoder_2"], dtype)
+            width += text_encoder_2.config.hidden_size
+            if not text_encoder_2.config.projects:
+                raise ValueError(
+                    "text_encoder_2 must be a CLIPTextModelWithProjection: the UNet takes its pooled output"
+                )
+        if (unet.config["addition_embed_type"] is None) != (text_encoder_2 is None):
+            raise ValueError(
+                f"the UNet's addition_embed_type is {unet.config['addition_embed_type']!r} and there is "
+                f"{'no' if text_encoder_2 is None else 'a'} text_encoder_2: they belong to different models"
+            )
         for option, other, value in [
-            ("cross_attention_dim", "text encoder's hidden_size", width),
-            ("in_channels", "autoencoder's latent_channels", channels),
-            ("out_channels", "autoencoder's latent_channels", channels),
+            ("cross_attention_dim", "text encoder's hidden_size", (width,)),
+            ("in_channels", "autoencoder's latent_channels", (channels, 2 * channels + 1)),  # inpainting: z, mask, z
+            ("out_channels", "autoencoder's latent_channels", (channels,)),
         ]:
             mine = unet.config[option]
-            if any(one != value for one in (mine if isinstance(mine, tuple) else (mine,))):
-                raise ValueError(f"the UNet's {option} is {mine}, the {other} {value}: they belong to different models")
-        return cls(unet, vae, text_encoder, make_schedule(configs["scheduler"]), dict(configs["scheduler"]))
+            if any(one not in value for one in (mine if isinstance(mine, tuple) else (mine,))):
+                raise ValueError(
+                    f"the UNet's {option} is {mine}, the {other} {value[0]}: they belong to different models"
+                )
+        return cls(
+            unet, vae, text_encoder, text_encoder_2, make_schedule(configs["scheduler"]), dict(configs["scheduler"]),
+            text_encoder_2 is not None and configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True),
+        )  # fmt: skip
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names under which parameter trees and folders hold the networks."""
+        return ("unet", "vae", "text_encoder", *(() if self.text_encoder_2 is None else ("text_encoder_2",)))
+
+    @property
+    def inpaints(self) -> bool:
+        """The UNet's input has a mask and the masked picture's latents behind the noisy latents."""
+        return self.unet.config["in_channels"] != self.unet.config["out_channels"]
 
     @property
     def downscale(self) -> int:
         """Pixels per latent along one axis."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        widths = "block_out_channels" if isinstance(self.vae, AutoencoderKL) else "decoder_block_out_channels"
+        return 2 ** (len(self.vae.config[widths]) - 1)
 
     @property
     def guidance_embedding_dim(self) -> int | None:
         """The size of the guidance weight's embedding; None for a network without that input (a teacher)."""
         return self.unet.config["time_cond_proj_dim"]
 
-    def encode_prompt(self, params: Params, token_ids: jax.Array) -> jax.Array:
-        """token_ids: int32[B, L] -> context [B, L, D], the last layer after the final norm (Stable Diffusion 1.x)."""
-        return self.text_encoder.apply({"params": params}, token_ids).last_hidden_state
+    def encode_prompt(self, params: Params, token_ids: jax.Array, time_ids: jax.Array | None = None):
+        """Tokens -> what `denoise` takes as context. params: by network.
+
+        Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> [B, L, D], the last layer after the final norm. SDXL:
+        token_ids int32[B, 2, L], one row for each encoder, time_ids float32[B, 6] -> Conditioning of the layers before
+        the last, without the norm, and zeros for an empty prompt where the model wants it so.
+        """
+        if self.text_encoder_2 is None:
+            return self.text_encoder.apply({"params": params["text_encoder"]}, token_ids).last_hidden_state
+        first = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids[:, 0])
+        second = self.text_encoder_2.apply({"params": params["text_encoder_2"]}, token_ids[:, 1])
+        context = jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+        pooled = second.pooled
+        if self.empty_is_zero:
+            kept = token_ids[:, 0, 1] != token_ids[:, 0, -1]  # an empty prompt is all padding after its beginning
+            context, pooled = context * kept[:, None, None], pooled * kept[:, None]
+        return Conditioning(context, pooled, time_ids)
 
     def denoise(self, params: Params, z, t, context, guidance_embedding=None) -> jax.Array:
-        """z: float32[B, h, w, c], t: int32[B] -> the UNet's output, float32[B, h, w, c]."""
-        return self.unet.apply({"params": params}, z, t, context, guidance_embedding)
+        """z: float32[B, h, w, c], t: int32[B], context of `encode_prompt` -> the UNet's output, float32[B, h, w, c]."""
+        context, *added = context if isinstance(context, Conditioning) else (context,)
+        return self.unet.apply({"params": params}, z, t, context, guidance_embedding, *added)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]."""
@@ -96,19 +155,25 @@ class StableDiffusion:
         return self.vae.apply({"params": params}, latents, method="decode")
 
     def abstract_params(self) -> dict[str, Params]:
-        """Every parameter as a ShapeDtypeStruct, by network: unet, vae, text_encoder. Nothing is allocated."""
+        """Every parameter as a ShapeDtypeStruct, by name of `networks`. Nothing is allocated."""
 
         def init():
             rng, unet, vae = jax.random.key(0), self.unet.config, self.vae.config
             size, channels = 2 ** (len(unet["block_out_channels"]) - 1), vae["latent_channels"]
             sample = jnp.zeros((1, size, size, unet["in_channels"]))
             width = unet["cross_attention_dim"]
-            context = jnp.zeros((1, 1, width[0] if isinstance(width, tuple) else width))
+            inputs = [jnp.zeros((1, 1, width[0] if isinstance(width, tuple) else width))]
+            if self.text_encoder_2 is not None:
+                inputs += [None, jnp.zeros((1, self.text_encoder_2.config.projection_dim)), jnp.zeros((1, 6))]
             image = jnp.zeros((1, self.downscale, self.downscale, vae["in_channels"]))
+            encoders = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
             return {
-                "unet": self.unet.init(rng, sample, jnp.zeros(1, jnp.int32), context)["params"],
+                "unet": self.unet.init(rng, sample, jnp.zeros(1, jnp.int32), *inputs)["params"],
                 "vae": self.vae.init(rng, image, jnp.zeros((1, 1, 1, channels)))["params"],
-                "text_encoder": self.text_encoder.init(rng, jnp.zeros((1, 2), jnp.int32))["params"],
+            } | {
+                name: encoder.init(rng, jnp.zeros((1, 2), jnp.int32))["params"]
+                for name, encoder in encoders.items()
+                if encoder is not None
             }
 
         return jax.eval_shape(init)

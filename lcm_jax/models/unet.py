@@ -1,4 +1,4 @@
-"""The denoising UNet with cross-attention of Stable Diffusion 1.x and 2.x (diffusers' UNet2DConditionModel)."""
+"""The denoising UNet with cross-attention of Stable Diffusion 1.x, 2.x and XL (diffusers' UNet2DConditionModel)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ from lcm_jax.models.layers import (
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", None)
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # the second is one resnet, as SSD-1B has it
 
 DEFAULTS = {
     "sample_size": None, "in_channels": 4, "out_channels": 4, "center_input_sample": False, "flip_sin_to_cos": True,
@@ -33,6 +33,8 @@ DEFAULTS = {
     "cross_attention_dim": 1280, "transformer_layers_per_block": 1, "attention_head_dim": 8,
     "num_attention_heads": None, "use_linear_projection": False, "upcast_attention": False,
     "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "reverse_transformer_layers_per_block": None, "addition_embed_type": None, "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
 }  # fmt: skip
 
 # The values that are implemented, of every option that a published config.json may hold; None for any.
@@ -40,12 +42,12 @@ SUPPORTED = dict.fromkeys(DEFAULTS) | {
     "center_input_sample": (True, False), "flip_sin_to_cos": (True, False), "mid_block_type": MID_BLOCKS,
     "act_fn": tuple(ACTIVATIONS), "use_linear_projection": (True, False), "upcast_attention": (True, False, None),
     "downsample_padding": (0, 1), "conv_in_kernel": (1, 3, 5), "conv_out_kernel": (1, 3, 5),
-    "only_cross_attention": (False,), "dropout": (0, 0.0), "reverse_transformer_layers_per_block": (None,),
+    "only_cross_attention": (False,), "dropout": (0, 0.0),
     "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,),
-    "class_embed_type": (None,), "addition_embed_type": (None,), "addition_time_embed_dim": (None,),
+    "class_embed_type": (None,), "addition_embed_type": (None, "text_time"),
     "num_class_embeds": (None,), "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1, 1.0), "time_embedding_type": ("positional",), "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,), "projection_class_embeddings_input_dim": (None,), "attention_type": ("default",),
+    "timestep_post_act": (None,), "attention_type": ("default",),
     "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
     "cross_attention_norm": (None,), "addition_embed_type_num_heads": None,
 }  # fmt: skip
@@ -141,12 +143,12 @@ class Transformer2D(nn.Module):
 
 
 class Level(nn.Module):
-    """What the blocks of one resolution share: resnets, each followed by a transformer where `depth` is not 0."""
+    """What the blocks of one resolution share: resnets, the i-th followed by depths[i] transformer blocks."""
 
     config: Mapping[str, Any]
     features: int
     heads: int
-    depth: int
+    depths: tuple[int, ...]
     dtype: Dtype
 
     def resnet(self, i, x, time):
@@ -156,23 +158,27 @@ class Level(nn.Module):
         )(x, time)
 
     def attend(self, i, x, context):
-        if not self.depth:
+        if not self.depths[i]:
             return x
         c = self.config
         return Transformer2D(
-            self.heads, self.depth, c["norm_num_groups"], c["use_linear_projection"], self.dtype, name=f"attentions_{i}"
+            self.heads,
+            self.depths[i],
+            c["norm_num_groups"],
+            c["use_linear_projection"],
+            self.dtype,
+            name=f"attentions_{i}",
         )(x, context)
 
 
 class DownLevel(Level):
-    layers: int = 0
     downsample: bool = True
 
     @nn.compact
     def __call__(self, x, time, context):
         """Returns x and every intermediate result that the way up concatenates."""
         skips = []
-        for i in range(self.layers):
+        for i in range(len(self.depths)):
             x = self.attend(i, self.resnet(i, x, time), context)
             skips.append(x)
         if self.downsample:
@@ -201,7 +207,56 @@ class MidLevel(Level):
             self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], c["mid_block_scale_factor"],
             dtype=self.dtype, name=f"resnets_{i}",
         )(y, time)  # fmt: skip
-        return resnet(1, self.attend(0, resnet(0, x), context))
+        x = resnet(0, x)
+        return resnet(1, self.attend(0, x, context)) if self.depths else x
+
+
+def check_depths(config: Mapping[str, Any], levels: int) -> None:
+    """Raises ValueError for numbers of transformer blocks that are not one, one a level, or a list a level."""
+    layers = config["layers_per_block"]
+    layers = list(layers) if isinstance(layers, list | tuple) else [layers] * levels
+    down, up = config["transformer_layers_per_block"], config["reverse_transformer_layers_per_block"]
+    for option, value, counts in [
+        ("transformer_layers_per_block", down, layers),
+        ("reverse_transformer_layers_per_block", up, [n + 1 for n in layers[::-1]]),
+    ]:
+        each = value if isinstance(value, list | tuple) else [value or 1] * levels
+        lists = [list(d) if isinstance(d, list | tuple) else [d] * n for d, n in zip(each, counts, strict=False)]
+        if len(each) != levels or [len(d) for d in lists] != counts or any(type(d) is not int for d in sum(lists, [])):
+            raise ValueError(
+                f"UNet2DConditionModel config: {option}={value!r} is not supported; give one number, or for each of "
+                f"the {levels} levels a number or a list of as many as it has resnets, which is {counts}"
+            )
+    if up is None and isinstance(down, list | tuple) and any(isinstance(d, list | tuple) for d in down):
+        raise ValueError(
+            f"UNet2DConditionModel config: transformer_layers_per_block={down!r} holds a list, which needs "
+            "reverse_transformer_layers_per_block for the way up"
+        )
+
+
+def depths_of(config: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, ...]]]:
+    """Transformer blocks after each resnet: of every level down, of the middle, and of every level up, in their order.
+
+    config: complete, with `transformer_layers_per_block` and its reverse one number, one a level, or a list a level.
+    """
+    levels = len(config["block_out_channels"])
+    per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
+    layers, down = per_level(config["layers_per_block"]), per_level(config["transformer_layers_per_block"])
+    reverse = config["reverse_transformer_layers_per_block"]
+    up = down[::-1] if reverse is None else per_level(reverse)
+
+    def of(kind, depth, count):
+        if "CrossAttn" not in kind:
+            return (0,) * count
+        return depth if isinstance(depth, tuple) else (depth,) * count
+
+    kind = config["mid_block_type"] or ""
+    last = down[-1][0] if isinstance(down[-1], tuple) else down[-1]
+    return (
+        [of(k, d, n) for k, d, n in zip(config["down_block_types"], down, layers, strict=True)],
+        (last,) if "CrossAttn" in kind else (),
+        [of(k, d, n + 1) for k, d, n in zip(config["up_block_types"], up, layers[::-1], strict=True)],
+    )
 
 
 class UNet2DCondition(nn.Module):
@@ -234,28 +289,38 @@ class UNet2DCondition(nn.Module):
             value = config[option]
             if isinstance(value, list | tuple) and len(value) != levels:
                 raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} must be one value or {levels}")
-        depth = config["transformer_layers_per_block"]
-        if isinstance(depth, list | tuple) and (len(depth) != levels or any(not isinstance(d, int) for d in depth)):
+        check_depths(config, levels)
+        if config["addition_embed_type"] and not (
+            config["addition_time_embed_dim"] and config["projection_class_embeddings_input_dim"]
+        ):
             raise ValueError(
-                f"UNet2DConditionModel config: transformer_layers_per_block={list(depth)!r} is not supported; "
-                f"give one number or {levels} numbers"
+                "UNet2DConditionModel config: addition_embed_type='text_time' needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim"
             )
         return cls(freeze(config), dtype, remat)
 
     @nn.compact
-    def __call__(self, sample, timesteps, context, guidance_embedding=None):
+    def __call__(self, sample, timesteps, context, guidance_embedding=None, pooled=None, time_ids=None):
         """sample: [B, h, w, in_channels]; timesteps: int32[B]; context: [B, L, cross_attention_dim];
-        guidance_embedding: float32[B, time_cond_proj_dim] or None. Returns float32[B, h, w, out_channels].
+        guidance_embedding: float32[B, time_cond_proj_dim] or None. Where `addition_embed_type` is text_time (SDXL),
+        pooled: float32[B, P], the pooled prompt, and time_ids: float32[B, n], sizes in pixels, (height, width) each.
+        Returns float32[B, h, w, out_channels].
 
-        Raises ValueError for a guidance embedding that the network has no input for.
+        Raises ValueError for an input that the network has no use for, or lacks.
         """
         c, dtype = self.config, self.dtype
         if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
             raise ValueError("this UNet takes no guidance embedding: its config has no time_cond_proj_dim")
+        wanted = c["addition_embed_type"] == "text_time"
+        if (pooled is not None, time_ids is not None) != (wanted, wanted):
+            raise ValueError(
+                f"this UNet {'needs' if wanted else 'takes no'} pooled and time_ids: its addition_embed_type is "
+                f"{c['addition_embed_type']!r}"
+            )
         widths, levels = c["block_out_channels"], len(c["block_out_channels"])
         per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
         heads = per_level(c["num_attention_heads"] or c["attention_head_dim"])
-        layers, depths = per_level(c["layers_per_block"]), per_level(c["transformer_layers_per_block"])
+        down_depths, mid_depths, up_depths = depths_of(c)
         block = (lambda kind: nn.remat(kind)) if self.remat else (lambda kind: kind)
 
         embedding = timestep_embedding(timesteps, widths[0], c["flip_sin_to_cos"], c["freq_shift"])
@@ -263,28 +328,38 @@ class UNet2DCondition(nn.Module):
         time = TimestepEmbedding(time_dim, c["time_cond_proj_dim"], c["act_fn"], dtype, name="time_embedding")(
             embedding, guidance_embedding
         )
+        if wanted:
+            sizes = timestep_embedding(
+                time_ids.reshape(-1), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"]
+            )
+            added = jnp.concatenate([pooled.astype(jnp.float32), sizes.reshape(len(time_ids), -1)], axis=-1)
+            if added.shape[-1] != c["projection_class_embeddings_input_dim"]:
+                raise ValueError(
+                    f"pooled has width {pooled.shape[-1]} and time_ids {time_ids.shape[-1]} numbers: together "
+                    f"{added.shape[-1]}, but projection_class_embeddings_input_dim is "
+                    f"{c['projection_class_embeddings_input_dim']}"
+                )
+            # diffusers gives this MLP SiLU whatever act_fn is.
+            time = time + TimestepEmbedding(time_dim, None, "silu", dtype, name="add_embedding")(added)
         context = context.astype(dtype)
 
         x = 2.0 * sample - 1.0 if c["center_input_sample"] else sample
         x = Conv(widths[0], c["conv_in_kernel"], dtype=dtype, name="conv_in")(x)
         skips = [x]
-        for i, kind in enumerate(c["down_block_types"]):
-            depth = depths[i] if kind == "CrossAttnDownBlock2D" else 0
-            x, more = block(DownLevel)(
-                c, widths[i], heads[i], depth, dtype, layers[i], i < levels - 1, name=f"down_blocks_{i}"
-            )(x, time, context)
+        for i, depths in enumerate(down_depths):
+            x, more = block(DownLevel)(c, widths[i], heads[i], depths, dtype, i < levels - 1, name=f"down_blocks_{i}")(
+                x, time, context
+            )
             skips += more
 
         if c["mid_block_type"]:
-            x = block(MidLevel)(c, widths[-1], heads[-1], depths[-1], dtype, name="mid_block")(x, time, context)
+            x = block(MidLevel)(c, widths[-1], heads[-1], mid_depths, dtype, name="mid_block")(x, time, context)
 
-        for i, kind in enumerate(c["up_block_types"]):
+        for i, depths in enumerate(up_depths):
             level = levels - 1 - i
-            depth = depths[level] if kind == "CrossAttnUpBlock2D" else 0
-            count = layers[level] + 1
-            taken, skips = skips[-count:][::-1], skips[:-count]
+            taken, skips = skips[-len(depths) :][::-1], skips[: -len(depths)]
             size = skips[-1].shape[1:3] if skips else None
-            x = block(UpLevel)(c, widths[level], heads[level], depth, dtype, level > 0, size, name=f"up_blocks_{i}")(
+            x = block(UpLevel)(c, widths[level], heads[level], depths, dtype, level > 0, size, name=f"up_blocks_{i}")(
                 x, taken, time, context
             )
 

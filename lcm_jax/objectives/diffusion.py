@@ -10,8 +10,8 @@ from lcm_jax.diffusion.schedule import Schedule, add_noise, training_target
 
 
 class Networks(NamedTuple):
-    """unet(params, z, t, context) -> output; encode_prompt(params, token_ids) -> context;
-    to_latents(moments, noise) -> z."""
+    """unet(params, z, t, context) -> output; encode_prompt(params, token_ids, time_ids) ->
+    context; to_latents(moments, noise) -> z."""
 
     unet: Callable
     encode_prompt: Callable
@@ -53,7 +53,7 @@ def loss(params, target, frozen, batch, draws: Draws, *, networks: Networks, sch
     """
     z = networks.to_latents(batch["moments"], draws.posterior)
     token_ids = jnp.where(draws.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"][None])
-    context = networks.encode_prompt(params["text_encoder"], token_ids)
+    context = networks.encode_prompt(params, token_ids, batch.get("time_ids"))
     output = networks.unet(params["unet"], add_noise(schedule, z, draws.noise, draws.t), draws.t, context)
     total = jnp.mean(jnp.square(output.astype(jnp.float32) - training_target(schedule, z, draws.noise, draws.t)))
     return total, {"loss": total}

@@ -14,7 +14,8 @@ from lcm_jax.diffusion.solvers import ddim_step
 
 class Networks(NamedTuple):
     """student(params, z, t, context, w_embedding) -> output; teacher(params, z, t, context) -> output;
-    encode_prompt(params, token_ids) -> context; to_latents(moments, noise) -> z."""
+    encode_prompt(frozen, token_ids, time_ids) -> context, an array or a tree of arrays;
+    to_latents(moments, noise) -> z."""
 
     student: Callable
     teacher: Callable
@@ -58,13 +59,15 @@ def loss(
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
-    params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", "text_encoder", and
-    "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L]. Returns (float32[], metrics).
+    params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and
+    "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
+    token_ids int32[B,2,L] and empty_ids int32[2,L]. Returns (float32[], metrics).
     """
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
-    token_ids = jnp.where(draws.keep_prompt[:, None], batch["token_ids"], empty_ids)
-    context = networks.encode_prompt(frozen["text_encoder"], token_ids)
-    empty = networks.encode_prompt(frozen["text_encoder"], empty_ids)
+    keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
+    time_ids = batch.get("time_ids")
+    context = networks.encode_prompt(frozen, jnp.where(keep, batch["token_ids"], empty_ids), time_ids)
+    empty = networks.encode_prompt(frozen, empty_ids, time_ids)
     w_embedding = guidance_embedding(draws.w)
 
     # 1. A point z_s on the data's trajectory, and the step t that comes one skipping step before s.
@@ -77,7 +80,8 @@ def loss(
 
     # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
     twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
-    output = networks.teacher(frozen["unet"], twice(z_s), twice(s), jnp.concatenate([context, empty]))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, empty)
+    output = networks.teacher(frozen["unet"], twice(z_s), twice(s), both)
     x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
     noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
     w = draws.w[:, None, None, None]

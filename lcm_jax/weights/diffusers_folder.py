@@ -21,14 +21,21 @@ from lcm_jax.weights import naming
 DTYPES = ("float32", "bfloat16", "float16")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = ("shapes", "shapes-lcm")
-NETWORKS = ("unet", "vae", "text_encoder")
-FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+FILES = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}  # fmt: skip
+# By component: the library, and the classes that are supported, first the usual one. The last two belong to SDXL.
 CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "tokenizer": ("transformers", ("CLIPTokenizer",)),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "tokenizer_2": ("transformers", ("CLIPTokenizer",)),
 }
+SECOND = ("text_encoder_2", "tokenizer_2")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -72,11 +79,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     for name, (_, expected) in CLASSES.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if str(found).removesuffix("Fast") != expected:
-            raise ModelError(f"{folder / 'model_index.json'}: {name} is {found!r}; only {expected} is supported")
-    if other := sorted({"text_encoder_2", "controlnet", "motion_adapter"} & index.keys()):
+        if name in SECOND and not any(index.get(other, [None])[0] for other in SECOND):
+            continue
+        if str(found).removesuffix("Fast") not in expected:
+            supported = " or ".join(expected)
+            raise ModelError(f"{folder / 'model_index.json'}: {name} is {found!r}; only {supported} is supported")
+    if other := sorted({"controlnet", "motion_adapter", "text_encoder_3"} & index.keys()):
         raise ModelError(f"{folder / 'model_index.json'}: {index.get('_class_name')} with {other[0]} is not supported")
     return index
+
+
+def networks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The networks that a model_index.json names: text_encoder_2 is in some."""
+    return tuple(name for name in NETWORKS if index.get(name, [None])[0])
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -129,10 +144,10 @@ def read_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 def modern_key(name: str, key: str) -> str | None:
     """The present name of a published key, or None for what is no parameter."""
-    if name == "text_encoder":
+    if name.startswith("text_encoder"):
         if key.endswith("position_ids"):
             return None
-        return key if key.startswith("text_model.") else f"text_model.{key}"
+        return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
     if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
         block, layer, leaf = match.groups()
         return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
@@ -287,23 +302,36 @@ def write_pipeline(
 ) -> None:  # fmt: skip
     """Writes all of a text-to-image pipeline into the empty `folder`.
 
-    configs, params: by network (unet, vae, text_encoder). tokenizer: a folder to copy. scheduler: its config.
+    configs, params: by network (unet, vae, text_encoder, text_encoder_2). tokenizer: a folder to copy, with the folder
+    `tokenizer_2` beside it where there are two text encoders. scheduler: its config.
     index: the model_index.json to keep but for components that are not written (a safety checker), which become null;
-    otherwise one is made: a LatentConsistencyModelPipeline where the scheduler is LCMScheduler, else a
-    StableDiffusionPipeline. how: dtype, variant, max_shard_bytes of `write_component`.
+    otherwise one is made: a StableDiffusionXLPipeline where there are two text encoders, else a
+    LatentConsistencyModelPipeline where the scheduler is LCMScheduler, else a StableDiffusionPipeline.
+    how: dtype, variant, max_shard_bytes of `write_component`.
     """
-    for name in NETWORKS:
+    xl = "text_encoder_2" in params
+    for name in params:
         write_component(folder, name, configs[name], params[name], **how)
     shutil.copytree(tokenizer, folder / "tokenizer")
+    if xl:
+        shutil.copytree(tokenizer.with_name("tokenizer_2"), folder / "tokenizer_2")
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     written = {*CLASSES, "scheduler"}
     if index is not None:
         kept = {k: [None, None] if isinstance(v, list) and k not in written else v for k, v in index.items()}
-        write_json(folder / "model_index.json", kept | {"requires_safety_checker": False})
+        write_json(folder / "model_index.json", kept | ({} if xl else {"requires_safety_checker": False}))
         return
     kind = "LatentConsistencyModelPipeline" if scheduler["_class_name"] == "LCMScheduler" else "StableDiffusionPipeline"
-    made = {"_class_name": kind, "_diffusers_version": "0.42.0", "requires_safety_checker": False}
-    made |= {name: list(CLASSES[name]) for name in CLASSES} | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-    made |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    kind = "StableDiffusionXLPipeline" if xl else kind
+    made = {"_class_name": kind, "_diffusers_version": "0.42.0"}
+    for name, (library, classes) in CLASSES.items():
+        if xl or name not in SECOND:
+            made[name] = [library, configs.get(name, {}).get("_class_name", classes[0])]
+    made |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    made |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    if xl:
+        made["force_zeros_for_empty_prompt"] = configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True)
+    else:
+        made |= {"safety_checker": [None, None], "requires_safety_checker": False}
     write_json(folder / "model_index.json", made)

@@ -1,0 +1,122 @@
+"""The tiny autoencoder of TAESD and TAESDXL (diffusers' AutoencoderTiny): plain convolutions, in milliseconds.
+
+It has the methods of `models.vae.AutoencoderKL`, so that it can stand in its place.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lcm_jax.models.layers import ACTIVATIONS, Conv, Dtype, activation, check_config, freeze, upsample_nearest
+
+DEFAULTS = {
+    "in_channels": 3, "out_channels": 3, "encoder_block_out_channels": (64, 64, 64, 64),
+    "decoder_block_out_channels": (64, 64, 64, 64), "act_fn": "relu", "latent_channels": 4,
+    "num_encoder_blocks": (1, 3, 3, 3), "num_decoder_blocks": (3, 3, 3, 1), "scaling_factor": 1.0, "shift_factor": 0.0,
+}  # fmt: skip
+
+# Every option of the published config.json files: the values that are implemented, None for any.
+SUPPORTED = dict.fromkeys(DEFAULTS) | {
+    "act_fn": tuple(ACTIVATIONS), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
+    "force_upcast": (True, False), "latent_magnitude": None, "latent_shift": None,  # of a storage as bytes, not used
+    "block_out_channels": None,
+}  # fmt: skip
+
+LOG_VARIANCE = -30.0  # of the latents: it has no posterior, and exp(-15) is below what float32 latents resolve
+
+
+class TinyBlock(nn.Module):
+    """relu(x + three convolutions of x). x: [B, H, W, C]."""
+
+    act: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        act, y = activation(self.act), x
+        for i in (0, 2, 4):  # the numbers between are activations
+            y = Conv(x.shape[-1], dtype=self.dtype, name=f"conv_{i}")(y if i == 0 else act(y))
+        return nn.relu(x + y)
+
+
+class Stack(nn.Module):
+    """A numbered list of layers, as the weights' keys count them."""
+
+    config: Mapping[str, Any]
+    dtype: Dtype
+
+    @nn.compact
+    def encode(self, x):
+        """images in 0..1 [B, H, W, 3] -> (the features before the last layer, latents [B, h, w, c])."""
+        c, count = self.config, 0
+        for i, (width, blocks) in enumerate(zip(c["encoder_block_out_channels"], c["num_encoder_blocks"], strict=True)):
+            x = Conv(width, stride=1 + (i > 0), bias=i == 0, dtype=self.dtype, name=f"layers_{count}")(x)
+            for j in range(1, blocks + 1):
+                x = TinyBlock(c["act_fn"], self.dtype, name=f"layers_{count + j}")(x)
+            count += 1 + blocks
+        return x, Conv(c["latent_channels"], dtype=self.dtype, name=f"layers_{count}")(x)
+
+    @nn.compact
+    def decode(self, z):
+        """latents [B, h, w, c] -> images in 0..1 [B, H, W, 3]."""
+        c, count = self.config, 2
+        widths, numbers = c["decoder_block_out_channels"], c["num_decoder_blocks"]
+        x = activation(c["act_fn"])(Conv(widths[0], dtype=self.dtype, name="layers_0")(z))
+        for i, (width, blocks) in enumerate(zip(widths, numbers, strict=True)):
+            last = i == len(widths) - 1
+            for j in range(blocks):
+                x = TinyBlock(c["act_fn"], self.dtype, name=f"layers_{count + j}")(x)
+            count += blocks
+            if not last:
+                x, count = upsample_nearest(x), count + 1
+            features = c["out_channels"] if last else width
+            x, count = Conv(features, bias=last, dtype=self.dtype, name=f"layers_{count}")(x), count + 1
+        return x
+
+
+class AutoencoderTiny(nn.Module):
+    """Build it by `from_config`; call its methods by `vae.apply({"params": p}, x, method="encode")`."""
+
+    config: Mapping[str, Any]
+    dtype: Dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> "AutoencoderTiny":
+        """config: a published config.json as it stands. Raises ValueError that names what is not supported."""
+        check_config("AutoencoderTiny", config, SUPPORTED)
+        config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
+        for side in ("encoder", "decoder"):
+            widths, blocks = config[f"{side}_block_out_channels"], config[f"num_{side}_blocks"]
+            if len(widths) != len(blocks) or len(set(widths)) != 1:
+                raise ValueError(
+                    f"AutoencoderTiny config: {side}_block_out_channels={list(widths)!r} and num_{side}_blocks="
+                    f"{list(blocks)!r} are not supported; they must be of one length, the widths all alike"
+                )
+        return cls(freeze(config), dtype)
+
+    def setup(self):
+        self.encoder = Stack(self.config, self.dtype)
+        self.decoder = Stack(self.config, self.dtype)
+
+    def encode(self, images):
+        """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]: the latents, and a log variance of -30.
+
+        So that `sample_latents` takes them as it takes those of the KL autoencoder, and adds next to nothing.
+        """
+        latents = self.encoder.encode(images * 0.5 + 0.5)[1].astype(jnp.float32)
+        return jnp.concatenate([latents, jnp.full_like(latents, LOG_VARIANCE)], axis=-1)
+
+    def features(self, images):
+        """images: float32[B, H, W, 3] in -1..1 -> float32[B, h, w, C], what the encoder knows before its last layer."""
+        return self.encoder.encode(images * 0.5 + 0.5)[0].astype(jnp.float32)
+
+    def decode(self, latents):
+        """latents: float32[B, h, w, c] -> images float32[B, H, W, 3], about -1..1."""
+        return self.decoder.decode(3.0 * jnp.tanh(latents / 3.0)).astype(jnp.float32) * 2.0 - 1.0
+
+    def __call__(self, images, noise):
+        """As the KL autoencoder's, with noise float32[B, h, w, c] that is not used: (reconstruction, moments)."""
+        moments = self.encode(images)
+        return self.decode(jnp.split(moments, 2, axis=-1)[0]), moments

@@ -1,0 +1,578 @@
+"""The layout of Stable Diffusion's authors, all networks in one file, to and from the components of diffusers.
+
+A1111, ComfyUI and kohya's scripts read and write it. Families: "sd1" (1.x), "sd2" (2.x), "sdxl", and "vae", the file of
+an autoencoder alone. Networks of other widths, depths and numbers of levels follow the same rule, so that the names are
+made from the numbers that the keys themselves tell:
+
+1. A UNet's blocks are counted through, the downsampling ones too; diffusers counts (level, layer) instead.
+2. An autoencoder's decoder counts its levels from the picture inwards; diffusers from the latents outwards.
+3. Attention of an autoencoder is a 1 x 1 convolution [C, C, 1, 1], in diffusers a matrix [C, C].
+4. OpenCLIP (the text encoder of sd2, the second of sdxl) has q, k and v in one matrix [3 D, D], and a projection
+   [D, P] which is transposed in transformers.
+
+The input of a latent consistency model for the weight of guidance, `time_embedding.cond_proj.weight` in diffusers, has
+no published name in this layout. Here it is `model.diffusion_model.time_embed.cond_proj.weight`.
+
+What diffusers has no place for is dropped in reading: the noise schedule, `position_ids`, `logit_scale`, losses, the
+averaged weights (`model_ema.*`, unless they are asked for), and of sd2 the text encoder's 24th layer and projection,
+which the model does not use. All else comes back bit for bit.
+
+Tensors may be any Mapping whose `[key]` reads one tensor: keys are looked at first, and each tensor is then read when
+its turn comes. Where only shapes matter, a Mapping of shapes does as well.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.weights.pickles import failure
+
+Triple = tuple[str, str, np.ndarray]  # component, key, tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# By family: the component of diffusers and the prefix of its keys.
+COMPONENTS = {
+    "sd1": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "unet": UNET, "vae": VAE, "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "vae": {"vae": ""},
+}  # fmt: skip
+VAE_PREFIXES = ("", VAE, "vae.")  # that a file of an autoencoder alone may have
+OPEN_CLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))
+# Keys of other models that look alike.
+OTHERS = {
+    "control_model.": "a ControlNet", "depth_model.": "a depth-to-image model", "embedder.model.": "unCLIP",
+    "conditioner.embedders.0.model.": "the refiner of SDXL", "edm_mean": "Playground 2.5",
+    f"{UNET}label_emb.weight": "an upscaler", f"{UNET}joint_blocks.": "Stable Diffusion 3",
+    f"{UNET}double_blocks.": "Flux", "double_blocks.": "Flux", "lora_unet_": "a LoRA",
+    "down_blocks.": "the UNet of a diffusers folder", "encoder.down_blocks.": "the autoencoder of a diffusers folder",
+}  # fmt: skip
+
+RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_MATRIX = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
+# The fused projections are `qkv_proj` in the tables, which stands for q_proj, k_proj and v_proj.
+OPEN_LAYER = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj", "attn.in_proj_weight": "self_attn.qkv_proj.weight",
+    "attn.in_proj_bias": "self_attn.qkv_proj.bias",
+}  # fmt: skip
+PROJECTION = "text_projection.weight"
+
+# What diffusers has no place for, of each component.
+NO_VAE = re.compile(r"(?!encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
+NO_CLIP = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|text_projection\.weight$")
+NO_OPEN_CLIP = re.compile(r"logit_scale$|attn_mask$")
+# Stable Diffusion 2 takes the layer before the last of ViT-H's 24.
+NO_SD2_CLIP = re.compile(NO_OPEN_CLIP.pattern + r"|text_projection$|transformer\.resblocks\.23\.")
+NOTHING = re.compile(r"(?!)")
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
+LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+
+
+# ---- which model it is ----------------------------------------------------------------------------------------------
+
+
+def recognise(tensors: Mapping[str, Any]) -> str:
+    """The family of a file: sd1, sd2, sdxl or vae. tensors: arrays or shapes by key; at most one is looked at.
+
+    Raises ModelError, with the keys that were looked for and those that are there, for any other file.
+    """
+    for mark, what in OTHERS.items():
+        if has(tensors, mark):
+            raise failure(
+                f"this file is {what} by its keys {mark}*, which is not supported here; "
+                "looked for Stable Diffusion 1.x, 2.x, XL or an autoencoder in the layout of their authors"
+            )
+    if f"{UNET}input_blocks.0.0.weight" in tensors:
+        labels = has(tensors, f"{UNET}label_emb.")
+        found = [family for family in ("sd1", "sd2", "sdxl") if has_text_encoders(tensors, family)]
+        if not found and not has(tensors, "cond_stage_model.") and not has(tensors, "conditioner."):
+            key = first(tensors, "attn2.to_k.weight")  # a UNet alone: by the width of the text that it attends to
+            width = shape_of(tensors[key])[1] if key else None
+            found = ["sdxl"] if labels else {768: ["sd1"], 1024: ["sd2"]}.get(width, [])
+        if len(found) == 1 and labels == (found[0] == "sdxl"):
+            return found[0]
+    elif any(f"{prefix}decoder.up.0.block.0.conv1.weight" in tensors for prefix in VAE_PREFIXES):
+        return "vae"
+    prefixes = Counter(".".join(key.split(".")[:3]) for key in tensors)
+    there = ", ".join(f"{prefix} ({n})" for prefix, n in prefixes.most_common(8)) or "no keys"
+    texts = "; ".join(
+        f"{family}: {' and '.join(prefix for part, prefix in parts.items() if part.startswith('text'))}"
+        for family, parts in COMPONENTS.items()
+        if family != "vae"
+    )
+    raise failure(
+        f"this file is of no known family: looked for {UNET}input_blocks.0.0.weight with the text encoders of one "
+        f"family ({texts}; {UNET}label_emb. in sdxl only), or for decoder.up.0.block.0.conv1.weight of an "
+        f"autoencoder; found {there}. Give a Stable Diffusion 1.x, 2.x or XL file"
+    )
+
+
+def has(keys: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def has_text_encoders(keys: Iterable[str], family: str) -> bool:
+    prefixes = [prefix for part, prefix in COMPONENTS[family].items() if part.startswith("text")]
+    return all(has(keys, prefix) for prefix in prefixes)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of an array, or of what is a shape already."""
+    return tuple(getattr(value, "shape", value))
+
+
+def first(keys: Iterable[str], ending: str) -> str | None:
+    return next((key for key in keys if key.endswith(ending)), None)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+# Each table takes a module (or a whole key) of this layout to diffusers'; what is below a module keeps its name.
+
+
+def under(table: Mapping[str, str], old: str, new: str) -> dict[str, str]:
+    return {f"{old}.{a}": f"{new}.{b}" for a, b in table.items()}
+
+
+def unet_names(layers: list[int], attended: set[int], family: str) -> dict[str, str]:
+    """layers: resnets of each level down, of which the way up has one more. attended: levels up with attention."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+        "time_embed.cond_proj": "time_embedding.cond_proj", "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out",
+        "out.2": "conv_out", "middle_block.1": "mid_block.attentions.0",
+    }  # fmt: skip
+    if family == "sdxl":
+        names |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
+    names |= under(RESNET, "middle_block.0", "mid_block.resnets.0")
+    names |= under(RESNET, "middle_block.2", "mid_block.resnets.1")
+    last, n = len(layers) - 1, 1
+    for i, resnets in enumerate(layers):
+        for j in range(resnets):
+            names |= under(RESNET, f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}")
+            names[f"input_blocks.{n}.1"] = f"down_blocks.{i}.attentions.{j}"
+            n += 1
+        if i < last:
+            names[f"input_blocks.{n}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
+            n += 1
+    n = 0
+    for i, resnets in enumerate(reversed(layers)):
+        for j in range(resnets + 1):
+            names |= under(RESNET, f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}")
+            names[f"output_blocks.{n}.1"] = f"up_blocks.{i}.attentions.{j}"
+            n += 1
+        if i < last:  # in the last block of the level, behind its attention where there is one
+            names[f"output_blocks.{n - 1}.{2 if i in attended else 1}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
+    return names
+
+
+def vae_names(levels: int, layers: int) -> dict[str, str]:
+    """layers: resnets of each level of the encoder, of which the decoder has one more."""
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side in ("encoder", "decoder"):
+        names |= under({"conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out"}, side, side)
+        names |= under(VAE_RESNET, f"{side}.mid.block_1", f"{side}.mid_block.resnets.0")
+        names |= under(VAE_RESNET, f"{side}.mid.block_2", f"{side}.mid_block.resnets.1")
+        names |= under(VAE_ATTENTION, f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0")
+    for i in range(levels):
+        up = levels - 1 - i
+        for j in range(layers):
+            names |= under(VAE_RESNET, f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}")
+        for j in range(layers + 1):
+            names |= under(VAE_RESNET, f"decoder.up.{i}.block.{j}", f"decoder.up_blocks.{up}.resnets.{j}")
+        names[f"encoder.down.{i}.downsample.conv"] = f"encoder.down_blocks.{i}.downsamplers.0.conv"
+        names[f"decoder.up.{i}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
+    return names
+
+
+def open_clip_names(layers: int) -> dict[str, str]:
+    names = {
+        "token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight", "text_projection": PROJECTION,
+    }  # fmt: skip
+    for i in range(layers):
+        names |= under(OPEN_LAYER, f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}")
+    return names
+
+
+def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]:
+    """The table for a component from its keys in this layout, without their prefix."""
+    if component == "unet":
+        layers = [0]
+        for n in range(1, count(keys, "input_blocks.")):
+            if f"input_blocks.{n}.0.op.weight" in keys:
+                layers.append(0)
+            else:
+                layers[-1] += 1
+        ends = np.cumsum([n + 1 for n in reversed(layers)]) - 1
+        attended = {i for i, n in enumerate(ends) if f"output_blocks.{n}.1.norm.weight" in keys}
+        return unet_names(layers, attended, family)
+    if component == "vae":
+        return vae_names(count(keys, "encoder.down."), count(keys, "encoder.down.0.block."))
+    if (family, component) in OPEN_CLIP:
+        return open_clip_names(count(keys, "transformer.resblocks."))
+    # Some files of 1.x were written without `text_model.`
+    return {"text_model": "text_model"} | {f: f"text_model.{f}" for f in ("embeddings", "encoder", "final_layer_norm")}
+
+
+def names_in_folder(component: str, family: str, keys: Set[str]) -> dict[str, str]:
+    """The table for a component from its keys in diffusers, which it takes to those of this layout."""
+    if component == "unet":
+        layers = [count(keys, f"down_blocks.{i}.resnets.") for i in range(count(keys, "down_blocks."))]
+        attended = {i for i, n in enumerate(reversed(layers)) if has(keys, f"up_blocks.{i}.attentions.{n}.")}
+        names = unet_names(layers, attended, family)
+    elif component == "vae":
+        names = vae_names(count(keys, "encoder.down_blocks."), count(keys, "encoder.down_blocks.0.resnets."))
+    elif (family, component) in OPEN_CLIP:
+        names = open_clip_names(count(keys, "text_model.encoder.layers."))
+    else:
+        names = {"text_model": "text_model"}
+    return {new: old for old, new in names.items()}
+
+
+def count(keys: Iterable[str], prefix: str) -> int:
+    """How many different names follow the prefix."""
+    return len({key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)})
+
+
+def rename(key: str, names: Mapping[str, str]) -> str | None:
+    """By the longest beginning of the key that is in the table, or None."""
+    head = key
+    while head and head not in names:
+        head = head.rpartition(".")[0]
+    return names[head] + key[len(head) :] if head else None
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def to_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    """By component the tensors under diffusers' keys: `iter_diffusers`, all at once."""
+    components: dict[str, dict[str, np.ndarray]] = {}
+    for component, key, tensor in iter_diffusers(tensors, family, ema):
+        components.setdefault(component, {})[key] = tensor
+    return components
+
+
+def iter_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> Iterator[Triple]:
+    """(component, diffusers' key, tensor) of the components that the file has; each tensor is read in its turn.
+
+    family: as `recognise` says. ema: take the UNet's averaged weights, which some files have beside the last ones.
+    Raises ModelError, before anything is read, that names the keys which no component of this family has.
+    """
+    places = locate(tensors, family, ema)  # now, and not at the first tensor
+    return (
+        (component, new, part)
+        for (component, name), key in places.items()
+        for new, part in from_file(component, family, name, tensors[key])
+    )
+
+
+def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[tuple[str, str], str]:
+    """(component, diffusers' key) -> the key in the file, in its order; `qkv_proj` stands for three keys."""
+    places, wrong = {}, []
+    for component, prefix in prefixes_of(tensors, family).items():
+        keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+        names, dropped = names_in_file(component, family, keys.keys()), dropped_of(component, family)
+        for short, key in keys.items():
+            if not dropped.match(short):
+                new = rename(short, names)
+                if new is None or places.setdefault((component, new), key) != key:
+                    wrong.append(key)
+    if wrong:
+        raise failure(
+            f"{len(wrong)} keys of this file have no place, or one that is taken, in the {family} family: "
+            f"{some(wrong)}; use the file as its authors wrote it"
+        )
+    if ema:
+        averages = {place: averaged(key) for place, key in places.items() if place[0] == "unet"}
+        missing = [key for key in averages.values() if key not in tensors]
+        if missing or not averages:
+            raise failure(
+                f"{len(missing)} of {len(averages)} averaged weights of the UNet are missing: {some(missing)}; "
+                "read this file with ema=False"
+            )
+        places |= averages
+    return places
+
+
+def prefixes_of(keys: Iterable[str], family: str) -> Mapping[str, str]:
+    """The prefix of each component of a family. An autoencoder alone has one of several."""
+    if family not in COMPONENTS:
+        raise failure(f"the family is {family!r}; choose one of {', '.join(COMPONENTS)}")
+    if family != "vae":
+        return COMPONENTS[family]
+    return {"vae": next((prefix for prefix in VAE_PREFIXES if has(keys, f"{prefix}decoder.")), "")}
+
+
+def dropped_of(component: str, family: str) -> re.Pattern:
+    """What of a component in the file is no parameter of it in diffusers, by its key without the prefix."""
+    if component in ("unet", "vae"):
+        return NOTHING if component == "unet" else NO_VAE
+    if (family, component) in OPEN_CLIP:
+        return NO_SD2_CLIP if family == "sd2" else NO_OPEN_CLIP
+    return NO_CLIP
+
+
+def averaged(key: str) -> str:
+    """The key of the running average of a UNet's tensor: the module that keeps it allows no dots in its names."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A tensor of the file as the one or three of diffusers."""
+    if component == "vae" and VAE_MATRIX.fullmatch(name) and set(tensor.shape[2:]) == {1}:
+        yield name, tensor.reshape(tensor.shape[:2])
+    elif (family, component) in OPEN_CLIP and name == PROJECTION:
+        yield name, np.ascontiguousarray(tensor.T)
+    elif (family, component) in OPEN_CLIP and ".qkv_proj." in name:
+        if len(tensor) % 3:
+            raise failure(f"{component}: {name} of shape {list(tensor.shape)} is not q, k and v; copy the file again")
+        for letter, part in zip("qkv", np.split(tensor, 3), strict=True):
+            yield name.replace(".qkv_proj.", f".{letter}_proj."), part
+    else:
+        yield name, tensor
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> dict[str, np.ndarray]:
+    """The tensors of one file: `iter_ldm`, all at once."""
+    return {key: tensor for _, key, tensor in iter_ldm(components, family)}
+
+
+def iter_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> Iterator[Triple]:
+    """(component, key in the file, tensor), the inverse of `iter_diffusers`; each tensor is read in its turn.
+
+    components: by name (unet, vae, text_encoder, text_encoder_2), whole or a part of them, the tensors by diffusers'
+    key. The file of an autoencoder alone gets keys without a prefix.
+    Raises ModelError, before anything is read, that names the keys which the layout cannot represent.
+    """
+    from lcm_jax.weights.diffusers_folder import modern_key
+
+    places: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    wrong = []
+    for component, tensors in components.items():
+        prefix = prefixes_of((), family).get(component)
+        modern = [(new, key) for key in tensors if (new := modern_key(component, key)) is not None]
+        names = names_in_folder(component, family, {new for new, _ in modern}) if prefix is not None else {}
+        for new, key in modern:
+            fused = new
+            if (family, component) in OPEN_CLIP:
+                fused = re.sub(r"\.self_attn\.[qkv]_proj\.", ".self_attn.qkv_proj.", new)
+            old = rename(fused, names)
+            if old is None or dropped_of(component, family).match(old):
+                wrong.append(f"{component} {key}")
+            else:
+                places.setdefault((component, prefix + old), []).append((new, key))
+    for (component, old), sources in places.items():
+        wanted = "qkv" if ".attn.in_proj_" in old and (family, component) in OPEN_CLIP else " "
+        if len(sources) != len(wanted):
+            wrong += [f"{component} {key}" for _, key in sources]
+    if wrong:
+        raise failure(
+            f"{len(wrong)} keys cannot be written in the layout of the {family} family: {some(wrong)}; "
+            "write a diffusers folder instead"
+        )
+    return (
+        (component, old, to_file(component, family, {new: components[component][key] for new, key in sources}))
+        for (component, old), sources in places.items()
+    )
+
+
+def to_file(component: str, family: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The one or three tensors of diffusers, by key, as one of the file."""
+    if len(tensors) == 3:
+        parts = [next(t for name, t in tensors.items() if f".{letter}_proj." in name) for letter in "qkv"]
+        if len({(part.dtype, part.shape) for part in parts}) > 1:
+            raise failure(f"{component}: {some(list(tensors))} must have one dtype and shape to be one tensor")
+        return np.concatenate(parts)
+    ((name, tensor),) = tensors.items()
+    if component == "vae" and VAE_MATRIX.fullmatch(name) and tensor.ndim == 2:
+        return tensor[:, :, None, None]
+    if (family, component) in OPEN_CLIP and name == PROJECTION:
+        return np.ascontiguousarray(tensor.T)
+    return tensor
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+
+def configs_of(
+    tensors: Mapping[str, Any], family: str, prediction_type: str | None = None, scaling_factor: float | None = None
+) -> dict[str, dict[str, Any]]:
+    """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
+
+    tensors: arrays or shapes by key; about twenty are looked at.
+    prediction_type: what the UNet predicts, "epsilon" or "v_prediction". sd1 and sdxl predict epsilon (sdxl velocity
+    where the file has the key `v_pred`); in sd2 the models for 768 pixels are v_prediction, and the base ones for 512,
+    the inpainting one and Turbo epsilon, and the file does not say which it is.
+    scaling_factor: of the latents, which a file of an autoencoder alone does not tell: 0.18215 in 1.x and 2.x, 0.13025
+    in XL.
+    The file does not tell either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1
+    and heads of width 64 in all others; the schedule; the pixels that were trained on.
+    Raises ModelError where an argument is needed, or where a shape is missing or in no config of diffusers.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise failure(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
+    places = locate(tensors, family)
+    components: dict[str, dict[str, str]] = {}
+    for (component, new), key in places.items():
+        components.setdefault(component, {})[new] = key
+
+    def shapes(component: str) -> Callable[[str], tuple[int, ...]]:
+        def shape(key: str) -> tuple[int, ...]:
+            if key not in components[component]:
+                raise failure(f"the {component} of this file lacks {key}: it is incomplete, copy it again")
+            return shape_of(tensors[components[component][key]])
+
+        return shape
+
+    configs = {}
+    for component in components:
+        keys, shape = components[component].keys(), shapes(component)
+        if component == "vae":
+            configs[component] = vae_config(shape, keys, family, scaling_factor)
+        elif component != "unet":
+            configs[component] = text_config(shape, keys, (family, component) in OPEN_CLIP)
+    if "unet" in components:
+        if prediction_type is None:
+            if family == "sd2":
+                raise failure(
+                    "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
+                    "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
+                    "inpainting and for Turbo"
+                )
+            prediction_type = "v_prediction" if "v_pred" in tensors else "epsilon"
+        pooled = configs.get("text_encoder_2", {}).get("projection_dim")
+        unet = unet_config(shapes("unet"), components["unet"].keys(), family, pooled)
+        if family == "sd2" and prediction_type == "v_prediction":
+            unet |= {"sample_size": 96, "upcast_attention": True}
+        configs["unet"] = unet
+        kind = {"_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler"}
+        kind |= {"timestep_spacing": "leading"} if family == "sdxl" else {}
+        kind = LCM if "time_cond_proj_dim" in unet else kind
+        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}
+        configs["scheduler"] = SCHEDULE | kind | zero | {"prediction_type": prediction_type}
+    return configs
+
+
+def one(values: list) -> Any:
+    """A list of equal values as that value, any other as it is."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None) -> dict[str, Any]:
+    """shape: of a tensor, in this layout, by diffusers' key. pooled: the width of the pooled prompt, where known."""
+    layers = [count(keys, f"down_blocks.{i}.resnets.") for i in range(count(keys, "down_blocks."))]
+
+    def depths(block: str, n: int) -> list[int]:
+        found = [count(keys, f"{block}.attentions.{j}.transformer_blocks.") for j in range(n)]
+        if 0 in found and any(found):
+            raise failure(f"the UNet's {block} has {found} transformer blocks in its layers; diffusers has all or none")
+        return found
+
+    down = [depths(f"down_blocks.{i}", n) for i, n in enumerate(layers)]
+    up = [depths(f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
+    middle = depths("mid_block", 1)[0]
+    if not layers or (context := first(keys, "attn2.to_k.weight")) is None:
+        raise failure("the UNet of this file has no levels or no attention to a text: it is incomplete, copy it again")
+    # The middle has the depth of the last level; where a level has no attention, its number means nothing else.
+    if any(down[-1]) and middle not in (0, down[-1][0]):
+        raise failure(f"the UNet has depth {middle} in the middle and {down[-1]} before it; diffusers has one depth")
+    per_level = [one(d) if any(d) else 1 for d in down]
+    per_level[-1] = per_level[-1] if any(down[-1]) else middle or 1
+    reverse = [one(u) if any(u) else 1 for u in up]
+    mirrored = all(
+        type(d) is int and (u == d or not any(each))
+        for d, u, each in zip(reversed(per_level), reverse, up, strict=True)
+    )
+    widths = [shape(f"down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(len(layers))]
+    config = {
+        "_class_name": "UNet2DConditionModel", "sample_size": 128 if family == "sdxl" else 64,
+        "in_channels": shape("conv_in.weight")[1], "out_channels": shape("conv_out.weight")[0],
+        "block_out_channels": widths, "layers_per_block": one(layers), "norm_num_groups": 32,
+        "down_block_types": ["CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if any(u) else "UpBlock2D" for u in up],
+        "cross_attention_dim": shape(context)[1], "transformer_layers_per_block": one(per_level),
+        "attention_head_dim": 8 if family == "sd1" else [max(1, width // 64) for width in widths],
+        "use_linear_projection": len(shape(first(keys, ".proj_in.weight"))) == 2,
+    }  # fmt: skip
+    if not middle:
+        config["mid_block_type"] = "UNetMidBlock2D" if has(keys, "mid_block.") else None
+    if not mirrored:  # a list for each level, as diffusers wants it then
+        config["transformer_layers_per_block"] = [d if any(d) else per_level[i] for i, d in enumerate(down)]
+        config["reverse_transformer_layers_per_block"] = [u if any(u) else 1 for u in up]
+    if (time := shape("time_embedding.linear_1.weight")[0]) != 4 * widths[0]:
+        config["time_embedding_dim"] = time
+    if "time_embedding.cond_proj.weight" in keys:
+        config["time_cond_proj_dim"] = shape("time_embedding.cond_proj.weight")[1]
+    if family == "sdxl":
+        added = shape("add_embedding.linear_1.weight")[1]
+        config |= {
+            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": added,
+            "addition_time_embed_dim": 256 if pooled is None else (added - pooled) // 6,  # of six sizes
+        }  # fmt: skip
+    return config
+
+
+def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: float | None) -> dict[str, Any]:
+    if scaling_factor is None and family not in SCALING_FACTORS:
+        raise failure(
+            "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
+            "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
+        )
+    levels = count(keys, "encoder.down_blocks.")
+    config = {
+        "_class_name": "AutoencoderKL", "sample_size": 1024 if family == "sdxl" else 512, "norm_num_groups": 32,
+        "in_channels": shape("encoder.conv_in.weight")[1], "out_channels": shape("decoder.conv_out.weight")[0],
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "block_out_channels": [
+            shape(f"encoder.down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(levels)
+        ],
+        "layers_per_block": count(keys, "encoder.down_blocks.0.resnets."),
+        "scaling_factor": SCALING_FACTORS[family] if scaling_factor is None else scaling_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }  # fmt: skip
+    absent = {
+        "use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv.",
+        "mid_block_add_attention": "decoder.mid_block.attentions.",
+    }  # fmt: skip
+    config |= {option: False for option, prefix in absent.items() if not has(keys, prefix)}
+    return config | ({"force_upcast": True} if family == "sdxl" else {})
+
+
+def text_config(shape: Callable, keys: Set[str], open_clip: bool) -> dict[str, Any]:
+    vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
+    projects = open_clip and PROJECTION in keys
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"],
+        "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width,
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count(keys, "text_model.encoder.layers."), "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "hidden_act": "gelu" if open_clip else "quick_gelu", "layer_norm_eps": 1e-5,
+        "projection_dim": shape(PROJECTION)[1] if projects else width,  # the other way round in this layout
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,  # as published: the end of a text is its largest id
+    }  # fmt: skip

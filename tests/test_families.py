@@ -1,0 +1,71 @@
+"""The published models at full size, without their weights: counts and names, against diffusers and transformers."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from lcm_jax.models.families import FAMILIES
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.weights import naming
+
+COUNTS = {  # as published
+    ("sd15", "unet"): 859_520_964, ("sd15", "vae"): 83_653_863, ("sd15", "text_encoder"): 123_060_480,
+    ("sd21", "unet"): 865_910_724, ("sd21", "text_encoder"): 340_387_840, ("sd21-768", "unet"): 865_910_724,
+    ("sdxl", "unet"): 2_567_463_684, ("sdxl", "vae"): 83_653_863, ("sdxl", "text_encoder"): 123_060_480,
+    ("sdxl", "text_encoder_2"): 694_659_840,
+    ("ssd1b", "unet"): 1_331_334_404, ("sd15-taesd", "vae"): 2_445_063,
+    # The guidance weight's projection is 256 x 320; five more input channels are 5 x 3 x 3 x 320.
+    ("lcm-dreamshaper", "unet"): 859_520_964 + 81_920, ("lcm-sdxl", "unet"): 2_567_463_684 + 81_920,
+    ("lcm-ssd1b", "unet"): 1_331_334_404 + 81_920, ("sd15-inpainting", "unet"): 859_520_964 + 14_400,
+    ("sd2-inpainting", "unet"): 865_910_724 + 14_400, ("sdxl-inpainting", "unet"): 2_567_463_684 + 14_400,
+}  # fmt: skip
+
+
+def torch_shapes(component: str, config: dict) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the reference network, built on the `meta` device."""
+    torch = pytest.importorskip("torch")
+    import diffusers
+    import transformers
+
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        if component.startswith("text_encoder"):
+            architecture = options.pop("architectures")[0]
+            options.pop("model_type")
+            model = getattr(transformers, architecture)(transformers.CLIPTextConfig(**options))
+        else:
+            model = getattr(diffusers, config["_class_name"])(**options)
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if "position_ids" not in key}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_full_size_counts_names_and_shapes(name, shapes_of):
+    abstract = StableDiffusion.from_configs(FAMILIES[name]).abstract_params()
+    networks = {c for c in FAMILIES[name] if c in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    assert set(abstract) == networks
+    for component in networks:
+        leaves = flatten_dict(abstract[component])
+        ours = {naming.to_key(path): tuple(naming.tensor_shape(path, leaf.shape)) for path, leaf in leaves.items()}
+        theirs = {
+            key if not component.startswith("text") or key.startswith("text_") else f"text_model.{key}": shape
+            for key, shape in shapes_of(component, FAMILIES[name][component]).items()
+        }
+        assert ours == theirs
+        total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract[component]))
+        assert total == COUNTS.get((name, component), total)
+
+
+@pytest.fixture(scope="module")
+def shapes_of():
+    """`torch_shapes`, built once for components that families share."""
+    built: dict[str, dict] = {}
+
+    def cached(component, config):
+        return built.setdefault(f"{component} {sorted(config.items())!r}", torch_shapes(component, config))
+
+    return cached
+
+
+def test_every_published_count_was_compared():
+    assert {name for name, _ in COUNTS} <= set(FAMILIES)

@@ -1,0 +1,60 @@
+"""Each family's whole pipeline on tiny random weights: diffusers writes it, we read it, the pictures are the same."""
+
+import numpy as np
+import pytest
+import reference_families
+import torch
+
+import lcm_jax
+from lcm_jax import pipeline
+
+PROMPTS = ["a red circle above a blue square", "a photo of a square"]
+SIZE = {"height": 16, "width": 24}  # not square, and not the model's own
+LATENTS = (2, 8, 12, 4)
+
+
+def to_torch(latents) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("family", reference_families.FAMILIES)
+def test_reads_samples_and_writes_as_diffusers_does(family, tmp_path, monkeypatch):
+    theirs = reference_families.build(tmp_path, family)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lcm_jax.Pipeline.from_pretrained(tmp_path / "theirs")
+    latents, noise = pipeline.draw_noise(3, 2, 4, LATENTS[1:])
+    draws = iter(noise)
+    for module in ("scheduling_lcm", "scheduling_euler_ancestral_discrete"):
+        monkeypatch.setattr(
+            f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: to_torch(next(draws, noise[-1]))
+        )
+    arguments = {"num_inference_steps": 4, "guidance_scale": 3.0} | SIZE
+    if "xl" in family:  # the size told and the size drawn may differ
+        arguments |= {"original_size": (40, 30), "crops_coords_top_left": (2, 5), "target_size": (16, 24)}
+    # diffusers multiplies the first latents by the schedule's first sigma, where it has one.
+    expected = theirs(PROMPTS, latents=to_torch(latents), output_type="latent", **arguments).images
+    found = ours(PROMPTS, seed=3, output_type="latent", **arguments).images
+    expected = expected.numpy().transpose(0, 2, 3, 1)
+    assert found.shape == LATENTS
+    np.testing.assert_allclose(found, expected, atol=5e-4 * np.abs(expected).max())
+
+    once = arguments | {"num_inference_steps": 1, "output_type": "np"}
+    picture = ours(PROMPTS, latents=np.asarray(latents), **once).images
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    expected = again(PROMPTS, latents=to_torch(latents), **once).images
+    assert np.abs(picture - expected).max() * 255 <= 2 and np.std(picture) > 0.01
+
+    names = {"unet", "vae", "text_encoder", "text_encoder_2"} & set(theirs.components)
+    for name in names:
+        before, after = (getattr(pipe, name).state_dict() for pipe in (theirs, again))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_second_tokenizer_pads_in_its_own_way(tmp_path):
+    reference_families.build(tmp_path, "sdxl").save_pretrained(tmp_path / "model")
+    ids = lcm_jax.Pipeline.from_pretrained(tmp_path / "model").tokenize(["a circle"])
+    assert ids.shape == (1, 2, reference_families.LENGTH)
+    np.testing.assert_array_equal(ids[0, 0, :4], ids[0, 1, :4])
+    assert (ids[0, 0, 4:] != ids[0, 1, 4:]).all()
