@@ -71,10 +71,10 @@ def sample_latents(
         # Where a scheduler's config is silent this is diffusers' default for its class.
         to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
         return sample_ddim(network, latents, grid, model.schedule, to_one)
-    if sampler == "euler":
-        return sample_euler(network, latents, grid, model.schedule)
-    if sampler == "euler_ancestral":
-        return sample_euler(network, latents, grid, model.schedule, noise)
+    if sampler in ("euler", "euler_ancestral"):
+        if model.scheduler.get("timestep_spacing") == "trailing":  # diffusers then begins with sigma noise, and no x0
+            latents = latents * float(np.sqrt(1.0 - model.schedule.alphas_cumprod[grid[0]]))
+        return sample_euler(network, latents, grid, model.schedule, noise if sampler == "euler_ancestral" else None)
     return sample_dpm_solver_pp(network, latents, grid, model.schedule)
 
 

@@ -96,7 +96,7 @@ def test_what_is_there_stays(model, tmp_path):
         (["--input=M", "--output=W/a.ckpt", "--format=ldm"], "must end in .safetensors"),
         (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--component=lora"], "it has unet, vae"),
         (["--input=S", "--output=W/a", "--format=diffusers"], "has no tokenizer: name a sd1 model"),
-        (["--input=M", "--output=W/a", "--format=onnx"], "diffusers, ldm"),
+        (["--input=M", "--output=W/a", "--format=onnx"], "diffusers|ldm"),
         (["--input=M", "--format=ldm"], "--output is missing"),
         (["--input=U", "--output=W/a", "--format=diffusers"], "looked for"),
         (["--input=O", "--output=W/o.safetensors", "--format=ldm", "--dtype=float16"], "1 tensors overflow in float16"),
