@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lcd",
-            "num_ddim_steps": 50,  # the skipping step k is 1000 / 50 = 20
-            "w_min": 0.5,
-            "w_max": 4.0,
+            "num_ddim_steps": 20,  # the skipping step k is 1000 / 20 = 50: what is known near t = 0 travels faster
+            "w_min": 2.0,
+            "w_max": 7.0,
             "distance": "huber",
             "huber_c": 1e-3,
             "empty_prompts": 0.0,
@@ -28,22 +28,22 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 6000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 400, "batch_size": 32, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 1200, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
             "remat": False,
         }
     )  # fmt: skip
     config.optimizer = ConfigDict(
         {
-            "name": "adamw", "learning_rate": 3e-4, "warmup_steps": 20, "schedule": "cosine",
-            "b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0,
+            "name": "muon", "learning_rate": 5e-4, "warmup_steps": 20, "schedule": "cosine",
+            "b1": 0.95, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0,
         }
     )  # fmt: skip
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 100, "keep": 2})
-    config.log = ConfigDict({"every_steps": 10})
+    config.checkpoint = ConfigDict({"every_steps": 300, "keep": 2})
+    config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
-            "every_steps": 200, "per_task": 2, "batch_size": 12, "guidance_scale": 3.0,
+            "every_steps": 600, "per_task": 2, "batch_size": 12, "guidance_scale": 6.0,
             "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
         }
     )  # fmt: skip
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             "per_task": 16,
             "batch_size": 32,
             "reference": 1024,
-            "guidance_scale": 3.0,
+            "guidance_scale": 6.0,
             "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},
             "student": {"lcm": (1, 2, 4, 8)},
         }
