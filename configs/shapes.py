@@ -17,11 +17,12 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lcd",
-            "num_ddim_steps": 20,  # the skipping step k is 1000 / 20 = 50: what is known near t = 0 travels faster
-            "w_min": 2.0,
-            "w_max": 7.0,
+            "num_ddim_steps": 8,  # the skipping step k is 1000 / 8 = 125: what is known near t = 0 travels faster
+            "w_min": 4.0,
+            "w_max": 6.0,
             "distance": "huber",
             "huber_c": 1e-3,
+            "weighting": "inverse_sigma",  # published: uniform
             "empty_prompts": 0.0,
             "guidance_embedding_dim": 256,
         }

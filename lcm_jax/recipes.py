@@ -409,6 +409,7 @@ def lcd_job(config, workdir: Path) -> Job:
             num_ddim_steps=config.objective.num_ddim_steps,
             kind=config.objective.distance,
             huber_c=config.objective.huber_c,
+            weighting=config.objective.weighting,
         ),
         batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,

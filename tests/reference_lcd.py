@@ -51,12 +51,13 @@ def consistency(kind: str, output, z, t: int, abar: float):
 
 def distil(
     student, target, teacher, z, context, empty, noise, index, w, embedding,
-    *, abar, prediction_type, distance, huber_c=1e-3, steps=50,
+    *, abar, prediction_type, distance, weighting="uniform", huber_c=1e-3, steps=50,
 ) -> Step:  # fmt: skip
     """student, target, teacher: UNet2DConditionModel in float64; the first two have time_cond_proj_dim.
 
     z, noise: [B, h, w, c]; context: [B, L, D], the prompts that are distilled; empty: [1, L, D]; index: int[B] in
-    0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber".
+    0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber"; weighting: "uniform" or
+    "inverse_sigma".
     """
 
     def tensor(array):
@@ -97,7 +98,10 @@ def distil(
         goal = f(target, z_t, ends)
     prediction = f(student, z_s, starts)
     d = prediction - goal
-    loss = (d * d).mean() if distance == "l2" else (torch.sqrt(d * d + huber_c**2) - huber_c).mean()
+    elements = d * d if distance == "l2" else torch.sqrt(d * d + huber_c**2) - huber_c
+    if weighting == "inverse_sigma":
+        elements = each(lambda x, s: x / math.sqrt(1 - abar[s]), elements, starts)
+    loss = elements.mean()
     student.zero_grad()
     loss.backward()
 

@@ -111,9 +111,9 @@ def unet_networks():
 # --- parity ---
 
 
-@pytest.mark.parametrize("distance", ["l2", "huber"])
+@pytest.mark.parametrize("distance, weighting", [("l2", "uniform"), ("huber", "inverse_sigma")])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance):
+def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting):
     pytest.importorskip("torch")
     import reference_lcd
 
@@ -128,12 +128,13 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, di
     expected = reference_lcd.distil(
         *unets, to_latents(batch["moments"], draws.posterior), table[token_ids], table[frozen["empty_ids"]][None],
         draws.noise, draws.index, draws.w, embedding, abar=reference_lcd.alphas_cumprod(0.00085, 0.012),
-        prediction_type=prediction_type, distance=distance,
+        prediction_type=prediction_type, distance=distance, weighting=weighting,
     )  # fmt: skip
 
     loss = partial(
-        lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance
-    )
+        lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
+        weighting=weighting,
+    )  # fmt: skip
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
 
@@ -193,12 +194,21 @@ def test_golden_boundary_scalings():
 
 
 def test_golden_distance():
-    d = jnp.array([0.0, 1.0, -2.0, 1e-3])
-    assert lcd.distance(d, "l2", 1e-3) == pytest.approx((1 + 4 + 1e-6) / 4)
-    huber = [0, (1 + 1e-6) ** 0.5 - 1e-3, (4 + 1e-6) ** 0.5 - 1e-3, 1e-3 * (2**0.5 - 1)]
-    assert lcd.distance(d, "huber", 1e-3) == pytest.approx(np.mean(huber), rel=1e-5)
+    d = jnp.array([[0.0, 1.0], [-2.0, 1e-3]])
+    assert lcd.distance(d, "l2", 1e-3) == pytest.approx(np.array([1 / 2, (4 + 1e-6) / 2]))
+    huber = np.array([[0, (1 + 1e-6) ** 0.5 - 1e-3], [(4 + 1e-6) ** 0.5 - 1e-3, 1e-3 * (2**0.5 - 1)]])
+    assert lcd.distance(d, "huber", 1e-3) == pytest.approx(huber.mean(1), rel=1e-5)
     with pytest.raises(ValueError, match="objective.distance is 'l1'; choose l2 or huber"):
         lcd.distance(d, "l1", 1e-3)
+
+
+def test_weights_are_one_or_the_inverse_of_sigma():
+    plan, s = schedule("v_prediction"), jnp.array([19, 499, 999])
+    np.testing.assert_array_equal(lcd.weights(plan, s, "uniform"), 1)
+    sigma = np.sqrt(1 - np.asarray(plan.alphas_cumprod, np.float64)[np.asarray(s)])
+    np.testing.assert_allclose(lcd.weights(plan, s, "inverse_sigma"), 1 / sigma, rtol=1e-5)
+    with pytest.raises(ValueError, match="objective.weighting is 'snr'; choose uniform or inverse_sigma"):
+        lcd.weights(plan, s, "snr")
 
 
 # --- analytic networks: a guess at x0 that depends on all inputs, said in each of the three languages ---

@@ -16,6 +16,8 @@ from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import naming
 from lcm_jax.weights.diffusers_folder import ModelError
 
+NETWORKS = ("unet", "vae", "text_encoder")  # of the Stable Diffusion 1.x shape; SDXL's are in test_family_pipelines.py
+
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
@@ -38,7 +40,7 @@ def copy(student, tmp_path):
 def read_all(folder, variant=None):
     """(configs, tensors) of every network, and the scheduler's config."""
     configs, tensors = {}, {}
-    for name in folders.NETWORKS:
+    for name in NETWORKS:
         configs[name], tensors[name] = folders.read_component(folder, name, variant)
     configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
     return configs, tensors
@@ -58,7 +60,7 @@ def assert_same_tensors(a, b):
 def round_trip(folder, abstract, target, variant=None, **how):
     """Reads `folder`, writes `target`, and returns the tensors of both as they are in the files."""
     configs, tensors = read_all(folder, variant)
-    params = {name: folders.to_params(name, tensors[name], abstract[name]) for name in folders.NETWORKS}
+    params = {name: folders.to_params(name, tensors[name], abstract[name]) for name in NETWORKS}
     with folders.new_folder(target) as temporary:
         folders.write_pipeline(
             temporary, configs, params, folder / "tokenizer", configs["scheduler"],
@@ -81,7 +83,7 @@ def test_read_then_write_is_bit_identical(student, abstract, tmp_path, dtype, va
         half.to(getattr(torch, dtype)).save_pretrained(folder / name, variant=variant)
     mine = tmp_path / "mine"
     theirs, again = round_trip(folder, abstract, mine, variant)
-    for name in folders.NETWORKS:
+    for name in NETWORKS:
         assert {str(tensor.dtype) for tensor in theirs[name].values()} == {dtype}
         expected = {folders.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
         assert_same_tensors(expected, again[name])
@@ -103,7 +105,7 @@ def test_sharded_files_both_ways(student, abstract, tmp_path, variant):
 
     mine = tmp_path / "mine"
     theirs, again = round_trip(folder, abstract, mine, variant, max_shard_bytes=20_000)
-    for name in folders.NETWORKS:
+    for name in NETWORKS:
         expected = {folders.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
         assert_same_tensors(expected, again[name])
     shards = list((mine / "unet").glob("*-of-*"))
@@ -279,7 +281,8 @@ def test_locate(student, tmp_path, monkeypatch):
     "name, entry, message",
     [
         ("unet", ["diffusers", "UNet3DConditionModel"], "unet is 'UNet3DConditionModel'; only UNet2DConditionModel"),
-        ("text_encoder_2", ["transformers", "CLIPTextModelWithProjection"], "with text_encoder_2 is not supported"),
+        ("text_encoder_2", ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2 is None; only CLIPTokenizer"),
+        ("controlnet", ["diffusers", "ControlNetModel"], "with controlnet is not supported"),
         ("vae", None, "vae is None; only AutoencoderKL"),
     ],
 )

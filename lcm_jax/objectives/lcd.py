@@ -45,17 +45,33 @@ def draw(rng: jax.Array, batch, *, num_ddim_steps: int, w_min: float, w_max: flo
 
 
 def distance(difference: jax.Array, kind: str, huber_c: float) -> jax.Array:
-    """l2: mean d^2. huber: mean(sqrt(d^2 + c^2) - c), the pseudo-Huber metric of arXiv 2310.14189, elementwise."""
+    """[B, ...] -> [B]. l2: mean d^2. huber: mean(sqrt(d^2 + c^2) - c), the pseudo-Huber metric of arXiv 2310.14189."""
+    axes = tuple(range(1, difference.ndim))
     if kind == "l2":
-        return jnp.mean(jnp.square(difference))
+        return jnp.mean(jnp.square(difference), axes)
     if kind == "huber":
-        return jnp.mean(jnp.sqrt(jnp.square(difference) + huber_c**2) - huber_c)
+        return jnp.mean(jnp.sqrt(jnp.square(difference) + huber_c**2) - huber_c, axes)
     raise ValueError(f"objective.distance is {kind!r}; choose l2 or huber")
+
+
+def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
+    """What each example's distance counts, float32[B]; s: int32[B], where its step starts.
+
+    uniform: 1, as published. inverse_sigma: 1 / sigma_s, so that an error in the v that a network predicts counts the
+    same at every s (x0 = alpha z - sigma v). Otherwise the steps near pure noise, whose errors are the largest, crowd
+    out those near the picture, on which all others build. Consistency training weighs in the same spirit (2310.14189).
+    """
+    if weighting == "uniform":
+        return jnp.ones(s.shape)
+    if weighting == "inverse_sigma":
+        return 1.0 / alpha_sigma(schedule, s)[1].reshape(s.shape)
+    raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
 
 
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
+    weighting: str = "uniform",
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
@@ -92,5 +108,6 @@ def loss(
     origin = consistency_function(schedule, networks.student(target["unet"], z_t, t, context, w_embedding), z_t, t)
 
     # 5. The distance between the two.
-    total = distance(prediction - jax.lax.stop_gradient(origin), kind, huber_c)
+    difference = distance(prediction - jax.lax.stop_gradient(origin), kind, huber_c)
+    total = jnp.mean(weights(schedule, s, weighting) * difference)
     return total, {"loss": total}

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.weights import naming
+from lcm_jax.weights.errors import ModelError
 
 DTYPES = ("float32", "bfloat16", "float16")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -40,10 +41,6 @@ SECOND = ("text_encoder_2", "tokenizer_2")
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 Params = dict[str, Any]
-
-
-class ModelError(ValueError):
-    """A model that cannot be read or written; the text names what, which value, and what to do."""
 
 
 def locate(model: str | Path) -> Path:

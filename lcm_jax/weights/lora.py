@@ -1,0 +1,321 @@
+"""LoRA files, and what they mean: W + weight (alpha / rank) up down, arXiv 2106.09685.
+
+An adapter is kept as its updates by component of diffusers (unet, text_encoder, text_encoder_2) and by module, the key
+of the weight that it changes without `.weight`. Two namings:
+
+1. kohya's, as A1111 and ComfyUI read it: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`, the dots
+   of the module turned to `_`. That cannot be undone without the names themselves: `base` gives them. SDXL's are often
+   those of the single-file layout. Text encoders: lora_te_ and, where there are two, lora_te1_ and lora_te2_.
+2. PEFT's, as diffusers writes it: `unet.<module>.lora_A.weight` (down), `.lora_B.weight` (up), alpha among the file's
+   metadata. Older files of diffusers have `.lora.down.weight`, `.lora_linear_layer.down.weight` or
+   `.processor.to_q_lora.down.weight`; they are read, never written.
+
+Where a file says no alpha it is the rank.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.single_file import names_in_folder, rename
+
+
+class Update(NamedTuple):
+    """down: [r, in] or [r, in, kh, kw]; up: [out, r] or [out, r, 1, 1]; alpha: [] or None, in the dtypes of the file."""
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: np.ndarray | None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else float(self.alpha) / len(self.down)
+
+
+Updates = dict[str, dict[str, Update]]  # by component and module
+Components = Mapping[str, Mapping[str, np.ndarray]]  # tensors by component and diffusers' key
+
+
+class LoRA(NamedTuple):
+    updates: Updates
+    metadata: dict[str, str]  # of the file, but for what says alpha
+
+
+PREFIXES = {
+    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+}  # fmt: skip
+KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2)_)([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+PEFT = re.compile(
+    r"(?:base_model\.model\.)?((?:unet|text_encoder|text_encoder_2)\.)?(.+?)"
+    r"\.(?:lora_(A|B)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))"
+)
+OLD_ATTENTION = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": "up"}
+# What other kinds of adapters have, which are no sum of a product of two.
+OTHERS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    "lora_mid": "LoCon with a Tucker core", "lora_embedding": "a LoRA of an embedding table",
+}  # fmt: skip
+METADATA = (
+    "lora_adapter_metadata"  # diffusers' name for PEFT's settings, JSON, each key with the component's name first
+)
+ALPHA_DTYPE = "alpha_dtype"  # ours: JSON has numbers of one kind only
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    return any(
+        KOHYA.fullmatch(key) or ".lora_A." in key or re.search(r"[._]lora\.(down|up)\.|_layer\.down\.", key)
+        for key in keys
+    )
+
+
+def naming_of(keys: Iterable[str]) -> str:
+    """kohya or peft."""
+    return "kohya" if any(KOHYA.fullmatch(key) for key in keys) else "peft"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_lora(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, base: Components | None = None,
+    family: str = "sd1",
+) -> LoRA:  # fmt: skip
+    """An adapter from a file's tensors and metadata.
+
+    base: the tensors (or anything with a shape) of the model that it belongs to, by component and diffusers' key, and
+    its family as `single_file` names it; needed for kohya's naming, and every module is then checked against it.
+    Raises ModelError for another kind of adapter, a half of an update, or modules that the base does not have.
+    """
+    metadata = dict(metadata or {})
+    for mark, kind in OTHERS.items():
+        if found := next((key for key in tensors if mark in key), None):
+            raise ModelError(f"{found} belongs to {kind}, which is not supported: merge it with the tool that made it")
+    kohya = naming_of(tensors) == "kohya"
+    if kohya and base is None:
+        raise ModelError("kohya's naming leaves out where the dots were: name the model it belongs to with --base")
+    names = {component: module_names(component, base[component], family) for component in base} if base else {}
+    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        place = place_of_kohya(key, names) if kohya else place_of_peft(key, base)
+        if place is None:
+            unknown.append(key)
+        elif parts.setdefault(place[:2], {}).setdefault(place[2], tensor) is not tensor:
+            raise ModelError(f"{key}: {place[1]} of the {place[0]} is there twice under two names; copy the file again")
+    if unknown:
+        raise ModelError(
+            f"{len(unknown)} of {len(tensors)} keys of this LoRA belong to no module of the model: "
+            f"{some(unknown)}; {kinship(tensors, base)}"
+        )
+    alphas = alphas_of(metadata, parts)
+    updates: Updates = {}
+    for (component, module), part in parts.items():
+        if "down" not in part or "up" not in part:
+            raise ModelError(f"{component}.{module} has only {' and '.join(part)}; copy the file again")
+        alpha = part.get("alpha", alphas.get((component, module)))
+        update = Update(part["down"], part["up"], None if alpha is None else np.asarray(alpha).reshape(()))
+        if update.down.ndim not in (2, 4) or update.up.shape[1:2] != update.down.shape[:1] or 0 in update.down.shape:
+            raise ModelError(
+                f"{component}.{module}: down {list(update.down.shape)} and up {list(update.up.shape)} have no rank "
+                "in common; copy the file again"
+            )
+        updates.setdefault(component, {})[module] = update
+    if not updates:
+        raise ModelError("this file has no LoRA in it: looked for lora_down / lora_up, lora_A / lora_B")
+    lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in (METADATA, ALPHA_DTYPE)})
+    if base is not None:
+        check(lora, base)
+    return lora
+
+
+def module_names(component: str, tensors: Mapping[str, np.ndarray], family: str) -> dict[str, str]:
+    """kohya's names, after their prefix, of every module of a component: from diffusers' and the single file's."""
+    layout = names_in_folder(component, family, tensors.keys()) if component == "unet" else {}
+    names = {}
+    for key in tensors:
+        if key.endswith(".weight") and len(tensors[key].shape) > 1:
+            module = key.removesuffix(".weight")
+            for name in (module, rename(module, layout)):
+                if name is not None:
+                    names[name.replace(".", "_")] = module
+    return names
+
+
+def place_of_kohya(key: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str, str] | None:
+    match = KOHYA.fullmatch(key)
+    component = PREFIXES[match[1]] if match else ""
+    module = names.get(component, {}).get(match[2]) if match else None
+    return (component, module, LEAVES.get(match[3], match[3])) if module else None
+
+
+def place_of_peft(key: str, base: Components | None) -> tuple[str, str, str] | None:
+    if old := OLD_ATTENTION.fullmatch(key):  # before PEFT
+        module = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+        key = f"{module}.lora.{old[3]}.weight"
+    match = PEFT.fullmatch(key)
+    if match is None:
+        return None
+    component, module = (match[1] or "unet.")[:-1], match[2]
+    if component.startswith("text_encoder") and not module.startswith(("text_model.", "text_projection")):
+        module = f"text_model.{module}"
+    if base is not None and f"{module}.weight" not in base.get(component, {}):
+        return None
+    leaf = match[3] or match[4] or match[5]
+    return component, module, LEAVES.get(leaf, leaf)
+
+
+def alphas_of(metadata: Mapping[str, str], parts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
+    """What PEFT's settings say of each (component, module)."""
+    try:
+        settings = json.loads(metadata.get(METADATA) or "{}")
+        dtype = np.dtype(metadata.get(ALPHA_DTYPE, "float32"))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the file's metadata cannot be read ({error}); copy the file again") from None
+    found = {}
+    for component, module in parts:
+        own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
+        for option in ("use_rslora", "use_dora"):
+            if own.get(option):
+                raise ModelError(f"{option} of the {component} is not supported: merge it with the tool that made it")
+        alpha = own.get("lora_alpha")
+        for pattern, value in (own.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):  # PEFT's rule
+                alpha = value
+                break
+        if alpha is not None:
+            found[component, module] = np.asarray(alpha, dtype)
+    return found
+
+
+def check(lora: LoRA, base: Components) -> None:
+    """Raises ModelError that names the modules whose shape is another than the base's."""
+    wrong, total = [], 0
+    for component, updates in lora.updates.items():
+        for module, update in updates.items():
+            total += 1
+            weight = base.get(component, {}).get(f"{module}.weight")
+            wanted = None if weight is None else tuple(weight.shape)
+            if wanted is None or (len(update.up), np.prod(update.down.shape[1:])) != (wanted[0], np.prod(wanted[1:])):
+                wrong.append(f"{component}.{module}")
+    if wrong:
+        tensors = {f"{c}.{m}.lora_A.weight": u.down for c, updates in lora.updates.items() for m, u in updates.items()}
+        raise ModelError(
+            f"{len(wrong)} of {total} modules of this LoRA have another shape in the model: "
+            f"{some(wrong)}; {kinship(tensors, base)}"
+        )
+
+
+def kinship(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
+    """Which model a LoRA is for, by the width of the text that it attends to, and which one was given."""
+    families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+    own = next(
+        (t.shape[1] for k, t in tensors.items() if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", k) and t.ndim > 1), None
+    )  # fmt: skip
+    theirs = next(
+        (t.shape[1] for k, t in (base or {}).get("unet", {}).items() if k.endswith("attn2.to_k.weight")), None
+    )
+    if own is None or theirs is None or own == theirs:
+        return "give the base it was trained on"
+    name = lambda width: f"{width}" + (f" ({families[width]})" if width in families else "")  # noqa: E731
+    return f"it attends to a text of width {name(own)}, the model to {name(theirs)}: give the base it was trained on"
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def to_kohya(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors, metadata) of a file with diffusers' modules in kohya's naming."""
+    two = "text_encoder_2" in lora.updates or any(
+        u.down.shape[1] == 2048 for u in lora.updates.get("unet", {}).values()
+    )
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    tensors = {}
+    for component, updates in lora.updates.items():
+        for module, update in updates.items():
+            name = prefixes[component] + module.replace(".", "_")
+            tensors |= {f"{name}.lora_down.weight": update.down, f"{name}.lora_up.weight": update.up}
+            if update.alpha is not None:
+                tensors[f"{name}.alpha"] = update.alpha
+    return tensors, dict(lora.metadata)
+
+
+def to_peft(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors, metadata) of a file that diffusers' load_lora_weights reads, alpha in the settings it gives to PEFT."""
+    tensors, settings, dtypes = {}, {}, set()
+    for component, updates in lora.updates.items():
+        for module, update in updates.items():
+            tensors |= {
+                f"{component}.{module}.lora_A.weight": update.down, f"{component}.{module}.lora_B.weight": update.up,
+            }  # fmt: skip
+        if all(update.alpha is None for update in updates.values()):
+            continue
+        dtypes |= {update.alpha.dtype.name for update in updates.values() if update.alpha is not None}
+        # transformers' present text encoders have no `text_model.` in their modules' names, those before them had.
+        short = {module: module.removeprefix("text_model.") for module in updates}
+        ranks = {short[module]: len(update.down) for module, update in updates.items()}
+        alphas = {short[m]: float(u.scale * len(u.down)) for m, u in updates.items()}
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        own = {
+            "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks),
+            "rank_pattern": {escaped(m): r for m, r in ranks.items() if r != rank},
+            "alpha_pattern": {escaped(m): a for m, a in alphas.items() if a != alpha},
+        }  # fmt: skip
+        settings |= {f"{component}.{key}": value for key, value in own.items()}
+    metadata = dict(lora.metadata)
+    if settings:
+        if len(dtypes) > 1:
+            raise ModelError(f"alpha is in {' and '.join(sorted(dtypes))}: PEFT's naming has room for one dtype")
+        metadata |= {METADATA: json.dumps(settings, indent=2, sort_keys=True), ALPHA_DTYPE: dtypes.pop()}
+    return tensors, metadata
+
+
+def escaped(module: str) -> str:
+    return module.replace(".", r"\.")
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+
+def delta(update: Update, shape: tuple[int, ...], weight: float = 1.0) -> np.ndarray:
+    """weight (alpha / rank) up down, float32 of `shape`."""
+    rank = len(update.down)
+    up, down = (
+        part.astype(np.float32).reshape(size) for part, size in ((update.up, (-1, rank)), (update.down, (rank, -1)))
+    )
+    return (np.float32(weight * update.scale) * (up @ down)).reshape(shape)
+
+
+def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[str, dict[str, np.ndarray]]:
+    """New tensors with every adapter at its weight added: in float32, rounded to the tensor's dtype once.
+
+    What no adapter changes is the same array as before, and so is the model that was given: unmerging is to go back
+    to it, exact to the bit, which a subtraction from rounded sums would not be.
+    Raises ModelError where a module is missing or of another shape, or where a sum overflows.
+    """
+    loras = list(loras)
+    for lora, _ in loras:
+        check(lora, components)
+    merged = {component: dict(tensors) for component, tensors in components.items()}
+    for component in merged:
+        for module in dict.fromkeys(m for lora, _ in loras for m in lora.updates.get(component, {})):
+            key = f"{module}.weight"
+            tensor = components[component][key]
+            total = tensor.astype(np.float32)
+            for lora, weight in loras:
+                if update := lora.updates.get(component, {}).get(module):
+                    total = total + delta(update, tensor.shape, weight)
+            with np.errstate(over="ignore"):
+                merged[component][key] = total.astype(tensor.dtype)
+            if not np.isfinite(merged[component][key].astype(np.float32)).all():
+                raise ModelError(f"{component}.{key} overflows in {tensor.dtype.name} with the LoRA; use float32")
+    return merged
