@@ -191,7 +191,8 @@ class Pipeline:
         """The sampler that the folder's scheduler asks for, one of SAMPLERS."""
         name = self.configs["scheduler"]["_class_name"]
         if name not in SAMPLERS:
-            raise ValueError(f"scheduler {name} is not supported; choose the sampler: {', '.join(dict.fromkeys(SAMPLERS.values()))}")
+            names = ", ".join(dict.fromkeys(SAMPLERS.values()))
+            raise ValueError(f"scheduler {name} is not supported; choose the sampler: {names}")
         return SAMPLERS[name]
 
     def __call__(

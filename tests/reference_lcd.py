@@ -56,8 +56,8 @@ def distil(
     """student, target, teacher: UNet2DConditionModel in float64; the first two have time_cond_proj_dim.
 
     z, noise: [B, h, w, c]; context: [B, L, D], the prompts that are distilled; empty: [1, L, D]; index: int[B] in
-    0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber"; weighting: "uniform" or
-    "inverse_sigma".
+    0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber";
+    weighting: "uniform" or "inverse_sigma".
     """
 
     def tensor(array):

@@ -26,7 +26,7 @@ from lcm_jax.weights.single_file import names_in_folder, rename
 
 
 class Update(NamedTuple):
-    """down: [r, in] or [r, in, kh, kw]; up: [out, r] or [out, r, 1, 1]; alpha: [] or None, in the dtypes of the file."""
+    """down: [r, in] or [r, in, kh, kw]; up: [out, r] or [out, r, 1, 1]; alpha: [] or None. In the file's dtypes."""
 
     down: np.ndarray
     up: np.ndarray
@@ -215,7 +215,8 @@ def kinship(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
     """Which model a LoRA is for, by the width of the text that it attends to, and which one was given."""
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
     own = next(
-        (t.shape[1] for k, t in tensors.items() if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", k) and t.ndim > 1), None
+        (t.shape[1] for k, t in tensors.items() if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", k) and t.ndim > 1),
+        None,
     )  # fmt: skip
     theirs = next(
         (t.shape[1] for k, t in (base or {}).get("unet", {}).items() if k.endswith("attn2.to_k.weight")), None

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 (gives numpy the names bfloat16 and float8_*)
 import numpy as np
 
+from lcm_jax.weights.errors import ModelError
+
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a row that torch wrote before version 1.6
 VERSION = 1001
 STORAGES = {
@@ -55,13 +57,6 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def failure(message: str) -> Exception:
-    """A ModelError. Its module is imported late: that loads jax, which nothing here needs."""
-    from lcm_jax.weights.diffusers_folder import ModelError
-
-    return ModelError(message)
-
-
 def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict by name, as stored; read-only views of the file, which must stay as it is.
 
@@ -74,16 +69,16 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     try:
         mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
     except FileNotFoundError:
-        raise failure(f"{path} is missing: the model is incomplete, copy it again") from None
+        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
     except (OSError, ValueError) as error:  # numpy maps no empty file
-        raise failure(f"{path} cannot be read ({error}): copy it again") from None
+        raise ModelError(f"{path} cannot be read ({error}): copy it again") from None
     start = bytes(mapped[:4])
     if start.startswith(b"PK"):
         content, storages = read_zip(path, mapped)
     elif start.startswith(b"\x80"):
         content, storages = read_legacy(path, mapped)
     else:
-        raise failure(f"{path} is no file of torch.save: it starts with {start!r}; give a .ckpt, .bin or .pt file")
+        raise ModelError(f"{path} is no file of torch.save: it starts with {start!r}; give a .ckpt, .bin or .pt file")
     return {key: view(tensor, storages, f"{path}: {key}") for key, tensor in state_dict(content, path).items()}
 
 
@@ -112,7 +107,7 @@ class Unpickler(pickle.Unpickler):
             "torch._utils._rebuild_parameter": self.rebuild_parameter,
         }  # fmt: skip
         if (full := f"{module}.{name}") not in known:
-            raise failure(
+            raise ModelError(
                 f"{self.path} asks for {full}, which is no part of a state dict; nothing of it was run. Give the "
                 "safetensors file of this model, or save its bare state dict with torch.save where you trust it"
             )
@@ -154,7 +149,7 @@ def unpickle(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, Storag
     except ModelError:
         raise
     except Exception as error:  # a broken pickle can end in almost any of them
-        raise failure(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
+        raise ModelError(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
 
 
 def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -163,13 +158,13 @@ def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(inner := dict.get(content, "state_dict"), dict):
         content = inner
     if not isinstance(content, dict):
-        raise failure(f"{path} holds a {type(content).__name__}; give a file with a state dict, a dict of tensors")
+        raise ModelError(f"{path} holds a {type(content).__name__}; give a file with a state dict, a dict of tensors")
     tensors = {key: value for key, value in dict.items(content) if isinstance(value, Tensor)}
     if unnamed := [key for key in tensors if type(key) is not str]:
-        raise failure(f"{path} has tensors under {unnamed[:5]!r}; the keys of a state dict are strings")
+        raise ModelError(f"{path} has tensors under {unnamed[:5]!r}; the keys of a state dict are strings")
     if not tensors:
         there = ", ".join(repr(key) for key in list(dict.keys(content))[:5]) or "nothing"
-        raise failure(f"{path} holds no tensors ({there} at its top): give a file with a state dict")
+        raise ModelError(f"{path} holds no tensors ({there} at its top): give a file with a state dict")
     return tensors
 
 
@@ -179,7 +174,7 @@ def view(tensor: Tensor, storages: dict[str, np.ndarray], what: str) -> np.ndarr
     dtype = np.dtype(tensor.dtype)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if 0 not in tensor.shape and (last + 1) * dtype.itemsize > data.nbytes:
-        raise failure(
+        raise ModelError(
             f"{what} reaches {(last + 1) * dtype.itemsize} bytes into a storage of {data.nbytes} (shape "
             f"{list(tensor.shape)}, strides {list(tensor.strides)}, offset {tensor.offset}): copy the file again"
         )
@@ -189,7 +184,7 @@ def view(tensor: Tensor, storages: dict[str, np.ndarray], what: str) -> np.ndarr
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         return np.ndarray(tensor.shape, dtype, data, tensor.offset * dtype.itemsize, strides)
     except (ValueError, OverflowError) as error:
-        raise failure(f"{what} has the shape {list(tensor.shape)} ({error}): copy the file again") from None
+        raise ModelError(f"{what} has the shape {list(tensor.shape)} ({error}): copy the file again") from None
 
 
 # ---- the two containers ---------------------------------------------------------------------------------------------
@@ -202,33 +197,33 @@ def read_zip(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarray]
             members = {info.filename: info for info in archive.infolist()}
             repeated = len(members) < len(archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise failure(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
+        raise ModelError(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
     roots = [name.removesuffix("data.pkl") for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1 or repeated:
         there = ", ".join(list(members)[:5]) or "nothing"
-        raise failure(f"{path} is a zip file but not of torch.save: it has {there}, and not one data.pkl")
+        raise ModelError(f"{path} is a zip file but not of torch.save: it has {there}, and not one data.pkl")
     root = roots[0]
     if (order := members.get(f"{root}byteorder")) and bytes(member(order, mapped, path)) != b"little":
-        raise failure(f"{path} was written on a big-endian machine: save it again on another")
+        raise ModelError(f"{path} was written on a big-endian machine: save it again on another")
     content, storages = unpickle(io.BytesIO(bytes(member(members[f"{root}data.pkl"], mapped, path))), path)
     stored = {}
     for key, storage in storages.items():
         if (info := members.get(f"{root}data/{key}")) is None:
-            raise failure(f"{path} lacks the storage {key!r}: copy it again")
+            raise ModelError(f"{path} lacks the storage {key!r}: copy it again")
         stored[key] = member(info, mapped, path)
         if (size := len(stored[key])) != storage.nbytes:
-            raise failure(f"{path}: the storage {key!r} has {size} bytes, not {storage.nbytes}; copy it again")
+            raise ModelError(f"{path}: the storage {key!r} has {size} bytes, not {storage.nbytes}; copy it again")
     return content, stored
 
 
 def member(info: zipfile.ZipInfo, mapped: np.ndarray, path: Path) -> np.ndarray:
     """The bytes of a member, a view. Raises ModelError where it is compressed, or not within the file."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise failure(f"{path}: {info.filename} is compressed or encrypted, which torch.save does not do: unpack it")
+        raise ModelError(f"{path}: {info.filename} is compressed or encrypted, which torch.save does not do: unpack it")
     header = bytes(mapped[info.header_offset : info.header_offset + 30])
     start = info.header_offset + 30 + (sum(struct.unpack("<HH", header[26:])) if len(header) == 30 else 0)
     if not header.startswith(b"PK\x03\x04") or start + info.file_size > len(mapped):
-        raise failure(f"{path} is damaged at {info.filename}: copy it again")
+        raise ModelError(f"{path} is damaged at {info.filename}: copy it again")
     return mapped[start : start + info.file_size]
 
 
@@ -237,18 +232,18 @@ def read_legacy(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarr
     with path.open("rb") as file:
         magic = unpickle(file, path)[0]
         if magic != MAGIC:
-            raise failure(f"{path} is a pickle but not of torch.save; give a .ckpt, .bin or .pt file")
+            raise ModelError(f"{path} is a pickle but not of torch.save; give a .ckpt, .bin or .pt file")
         version, system = unpickle(file, path)[0], unpickle(file, path)[0]
         if version != VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise failure(f"{path} has the protocol {version!r} and the system {system!r}: save it again with torch")
+            raise ModelError(f"{path} has the protocol {version!r} and the system {system!r}: save it again with torch")
         content, storages = unpickle(file, path)
         keys, position = unpickle(file, path)[0], file.tell()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
-        raise failure(f"{path} is damaged: the storages that it lists are not those of its tensors; copy it again")
+        raise ModelError(f"{path} is damaged: the storages that it lists are not those of its tensors; copy it again")
     stored = {}
     for key in keys:
         start, end = position + 8, position + 8 + storages[key].nbytes
         if end > len(mapped) or bytes(mapped[position:start]) != struct.pack("<q", storages[key].count):
-            raise failure(f"{path} is truncated or damaged at the storage {key!r}: copy it again")
+            raise ModelError(f"{path} is truncated or damaged at the storage {key!r}: copy it again")
         stored[key], position = mapped[start:end], end
     return content, stored

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax.weights.pickles import failure
+from lcm_jax.weights.errors import ModelError
 
 Triple = tuple[str, str, np.ndarray]  # component, key, tensor
 
@@ -96,7 +96,7 @@ def recognise(tensors: Mapping[str, Any]) -> str:
     """
     for mark, what in OTHERS.items():
         if has(tensors, mark):
-            raise failure(
+            raise ModelError(
                 f"this file is {what} by its keys {mark}*, which is not supported here; "
                 "looked for Stable Diffusion 1.x, 2.x, XL or an autoencoder in the layout of their authors"
             )
@@ -118,7 +118,7 @@ def recognise(tensors: Mapping[str, Any]) -> str:
         for family, parts in COMPONENTS.items()
         if family != "vae"
     )
-    raise failure(
+    raise ModelError(
         f"this file is of no known family: looked for {UNET}input_blocks.0.0.weight with the text encoders of one "
         f"family ({texts}; {UNET}label_emb. in sdxl only), or for decoder.up.0.block.0.conv1.weight of an "
         f"autoencoder; found {there}. Give a Stable Diffusion 1.x, 2.x or XL file"
@@ -296,7 +296,7 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
                 if new is None or places.setdefault((component, new), key) != key:
                     wrong.append(key)
     if wrong:
-        raise failure(
+        raise ModelError(
             f"{len(wrong)} keys of this file have no place, or one that is taken, in the {family} family: "
             f"{some(wrong)}; use the file as its authors wrote it"
         )
@@ -304,7 +304,7 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
         averages = {place: averaged(key) for place, key in places.items() if place[0] == "unet"}
         missing = [key for key in averages.values() if key not in tensors]
         if missing or not averages:
-            raise failure(
+            raise ModelError(
                 f"{len(missing)} of {len(averages)} averaged weights of the UNet are missing: {some(missing)}; "
                 "read this file with ema=False"
             )
@@ -315,7 +315,7 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
 def prefixes_of(keys: Iterable[str], family: str) -> Mapping[str, str]:
     """The prefix of each component of a family. An autoencoder alone has one of several."""
     if family not in COMPONENTS:
-        raise failure(f"the family is {family!r}; choose one of {', '.join(COMPONENTS)}")
+        raise ModelError(f"the family is {family!r}; choose one of {', '.join(COMPONENTS)}")
     if family != "vae":
         return COMPONENTS[family]
     return {"vae": next((prefix for prefix in VAE_PREFIXES if has(keys, f"{prefix}decoder.")), "")}
@@ -347,7 +347,7 @@ def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Ite
         yield name, np.ascontiguousarray(tensor.T)
     elif (family, component) in OPEN_CLIP and ".qkv_proj." in name:
         if len(tensor) % 3:
-            raise failure(f"{component}: {name} of shape {list(tensor.shape)} is not q, k and v; copy the file again")
+            raise ModelError(f"{component}: {name} of shape {list(tensor.shape)} is not q, k and v; copy it again")
         for letter, part in zip("qkv", np.split(tensor, 3), strict=True):
             yield name.replace(".qkv_proj.", f".{letter}_proj."), part
     else:
@@ -391,7 +391,7 @@ def iter_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) ->
         if len(sources) != len(wanted):
             wrong += [f"{component} {key}" for _, key in sources]
     if wrong:
-        raise failure(
+        raise ModelError(
             f"{len(wrong)} keys cannot be written in the layout of the {family} family: {some(wrong)}; "
             "write a diffusers folder instead"
         )
@@ -406,7 +406,7 @@ def to_file(component: str, family: str, tensors: Mapping[str, np.ndarray]) -> n
     if len(tensors) == 3:
         parts = [next(t for name, t in tensors.items() if f".{letter}_proj." in name) for letter in "qkv"]
         if len({(part.dtype, part.shape) for part in parts}) > 1:
-            raise failure(f"{component}: {some(list(tensors))} must have one dtype and shape to be one tensor")
+            raise ModelError(f"{component}: {some(list(tensors))} must have one dtype and shape to be one tensor")
         return np.concatenate(parts)
     ((name, tensor),) = tensors.items()
     if component == "vae" and VAE_MATRIX.fullmatch(name) and tensor.ndim == 2:
@@ -435,7 +435,7 @@ def configs_of(
     Raises ModelError where an argument is needed, or where a shape is missing or in no config of diffusers.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
-        raise failure(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
+        raise ModelError(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
     places = locate(tensors, family)
     components: dict[str, dict[str, str]] = {}
     for (component, new), key in places.items():
@@ -444,7 +444,7 @@ def configs_of(
     def shapes(component: str) -> Callable[[str], tuple[int, ...]]:
         def shape(key: str) -> tuple[int, ...]:
             if key not in components[component]:
-                raise failure(f"the {component} of this file lacks {key}: it is incomplete, copy it again")
+                raise ModelError(f"the {component} of this file lacks {key}: it is incomplete, copy it again")
             return shape_of(tensors[components[component][key]])
 
         return shape
@@ -459,7 +459,7 @@ def configs_of(
     if "unet" in components:
         if prediction_type is None:
             if family == "sd2":
-                raise failure(
+                raise ModelError(
                     "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
                     "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
                     "inpainting and for Turbo"
@@ -490,17 +490,21 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
     def depths(block: str, n: int) -> list[int]:
         found = [count(keys, f"{block}.attentions.{j}.transformer_blocks.") for j in range(n)]
         if 0 in found and any(found):
-            raise failure(f"the UNet's {block} has {found} transformer blocks in its layers; diffusers has all or none")
+            raise ModelError(
+                f"the UNet's {block} has {found} transformer blocks in its layers; diffusers has all or none"
+            )
         return found
 
     down = [depths(f"down_blocks.{i}", n) for i, n in enumerate(layers)]
     up = [depths(f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
     middle = depths("mid_block", 1)[0]
     if not layers or (context := first(keys, "attn2.to_k.weight")) is None:
-        raise failure("the UNet of this file has no levels or no attention to a text: it is incomplete, copy it again")
+        raise ModelError(
+            "the UNet of this file has no levels or no attention to a text: it is incomplete, copy it again"
+        )
     # The middle has the depth of the last level; where a level has no attention, its number means nothing else.
     if any(down[-1]) and middle not in (0, down[-1][0]):
-        raise failure(f"the UNet has depth {middle} in the middle and {down[-1]} before it; diffusers has one depth")
+        raise ModelError(f"the UNet has depth {middle} in the middle and {down[-1]} before it; diffusers has one depth")
     per_level = [one(d) if any(d) else 1 for d in down]
     per_level[-1] = per_level[-1] if any(down[-1]) else middle or 1
     reverse = [one(u) if any(u) else 1 for u in up]
@@ -539,7 +543,7 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
 
 def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: float | None) -> dict[str, Any]:
     if scaling_factor is None and family not in SCALING_FACTORS:
-        raise failure(
+        raise ModelError(
             "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
             "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
         )
