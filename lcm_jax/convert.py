@@ -1,10 +1,14 @@
-"""Convert a model between diffusers' folder and the single file of A1111 and ComfyUI, without losing a bit.
+"""Convert a model between diffusers' folder and the single file of A1111 and ComfyUI, without losing a bit; a LoRA too.
 
     python -m lcm_jax.convert --input=runs/sd/export --output=lcm.safetensors --format=ldm
     python -m lcm_jax.convert --input=model.ckpt --output=model --format=diffusers --base=path/to/any/sd15/folder
+    python -m lcm_jax.convert --input=style.safetensors --output=peft.safetensors --format=lora-peft --base=model
+    python -m lcm_jax.convert --input=model --output=merged --format=diffusers --merge=style.safetensors:0.8
 
 It says what it found, writes all or nothing, and reads the result back. A single file has no tokenizer, and does not
 tell how many heads its attention has: --base names a model in diffusers layout of the same shape to take them from.
+Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs to what is written; the input
+stays as it was, so that unmerging is to use it again.
 --dry_run only says what it found.
 """
 
@@ -19,13 +23,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-FORMATS = ("diffusers", "ldm")
+FORMATS = ("diffusers", "ldm", "lora-kohya", "lora-peft")
 INPUT = flags.DEFINE_string("input", None, "A folder in diffusers layout, a shipped name, a .safetensors or a .ckpt.")
-OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers) or the .safetensors file (ldm) to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers) or the .safetensors file (all others) to write.")
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
 BASE = flags.DEFINE_string(
-    "base", None, "A model in diffusers layout of the same shape, for its tokenizer and configs."
+    "base", None, "A model in diffusers layout: of the same shape, for its tokenizer and configs; or a LoRA's own."
 )
+MERGE = flags.DEFINE_list("merge", [], "LoRA files to add, each FILE or FILE:WEIGHT, with commas between them.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "By default each tensor's own.")
 COMPONENT = flags.DEFINE_string("component", None, "Only this component, such as unet; by default all of them.")
 VARIANT = flags.DEFINE_string("variant", None, "The variant of a folder's weight files to read, such as fp16.")
@@ -114,19 +119,104 @@ def describe(model: Model) -> None:
         print(f"  {name}: {len(tensors)} tensors, {count:,} parameters, {dtypes}, sha256 {digest(tensors)[:16]}")
 
 
+def keys_of(path: Path) -> list[str]:
+    """The names of the tensors in a file. Raises ModelError where it is none."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import pickles
+
+    return list(
+        pickles.read_pickle(path) if path.suffix in (".ckpt", ".pt", ".bin") else folders.read_safetensors(path)
+    )
+
+
+def read_lora(path: Path, base: Model | None):
+    """The LoRA of a file, checked against the model it belongs to where there is one. Raises ModelError."""
+    from safetensors import safe_open
+
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import lora, pickles
+
+    if path.suffix in (".ckpt", ".pt", ".bin"):
+        tensors, metadata = pickles.read_pickle(path), {}
+    else:
+        tensors = folders.read_safetensors(path)
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    metadata.pop("format", None)
+    return lora.read_lora(tensors, metadata, base and base.tensors, base.family if base else "sd1")
+
+
+def convert_lora(path: Path) -> None:
+    """A LoRA in one naming to the other."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import lora
+
+    found = read_lora(path, None if BASE.value is None else read_folder(BASE.value))
+    print(f"{path}: a LoRA")
+    for component, updates in found.updates.items():
+        ranks = sorted({len(update.down) for update in updates.values()})
+        count = sum(update.down.size + update.up.size for update in updates.values())
+        dtypes = ", ".join(sorted({update.down.dtype.name for update in updates.values()}))
+        of = ", ".join(map(str, ranks))
+        print(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
+    if DRY_RUN.value:
+        return
+    if FORMAT.value not in ("lora-kohya", "lora-peft"):
+        raise folders.ModelError(
+            f"{path} is a LoRA: write it with --format=lora-kohya or lora-peft, or add it to a model with --merge"
+        )
+    if DTYPE.value is not None:
+        raise folders.ModelError("--dtype is for models: a LoRA keeps its own")
+    tensors, metadata = (lora.to_kohya if FORMAT.value == "lora-kohya" else lora.to_peft)(found)
+
+    def check(temporary: Path) -> None:
+        if digest(folders.read_safetensors(temporary)) != digest(tensors):
+            raise folders.ModelError("the LoRA reads back as other numbers than were written; nothing was kept")
+
+    write_safetensors(tensors, metadata, Path(OUTPUT.value), check)
+    print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest(tensors)[:16]}")
+
+
+def merge(model: Model) -> None:
+    """Adds every LoRA of --merge to the tensors of `model`."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import lora
+
+    chosen = []
+    for each in MERGE.value:
+        path, _, weight = each.rpartition(":") if ":" in each else (each, "", "1")
+        try:
+            chosen.append((read_lora(Path(path), model), float(weight)))
+        except ValueError as error:
+            if isinstance(error, folders.ModelError):
+                raise
+            raise folders.ModelError(f"--merge={each}: {weight!r} is no number; write FILE or FILE:WEIGHT") from None
+        print(f"merging {path} at {float(weight):g}")
+    model.tensors = lora.merge(model.tensors, chosen)
+
+
 def write_file(model: Model, target: Path) -> None:
-    """One .safetensors file, whole or not at all."""
+    """A model in one .safetensors file."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import single_file
+
+    write_safetensors(
+        single_file.to_ldm(model.tensors, model.family), {}, target,
+        lambda temporary: verify(model, single_file.to_diffusers(folders.read_safetensors(temporary), model.family)),
+    )  # fmt: skip
+
+
+def write_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path, check) -> None:
+    """One file, whole or not at all; check(path) raises ModelError where what was written does not read back."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import single_file
 
     if target.exists() and not OVERWRITE.value:
         raise folders.ModelError(f"{target} exists already; choose another --output, or pass --overwrite")
     if target.suffix != ".safetensors":
         raise folders.ModelError(f"--output={target} must end in .safetensors: pickles are read, never written")
-    tensors = single_file.to_ldm(model.tensors, model.family)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -134,8 +224,9 @@ def write_file(model: Model, target: Path) -> None:
     except OSError as error:
         raise folders.ModelError(f"{target} cannot be written ({error}); choose another place") from None
     try:
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, temporary, {"format": "pt"})
-        verify(model, single_file.to_diffusers(folders.read_safetensors(Path(temporary)), model.family))
+        contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}  # keeps a scalar's shape
+        save_file(contiguous, temporary, {"format": "pt", **metadata})
+        check(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -200,8 +291,13 @@ def verify(model: Model, written: Mapping[str, Mapping[str, np.ndarray]]) -> Non
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
     from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import lora
 
     source = Path(INPUT.value)
+    if source.is_file() and lora.is_lora(keys_of(source)):
+        return convert_lora(source)
+    if FORMAT.value in ("lora-kohya", "lora-peft"):
+        raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
     model = read_file(source) if source.is_file() else read_folder(INPUT.value)
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
@@ -211,6 +307,8 @@ def convert() -> None:
             raise folders.ModelError("--component works with --format=ldm: a folder needs every component")
         model.tensors = {COMPONENT.value: model.tensors[COMPONENT.value]}
     describe(model)
+    if MERGE.value:
+        merge(model)
     if DRY_RUN.value:
         return
     if DTYPE.value is not None:

@@ -127,3 +127,65 @@ def test_the_guidance_input_of_a_student_survives(tmp_path):
     assert_same(tensors_of(folders.locate("shapes-lcm")), tensors_of(tmp_path / "back"))
     config = json.loads((tmp_path / "back" / "unet" / "config.json").read_text())
     assert config["time_cond_proj_dim"] == 256
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def style(model, tmp_path) -> Path:
+    """A LoRA in kohya's naming for every attention of the model's UNet, alpha 2 at rank 4."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for key, weight in folders.read_component(model, "unet")[1].items():
+        if ".attn" in key and key.endswith(".weight"):
+            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = rng.normal(size=(4, weight.shape[1])).astype(np.float16)
+            tensors[f"{name}.lora_up.weight"] = rng.normal(size=(weight.shape[0], 4)).astype(np.float16)
+            tensors[f"{name}.alpha"] = np.asarray(2.0, np.float16)
+    assert tensors
+    save_file(tensors, tmp_path / "style.safetensors", {"ss_output_name": "style"})
+    return tmp_path / "style.safetensors"
+
+
+def test_a_lora_to_the_other_naming_and_back_is_the_same_bits(model, style, tmp_path):
+    peft, again = tmp_path / "peft.safetensors", tmp_path / "again.safetensors"
+    done = convert(f"--input={style}", f"--output={peft}", "--format=lora-peft", f"--base={model}")
+    assert done.returncode == 0, done.stderr
+    assert "a LoRA" in done.stdout and "modules of rank 4" in done.stdout and "read it back" in done.stdout
+    assert all(key.startswith("unet.") for key in load_file(peft))
+    done = convert(f"--input={peft}", f"--output={again}", "--format=lora-kohya")
+    assert done.returncode == 0, done.stderr
+    assert_same(load_file(style), load_file(again))
+
+
+def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
+    merged = tmp_path / "merged"
+    done = convert(f"--input={model}", f"--output={merged}", "--format=diffusers", f"--merge={style}:0.5")
+    assert done.returncode == 0, done.stderr
+    assert f"merging {style} at 0.5" in done.stdout
+    before, after, lora = tensors_of(model), tensors_of(merged), load_file(style)
+    for key, weight in before.items():
+        name = "lora_unet_" + key.removeprefix("unet/").removesuffix(".weight").replace(".", "_")
+        if key.startswith("unet/") and f"{name}.alpha" in lora:
+            up, down = (lora[f"{name}.lora_{side}.weight"].astype(np.float64) for side in ("up", "down"))
+            np.testing.assert_allclose(after[key], weight + 0.5 * 2 / 4 * up @ down, rtol=1e-4, atol=1e-5)
+        else:
+            assert after[key].tobytes() == weight.tobytes(), key
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--input={style}", "--format=lora-peft"), "name the model it belongs to with --base"),
+        (("--input={style}", "--format=lora-peft", "--base=shapes"), "it attends to a text of width 16, the model to 128"),
+        (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA: write it with --format=lora-kohya"),
+        (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
+        (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),
+    ],
+)
+def test_mistakes_with_a_lora_are_errors(model, style, tmp_path, arguments, message):
+    output = tmp_path / "out.safetensors"
+    done = convert(f"--output={output}", *(each.format(style=style, model=model) for each in arguments))
+    assert done.returncode == 1 and message in done.stderr and not output.exists(), done.stderr
+    assert "Traceback" not in done.stderr
