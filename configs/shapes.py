@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
             "distance": "huber",
             "huber_c": 1e-3,
             "weighting": "inverse_sigma",  # published: uniform
+            "own_share": 0.5,  # of each batch, the student's own first jump in place of data; published: 0
             "empty_prompts": 0.0,
             "guidance_embedding_dim": 256,
         }

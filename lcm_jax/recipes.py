@@ -410,6 +410,7 @@ def lcd_job(config, workdir: Path) -> Job:
             kind=config.objective.distance,
             huber_c=config.objective.huber_c,
             weighting=config.objective.weighting,
+            own_share=config.objective.own_share,
         ),
         batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,

@@ -49,6 +49,18 @@ def consistency(kind: str, output, z, t: int, abar: float):
     return skip * z + out * origin_and_noise(kind, output, z, abar)[0]
 
 
+def own_pictures(target, noise, context, embedding, *, abar, prediction_type) -> np.ndarray:
+    """float64[B, h, w, c]: one jump of the target network from noise: [B, h, w, c] at the last timestep."""
+    last = len(abar) - 1
+    z = torch.from_numpy(np.array(noise, np.float64)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        output = target(
+            z, torch.tensor([last] * len(z)), encoder_hidden_states=torch.from_numpy(np.array(context, np.float64)),
+            timestep_cond=torch.from_numpy(np.array(embedding, np.float64)),
+        ).sample  # fmt: skip
+    return consistency(prediction_type, output, z, last, abar[last]).permute(0, 2, 3, 1).numpy()
+
+
 def distil(
     student, target, teacher, z, context, empty, noise, index, w, embedding,
     *, abar, prediction_type, distance, weighting="uniform", huber_c=1e-3, steps=50,

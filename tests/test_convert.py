@@ -178,7 +178,7 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
     "arguments, message",
     [
         (("--input={style}", "--format=lora-peft"), "name the model it belongs to with --base"),
-        (("--input={style}", "--format=lora-peft", "--base=shapes"), "it attends to a text of width 16, the model to 128"),
+        (("--input={style}", "--format=lora-peft", "--base=shapes"), "to a text of width 16, the model to 128"),
         (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA: write it with --format=lora-kohya"),
         (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
         (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),

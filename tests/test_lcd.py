@@ -111,9 +111,9 @@ def unet_networks():
 # --- parity ---
 
 
-@pytest.mark.parametrize("distance, weighting", [("l2", "uniform"), ("huber", "inverse_sigma")])
+@pytest.mark.parametrize("distance, weighting, own_share", [("l2", "uniform", 0.0), ("huber", "inverse_sigma", 0.5)])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting):
+def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting, own_share):
     pytest.importorskip("torch")
     import reference_lcd
 
@@ -125,15 +125,21 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, di
     # The embedding's angles reach 13,250, where float32 is good to 1e-3 only: both sides start from the same one.
     embedding = guidance_embedding(draws.w)
     np.testing.assert_allclose(embedding, [reference_lcd.embed_guidance(float(w)) for w in draws.w], atol=1.5e-3)
+    abar, z = reference_lcd.alphas_cumprod(0.00085, 0.012), np.array(to_latents(batch["moments"], draws.posterior))
+    if own_share:
+        z[::2] = reference_lcd.own_pictures(
+            unets[1], draws.posterior[::2], table[token_ids][::2], embedding[::2], abar=abar,
+            prediction_type=prediction_type,
+        )  # fmt: skip
     expected = reference_lcd.distil(
-        *unets, to_latents(batch["moments"], draws.posterior), table[token_ids], table[frozen["empty_ids"]][None],
-        draws.noise, draws.index, draws.w, embedding, abar=reference_lcd.alphas_cumprod(0.00085, 0.012),
+        *unets, z, table[token_ids], table[frozen["empty_ids"]][None],
+        draws.noise, draws.index, draws.w, embedding, abar=abar,
         prediction_type=prediction_type, distance=distance, weighting=weighting,
     )  # fmt: skip
 
     loss = partial(
         lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
-        weighting=weighting,
+        weighting=weighting, own_share=own_share,
     )  # fmt: skip
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
@@ -344,7 +350,28 @@ def test_the_start_lies_on_the_trajectory_of_the_latent_and_the_noise():
     np.testing.assert_array_equal(z_s, expected)
 
 
-def test_no_gradient_reaches_the_teacher_or_the_target():
+@pytest.mark.parametrize("share, chosen", [(0.25, [0]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
+def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, chosen):
+    frozen, batch, draws = example()
+    plan, seen = schedule(), {}
+    context, embedding = encode_prompt(frozen, batch["token_ids"]), guidance_embedding(draws.w)
+    z, networks = jnp.full((B, H, W, C), 5.0), analytic(plan, seen)
+    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, context, embedding, share, networks, plan)
+    given = ((jnp.asarray(draws.posterior)[i], 999, context[i], embedding[i]) for i in chosen)
+    for i, each in enumerate(zip(*seen["student"][0], strict=True)):
+        for mine, expected in zip(each, next(given), strict=True):
+            np.testing.assert_array_equal(mine, expected, err_msg=f"the jump of example {chosen[i]}")
+    assert [i for i in range(B) if not (own[i] == 5.0).all()] == chosen
+
+
+@pytest.mark.parametrize("share", [0.1, 2.0, -1.0])
+def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
+    with pytest.raises(ValueError, match=f"own_share is {share}: not 1 to {B} examples"):
+        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, share, None, schedule())
+
+
+@pytest.mark.parametrize("own_share", [0.0, 0.5])
+def test_no_gradient_reaches_the_teacher_or_the_target(own_share):
     frozen, batch, draws = example()
     plan = schedule("v_prediction")
 
@@ -353,7 +380,7 @@ def test_no_gradient_reaches_the_teacher_or_the_target():
         networks = analytic(plan)
         return lcd.loss(
             {"unet": params}, {"unet": target}, frozen_, batch, draws,
-            networks=networks, schedule=plan, num_ddim_steps=50, kind="huber",
+            networks=networks, schedule=plan, num_ddim_steps=50, kind="huber", own_share=own_share,
         )[0]  # fmt: skip
 
     arguments = jnp.float32(0.9), jnp.float32(0.8), jnp.float32(0.7)
@@ -475,7 +502,13 @@ def test_pitfall_8_micro_batches_equal_one_batch(clip):
 
 def test_pitfall_8_the_moving_average_and_the_clip_act_once_per_update():
     config = SimpleNamespace(
-        name="adamw", learning_rate=1e-2, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.0,
+        name="adamw",
+        learning_rate=1e-2,
+        warmup_steps=0,
+        schedule="constant",
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.0,
         clip_norm=1.0,
     )
     average = np.array([0.9, 0.5, -0.4], np.float32)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
@@ -24,7 +25,7 @@ class Networks(NamedTuple):
 
 
 class Draws(NamedTuple):
-    posterior: jax.Array  # float32[B, h, w, c], picks the latent from the autoencoder's posterior
+    posterior: jax.Array  # float32[B, h, w, c], picks the latent from the autoencoder's posterior; see own_pictures
     noise: jax.Array  # float32[B, h, w, c]
     index: jax.Array  # int32[B], 0 <= index < num_ddim_steps, which skipping step
     w: jax.Array  # float32[B], the guidance weight of cond + w (cond - uncond)
@@ -68,16 +69,39 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
     raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
 
 
+def own_pictures(target, z, noise, context, w_embedding, share: float, networks: Networks, schedule: Schedule):
+    """z with round(share B) of its examples, evenly spread, replaced by the target network's own jump from `noise`.
+
+    z, noise: float32[B, h, w, c]. A sampler of several steps noises what the network itself has made, and that is not
+    quite what data is: where it cannot tell which of two colours is meant, its first jump is between them. From there
+    the teacher finds its way to one; a student that has only seen data does not learn to. Raises ValueError for a
+    share that is no example of this (micro-)batch, or more than all.
+    """
+    batch = len(z)
+    count = round(share * batch)
+    if not 1 <= count <= batch:
+        raise ValueError(
+            f"objective.own_share is {share}: that is {count} of a (micro-)batch of {batch}; give 1 or more"
+        )
+    chosen = np.arange(count) * batch // count
+    some = lambda tree: jax.tree.map(lambda a: a[chosen], tree)  # noqa: E731
+    last = jnp.full(len(chosen), len(schedule.alphas_cumprod) - 1)
+    output = networks.student(target["unet"], noise[chosen], last, some(context), w_embedding[chosen])
+    own = consistency_function(schedule, output, noise[chosen], last)
+    return z.at[chosen].set(jax.lax.stop_gradient(own))
+
+
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform",
+    weighting: str = "uniform", own_share: float = 0.0,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
     params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and
     "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
-    token_ids int32[B,2,L] and empty_ids int32[2,L]. Returns (float32[], metrics).
+    token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
+    data (published: 0); they begin from draws.posterior, which they leave free. Returns (float32[], metrics).
     """
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
     keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
@@ -89,6 +113,8 @@ def loss(
     # 1. A point z_s on the data's trajectory, and the step t that comes one skipping step before s.
     s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))
     z = networks.to_latents(batch["moments"], draws.posterior)
+    if own_share:
+        z = own_pictures(target, z, draws.posterior, context, w_embedding, own_share, networks, schedule)
     z_s = add_noise(schedule, z, draws.noise, s)
 
     # 2. The student's prediction of the trajectory's origin.
