@@ -80,9 +80,7 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
     batch = len(z)
     count = round(share * batch)
     if not 1 <= count <= batch:
-        raise ValueError(
-            f"objective.own_share is {share}: that is {count} of a (micro-)batch of {batch}; give 1 or more"
-        )
+        raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
     some = lambda tree: jax.tree.map(lambda a: a[chosen], tree)  # noqa: E731
     last = jnp.full(len(chosen), len(schedule.alphas_cumprod) - 1)
