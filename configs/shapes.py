@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
         {
             "name": "lcd",
             "num_ddim_steps": 8,  # the skipping step k is 1000 / 8 = 125: what is known near t = 0 travels faster
-            "w_min": 4.0,
-            "w_max": 6.0,
+            "w_min": 6.0,
+            "w_max": 8.0,
             "distance": "huber",
             "huber_c": 1e-3,
             "weighting": "inverse_sigma",  # published: uniform
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
-            "every_steps": 600, "per_task": 2, "batch_size": 12, "guidance_scale": 6.0,
+            "every_steps": 600, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
             "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
         }
     )  # fmt: skip
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
             "per_task": 16,
             "batch_size": 32,
             "reference": 1024,
-            "guidance_scale": 6.0,
+            "guidance_scale": 8.0,
             "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},
             "student": {"lcm": (1, 2, 4, 8)},
         }

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.consistency import guidance_embedding
@@ -18,6 +19,8 @@ from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_d
 from lcm_jax.diffusion.schedule import lcm_timesteps, solver_timesteps
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import lora as loras
+from lcm_jax.weights import naming
 
 SAMPLERS = {
     "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
@@ -154,6 +157,8 @@ class Pipeline:
                     )
         self._empty = self.tokenize([""])[0]
         self._compiled: dict = {}  # (function, sampler, steps) -> jitted
+        self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
+        self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", variant: str | None = None) -> "Pipeline":
@@ -174,6 +179,7 @@ class Pipeline:
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
         """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.
 
+        With a LoRA loaded it is the changed model that is written, the one that makes the pictures.
         how: dtype, variant, max_shard_bytes. Raises ModelError where `path` has content and overwrite is False.
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
@@ -181,6 +187,76 @@ class Pipeline:
                 temporary, self.configs, self.params, self.folder / "tokenizer", self.configs["scheduler"],
                 index=self.index, **how,
             )  # fmt: skip
+
+    @property
+    def lora_weights(self) -> dict[str, float]:
+        """The LoRAs that are loaded, by name, and the weight of each."""
+        return {name: weight for name, (_, weight) in self._adapters.items()}
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Adds the LoRA of a file, in kohya's naming or PEFT's, to the parameters; returns its name.
+
+        name: by default the file's, without its ending. Several add up, each at its weight. Nothing is compiled again.
+        Raises ModelError for a name that is taken, and for a LoRA of another model; then nothing has changed.
+        """
+        name = Path(path).stem if name is None else name
+        if name in self._adapters:
+            raise folders.ModelError(
+                f"a LoRA named {name!r} is loaded already; give this one another name, or use set_lora_weight"
+            )
+        base = {
+            component: {
+                naming.to_key(leaf): jax.ShapeDtypeStruct(naming.tensor_shape(leaf, array.shape), array.dtype)
+                for leaf, array in flatten_dict(params).items()
+            }
+            for component, params in self.params.items()
+        }
+        tensors, metadata = loras.read_file(Path(path))
+        family = "sd1" if self.model.text_encoder_2 is None else "sdxl"
+        self._adapt(self._adapters | {name: (loras.read_lora(tensors, metadata, base, family), weight)})
+        return name
+
+    def set_lora_weight(self, name: str, weight: float) -> None:
+        """Another weight for a LoRA that is loaded; 0 turns it off. Raises ModelError for a name that is not there."""
+        self._adapt(self._adapters | {name: (self._adapter(name), weight)})
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes away one LoRA, or all. Without any the parameters are those that were read, exact to the bit.
+
+        Raises ModelError for a name that is not there.
+        """
+        if name is not None:
+            self._adapter(name)
+        self._adapt({other: each for other, each in self._adapters.items() if name not in (None, other)})
+
+    def _adapter(self, name: str) -> loras.LoRA:
+        if name not in self._adapters:
+            there = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
+            raise folders.ModelError(f"there is no LoRA named {name!r}: {there}")
+        return self._adapters[name][0]
+
+    def _adapt(self, adapters: dict[str, tuple[loras.LoRA, float]]) -> None:
+        """Parameters = those that were read, plus every adapter at its weight."""
+        for name, (_, weight) in adapters.items():
+            if not np.isfinite(weight):
+                raise folders.ModelError(f"the weight of LoRA {name!r} is {weight}; give a finite number")
+        flat = flatten_dict(self.params) | self._originals
+        keys = {
+            (component, f"{module}.weight")
+            for adapter, _ in adapters.values()
+            for component, updates in adapter.updates.items()
+            for module in updates
+        }
+        touched = {path: (path[0], naming.to_key(path[1:])) for path in flat}
+        touched = {path: key for path, key in touched.items() if key in keys}
+        tensors: dict = {}
+        for path, (component, key) in touched.items():
+            tensors.setdefault(component, {})[key] = naming.to_tensor(path[1:], np.asarray(flat[path]))
+        merged = loras.merge(tensors, adapters.values())
+        originals = {path: flat[path] for path in touched}
+        for path, (component, key) in touched.items():
+            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]), originals[path].sharding)
+        self.params, self._originals, self._adapters = unflatten_dict(flat), originals, adapters
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """prompts -> int32[B, L], or int32[B, 2, L] for SDXL; longer ones are cut."""

@@ -24,6 +24,7 @@ SAMPLER = flags.DEFINE_enum(
     "sampler", None, ["lcm", "ddim", "dpmsolver++", "euler", "euler_ancestral"], "By default the model's own."
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.")
+LORA = flags.DEFINE_list("lora", [], "LoRA files to draw with, each FILE or FILE:WEIGHT, with commas between them.")
 VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")
 WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.")
@@ -33,7 +34,9 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace pictures that are the
 EXAMPLE = """Example:
 
     python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
-        --num_inference_steps=4 --output=pictures"""
+        --num_inference_steps=4 --output=pictures
+    python -m lcm_jax.sample --model=path/to/a/model --lora=style.safetensors:0.8,other.safetensors \\
+        --prompt="a lighthouse" --output=pictures"""
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -79,8 +82,11 @@ def sample() -> None:
         raise ValueError(f"--output={output} is a file; give a folder")
 
     from lcm_jax.pipeline import Pipeline
+    from lcm_jax.weights import lora as loras
 
     pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
+    for path, weight in map(loras.file_and_weight, LORA.value):
+        print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
     start = time.perf_counter()
     pictures = pipe(
         prompts, num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value, seed=SEED.value,

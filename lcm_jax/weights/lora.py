@@ -17,10 +17,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import safe_open
 
+from lcm_jax.weights import pickles
+from lcm_jax.weights.diffusers_folder import read_safetensors
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file import names_in_folder, rename
 
@@ -80,6 +84,28 @@ def naming_of(keys: Iterable[str]) -> str:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file, or of a pickle, which has no metadata. Raises ModelError."""
+    if path.suffix in (".ckpt", ".pt", ".bin"):
+        return pickles.read_pickle(path), {}
+    tensors = read_safetensors(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
+    return tensors, {key: value for key, value in metadata.items() if key != "format"}
+
+
+def file_and_weight(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT, as commands take them; without a weight it is 1. Raises ModelError for no number."""
+    file, _, weight = text.rpartition(":") if ":" in text else (text, "", "1")
+    try:
+        value = float(weight)
+    except ValueError:
+        raise ModelError(f"{text}: {weight!r} is no number; write FILE or FILE:WEIGHT") from None
+    if not np.isfinite(value):
+        raise ModelError(f"{text}: the weight is {weight}; give a finite number")
+    return Path(file), value
 
 
 def read_lora(
