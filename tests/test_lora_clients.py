@@ -20,7 +20,8 @@ FAMILIES = ("sd15-taesd", "sdxl")
 # Attention, feed-forward, convolutions of every kind, the embedding of time, and the text encoders. (diffusers knows
 # a kohya file's text encoder by its out_proj: without one it takes none of the others.)
 TARGETS = (
-    r"(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv\d?|conv_shortcut|time_emb_proj|linear_\d|[qkv]_proj|fc\d)"
+    r"(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv\d?|conv_shortcut|time_emb_proj|linear_\d"
+    r"|(q|k|v|out)_proj|fc\d)$"
 )
 
 
