@@ -7,9 +7,9 @@
     python -m lcm_jax.convert --input=model --output=merged --format=diffusers --merge=style.safetensors:0.8
 
 It says what it found, reads and writes one tensor at a time, all or nothing, and reads the result back. A single file
-has no tokenizer, and does not tell how many heads its attention has: --base names a model in diffusers layout of the same
-shape to take them from. Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs to
-what is written; the input stays as it was, so that unmerging is to use it again.
+has no tokenizer, and does not tell how many heads its attention has: --base names a model in diffusers layout of the
+same shape to take them from. Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs
+to what is written; the input stays as it was, so that unmerging is to use it again.
 Of a run it takes the newest checkpoint (--input=runs/sd/checkpoints/300 another): the EMA target, as exports do, or the
 student itself with --noema. --dry_run only says what it found.
 """
@@ -166,7 +166,8 @@ def progress(what: str, components: Mapping[str, Mapping[str, np.ndarray]]):
 
 # ---- orbax ----------------------------------------------------------------------------------------------------------
 # A model as an orbax checkpoint is a folder with configs.json, the tokenizers, and one step, 0, under checkpoints/, the
-# tree of which is {component: parameters}. A run has its state there (params, ema, opt_state, step), and no networks' configs.
+# tree of which is {component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no
+# networks' configs.
 
 
 def find_run(path: Path) -> tuple[Path, int | None] | None:

@@ -1,9 +1,14 @@
-"""The convert command in real processes, on tiny models."""
+"""The convert command in a process of its own, on tiny models."""
 
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +34,50 @@ def single(model, tmp_path_factory) -> Path:
     return path
 
 
-def convert(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lcm_jax.convert", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+# The command again and again, without the imports: its flags would be in the way of other commands in this process.
+RESIDENT = """
+import contextlib, io, json, sys
+from absl import flags
+from lcm_jax import convert
+
+for line in sys.stdin:
+    for flag in flags.FLAGS.flags_by_module_dict()["lcm_jax.convert"]:
+        flag.unparse()
+    sys.argv, code = ["convert", *json.loads(line)], None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            convert.run()
+        except SystemExit as end:
+            code = end.code
+    if isinstance(code, str):
+        code, text = 1, code
+        err.write(text)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+process: subprocess.Popen | None = None
+
+
+def start() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RESIDENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resident():
+    global process
+    process = start()
+    yield
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def convert(*arguments: str) -> SimpleNamespace:
+    process.stdin.write(json.dumps(arguments) + "\n")
+    process.stdin.flush()
+    code, out, err = json.loads(process.stdout.readline())
+    return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -178,7 +224,7 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
     "arguments, message",
     [
         (("--input={style}", "--format=lora-peft"), "name the model it belongs to with --base"),
-        (("--input={style}", "--format=lora-peft", "--base=shapes"), "it attends to a text of width 16, the model to 128"),
+        (("--input={style}", "--format=lora-peft", "--base=shapes"), "a text of width 16, the model to 128"),
         (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA: write it with --format=lora-kohya"),
         (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
         (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),

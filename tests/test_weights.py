@@ -269,8 +269,8 @@ def test_locate(student, tmp_path, monkeypatch):
     assert folders.locate(student) == folders.locate(str(student)) == student
     with pytest.raises(ModelError, match="no model 'shape-lcm': did you mean 'shapes-lcm'"):
         folders.locate("shape-lcm")
-    with pytest.raises(ModelError, match="no model 'somewhere/else': give a folder"):
-        folders.locate("somewhere/else")
+    with pytest.raises(ModelError, match="no model 'some/where/else': give a folder"):
+        folders.locate("some/where/else")
     with pytest.raises(ModelError, match="has no model_index.json: give the top folder"):
         folders.locate(student / "unet")
     monkeypatch.setattr(folders, "ASSETS", tmp_path)

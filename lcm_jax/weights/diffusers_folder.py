@@ -8,13 +8,14 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcm_jax.weights import naming, pickles
+from lcm_jax.weights import hub, naming, pickles
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.stored import (
     Advance,
@@ -53,11 +54,14 @@ Params = dict[str, Any]
 
 
 def locate(model: str | Path, variant: str | None = None) -> Path:
-    """The folder of a model: a path, or one of the names that are shipped (`shapes`, `shapes-lcm`).
+    """The folder of a model: a path, one of the names that are shipped (`shapes`, `shapes-lcm`), or a hub id.
 
-    Raises ModelError when there is no such folder, or it has no model_index.json.
+    variant: of the weight files that are fetched from the hub. Raises ModelError when there is no such model, or it has
+    no model_index.json.
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
+    if not folder.exists() and hub.ID.fullmatch(str(model)):
+        folder = hub.download(str(model), partial(needed_files, str(model), variant=variant))
     if not folder.is_dir():
         if str(model) in SHIPPED:
             raise ModelError(f"the shipped model {str(model)!r} is not at {folder}: install lcm_jax again")
@@ -68,6 +72,31 @@ def locate(model: str | Path, variant: str | None = None) -> Path:
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
     return folder
+
+
+def needed_files(model: str, names: Collection[str], variant: str | None = None) -> list[str]:
+    """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError."""
+    if "model_index.json" not in names:
+        raise ModelError(
+            f"{model} is not in diffusers layout on the hub: download the file that you want, and give that"
+        )
+    folders = {name.partition("/")[0] for name in names}
+    needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
+    for part in NETWORKS:
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = weight_file(inside, FILES[part], variant)
+        if chosen is None and part in folders:
+            raise ModelError(
+                f"{model} has no weights of the {part}{f' in the variant {variant}' if variant else ''}: there are "
+                f"{', '.join(inside)}"
+            )
+        if chosen is not None:
+            suffix = "safetensors" if ".safetensors" in chosen else "bin"
+            whole = f"{chosen.split('.')[0]}{f'.{variant}' if variant else ''}.{suffix}"
+            wanted = {whole, chosen, "config.json"} if chosen.endswith(".json") else {chosen, "config.json"}
+            # Shards are named with the variant before or after their number.
+            needed += [f"{part}/{name}" for name in inside if re.sub(r"-\d+-of-\d+", "", name) in wanted]
+    return needed
 
 
 def read_json(path: Path) -> dict[str, Any]:
