@@ -271,9 +271,10 @@ def read_checkpoint(folder: Path, step: int | None, part: str | None) -> tuple[i
     from lcm_jax.training.checkpoint import ocp
     from lcm_jax.weights.errors import ModelError
 
-    logging.set_verbosity(logging.WARNING)  # which orbax has set back
+    logging.set_verbosity(logging.ERROR)  # it warns of what it is told: that the folder is to be read only
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             there = ", ".join(map(str, steps)) or "none"
