@@ -1,31 +1,40 @@
-"""Convert a model between diffusers' folder and the single file of A1111 and ComfyUI, without losing a bit; a LoRA too.
+"""Convert a model between diffusers' folder, the single file of A1111 and ComfyUI, and orbax checkpoints, to the bit.
 
     python -m lcm_jax.convert --input=runs/sd/export --output=lcm.safetensors --format=ldm
     python -m lcm_jax.convert --input=model.ckpt --output=model --format=diffusers --base=path/to/any/sd15/folder
+    python -m lcm_jax.convert --input=runs/sd --output=student --format=diffusers --noema
     python -m lcm_jax.convert --input=style.safetensors --output=peft.safetensors --format=lora-peft --base=model
     python -m lcm_jax.convert --input=model --output=merged --format=diffusers --merge=style.safetensors:0.8
 
-It says what it found, writes all or nothing, and reads the result back. A single file has no tokenizer, and does not
-tell how many heads its attention has: --base names a model in diffusers layout of the same shape to take them from.
-Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs to what is written; the input
-stays as it was, so that unmerging is to use it again.
---dry_run only says what it found.
+It says what it found, reads and writes one tensor at a time, all or nothing, and reads the result back. A single file
+has no tokenizer, and does not tell how many heads its attention has: --base names a model in diffusers layout of the
+same shape to take them from. Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs
+to what is written; the input stays as it was, so that unmerging is to use it again.
+Of a run it takes the newest checkpoint (--input=runs/sd/checkpoints/300 another): the EMA target, as exports do, or the
+student itself with --noema. --dry_run only says what it found.
 """
 
-import hashlib
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
-FORMATS = ("diffusers", "ldm", "lora-kohya", "lora-peft")
-INPUT = flags.DEFINE_string("input", None, "A folder in diffusers layout, a shipped name, a .safetensors or a .ckpt.")
-OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers) or the .safetensors file (all others) to write.")
+LORA_FORMATS = ("lora-kohya", "lora-peft")
+FORMATS = ("diffusers", "ldm", "orbax", *LORA_FORMATS)
+CONFIGS = "configs.json"  # in the folder of a model as an orbax checkpoint
+INPUT = flags.DEFINE_string(
+    "input", None, "A folder in diffusers layout, a hub id, a shipped name, a .safetensors or .ckpt, a run's workdir."
+)
+OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers, orbax) or .safetensors file (others) to write.")
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
 BASE = flags.DEFINE_string(
     "base", None, "A model in diffusers layout: of the same shape, for its tokenizer and configs; or a LoRA's own."
@@ -34,7 +43,11 @@ MERGE = flags.DEFINE_list("merge", [], "LoRA files to add, each FILE or FILE:WEI
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "By default each tensor's own.")
 COMPONENT = flags.DEFINE_string("component", None, "Only this component, such as unet; by default all of them.")
 VARIANT = flags.DEFINE_string("variant", None, "The variant of a folder's weight files to read, such as fp16.")
-EMA = flags.DEFINE_bool("ema", False, "Take the averaged weights of a single file that has both.")
+EMA = flags.DEFINE_bool(
+    "ema",
+    None,
+    "The averaged weights: of a run's checkpoint unless --noema (the student), of a single file with --ema.",
+)
 PREDICTION = flags.DEFINE_enum(
     "prediction_type", None, ["epsilon", "v_prediction"], "What a single file of Stable Diffusion 2 predicts."
 )
@@ -43,39 +56,53 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write 
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.")
 
 
+@dataclass
 class Model:
     """What an input holds: configs and tensors by component, under diffusers' keys, and where its tokenizer is."""
 
-    def __init__(self, family: str, configs: dict, tensors: dict, tokenizer: Path | None, index: dict | None):
-        self.family, self.configs, self.tensors = family, configs, tensors
-        self.tokenizer, self.index = tokenizer, index
+    family: str
+    configs: dict[str, dict[str, Any]]
+    tensors: dict[str, Mapping[str, np.ndarray]]  # of most inputs, each is read when it is asked for
+    tokenizer: Path | None = None
+    index: dict[str, Any] | None = None
 
 
-def read_file(path: Path) -> Model:
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_file(tensors: Mapping[str, np.ndarray]) -> Model:
     """A single file. Raises ModelError where it is not one of a family that is known."""
-    from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import pickles, single_file
+    from lcm_jax.weights import single_file, single_file_configs
+    from lcm_jax.weights.stored import outline_of
 
-    pickled = path.suffix in (".ckpt", ".pt", ".bin")
-    tensors = pickles.read_pickle(path) if pickled else folders.read_safetensors(path)
-    family = single_file.recognise(tensors)
-    configs = single_file.configs_of(tensors, family, PREDICTION.value, SCALING.value)
-    return Model(family, configs, single_file.to_diffusers(tensors, family, EMA.value), None, None)
+    outline = outline_of(tensors)
+    family = single_file.recognise(outline)
+    configs = single_file_configs.configs_of(outline, family, PREDICTION.value, SCALING.value)
+    return Model(family, configs, single_file.open_diffusers(tensors, family, bool(EMA.value)))
 
 
 def read_folder(name: str) -> Model:
-    """A diffusers folder, or a shipped name."""
+    """A diffusers folder, a shipped name or a hub id."""
     from lcm_jax.weights import diffusers_folder as folders
 
-    folder = folders.locate(name)
+    folder = folders.locate(name, VARIANT.value)
     index = folders.read_index(folder)
     configs, tensors = {"model_index": index}, {}
     for part in folders.networks_of(index):
-        configs[part], stored = folders.read_component(folder, part, VARIANT.value)
-        modern = {folders.modern_key(part, key): tensor for key, tensor in stored.items()}
-        tensors[part] = {key: tensor for key, tensor in modern.items() if key is not None}
+        configs[part], stored = folders.open_component(folder, part, VARIANT.value)
+        tensors[part] = modern(part, stored)
     configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
     return Model(family_of(configs), configs, tensors, folder / "tokenizer", index)
+
+
+def modern(component: str, tensors):
+    """`tensors` under their present names, without what is no parameter."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights.stored import Tensors
+
+    keys = {folders.modern_key(component, key): key for key in tensors}
+    keys.pop(None, None)
+    return Tensors({new: tensors.outline[key] for new, key in keys.items()}, lambda new: tensors[keys[new]])
 
 
 def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -85,71 +112,252 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
 
 
-def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 of a component's keys, dtypes, shapes and bytes, in hexadecimal."""
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = np.ascontiguousarray(tensors[key])
-        total.update(f"{key} {tensor.dtype.name} {tensor.shape}".encode())
-        total.update(tensor.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
-def narrow(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Every tensor in `dtype`. Raises ModelError that counts and names those of which a finite number overflows."""
+def read_model(name: str) -> Model:
+    """Whatever --input names, but for a LoRA. Raises ModelError."""
     from lcm_jax.weights import diffusers_folder as folders
 
-    with np.errstate(over="ignore"):
-        cast = {key: tensor.astype(folders.np_dtype(dtype)) for key, tensor in tensors.items()}
-    finite = lambda tensor: np.isfinite(tensor.astype(np.float32)).all()  # noqa: E731
-    if bad := [key for key in cast if not finite(cast[key]) and finite(tensors[key])]:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise folders.ModelError(
-            f"{len(bad)} tensors overflow in {dtype}: {', '.join(bad[:5])}{more}; use bfloat16 or float32"
-        )
-    return cast
+    path = Path(name)
+    if path.is_file():
+        return read_file(folders.open_file(path)[0])
+    if (path / CONFIGS).is_file():
+        return read_orbax(path)
+    if run := find_run(path):
+        return read_run(*run)
+    return read_folder(name)
 
 
-def describe(model: Model) -> None:
+def describe(model: Model) -> dict[str, str]:
+    """Prints what the model is; the digest of each component."""
+    from lcm_jax.weights.stored import outline_of
+
     predicts = model.configs.get("scheduler", {}).get("prediction_type", "epsilon")
-    print(f"{INPUT.value}: {model.family}, predicts {predicts}")
+    print(f"{INPUT.value}: {model.family}" + (f", predicts {predicts}" if "unet" in model.tensors else ""))
+    digests = digests_of(model.tensors, "reading")
     for name, tensors in model.tensors.items():
-        count = sum(tensor.size for tensor in tensors.values())
-        dtypes = ", ".join(sorted({tensor.dtype.name for tensor in tensors.values()}))
-        print(f"  {name}: {len(tensors)} tensors, {count:,} parameters, {dtypes}, sha256 {digest(tensors)[:16]}")
+        outline = outline_of(tensors).values()
+        count = sum(tensor.size for tensor in outline)
+        dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
+        print(f"  {name}: {len(tensors)} tensors, {count:,} parameters, {dtypes}, sha256 {digests[name][:16]}")
+    return digests
 
 
-def keys_of(path: Path) -> list[str]:
-    """The names of the tensors in a file. Raises ModelError where it is none."""
+def digests_of(components: Mapping[str, Mapping[str, np.ndarray]], what: str) -> dict[str, str]:
+    """sha256 by component, with a progress bar."""
+    from lcm_jax.weights import stored
+
+    with progress(what, components) as advance:
+        return {name: stored.digest(tensors, advance) for name, tensors in components.items()}
+
+
+@contextmanager
+def progress(what: str, components: Mapping[str, Mapping[str, np.ndarray]]):
+    """A bar on a terminal, of the bytes of all tensors and the time that is left; yields what is told of bytes done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from lcm_jax.weights.stored import size_of
+
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{what:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=sum(map(size_of, components.values())))
+        yield lambda count: bar.advance(task, count)
+
+
+# ---- orbax ----------------------------------------------------------------------------------------------------------
+# A model as an orbax checkpoint is a folder with configs.json, the tokenizers, and one step, 0, under checkpoints/, the
+# tree of which is {component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no
+# networks' configs.
+
+
+def find_run(path: Path) -> tuple[Path, int | None] | None:
+    """(workdir, step or None for the newest) of a run's workdir, of its checkpoints/ or of one of them; else None."""
+    path = path.absolute()
+    places = [(path, None), (path.parent, None)]
+    if path.name.isdigit():
+        places.append((path.parent.parent, int(path.name)))
+    for workdir, step in places:
+        inside = path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step))
+        if inside and (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+            return workdir, step
+    return None
+
+
+def read_run(workdir: Path, step: int | None) -> Model:
+    """The student of a run, or its EMA target, with what is not trained from the model that it began from.
+
+    That is --base, else the run's export, else the teacher that its config names. Raises ModelError.
+    """
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import pickles
 
-    return list(
-        pickles.read_pickle(path) if path.suffix in (".ckpt", ".pt", ".bin") else folders.read_safetensors(path)
-    )
+    config = folders.read_json(workdir / "config.json")
+    part = "params" if EMA.value is False else "ema"
+    step, tree = read_checkpoint(workdir / "checkpoints", step, part)
+    print(f"{workdir}: the {'student' if part == 'params' else 'EMA target'} at step {step}")
+    if config["objective"]["name"] == "autoencoder":
+        return Model("vae", {}, {"vae": by_key(tree)})
+    if other := sorted(tree.keys() - set(folders.NETWORKS)):
+        raise folders.ModelError(f"{workdir} trains {', '.join(other)}, which are no networks of a model")
+    export = workdir / "export"
+    began = str(export) if (export / "model_index.json").is_file() else config.get("teacher")
+    if (name := BASE.value or began) is None:
+        raise folders.ModelError(f"{workdir} has no export yet: name a model of the same shape with --base")
+    try:
+        base = read_folder(name)
+    except folders.ModelError as error:
+        raise folders.ModelError(f"the rest of {workdir} cannot be read, name it with --base: {error}") from None
+    configs, index = dict(base.configs), base.index
+    if guided := tree.get("unet", {}).get("time_embedding", {}).get("cond_proj"):
+        configs["unet"] = configs["unet"] | {"time_cond_proj_dim": len(guided["kernel"])}
+    if guided and configs["scheduler"]["_class_name"] != "LCMScheduler":  # the base is the teacher
+        from lcm_jax.recipes import lcm_scheduler
+
+        configs["scheduler"] = lcm_scheduler(configs["scheduler"], config["objective"]["num_ddim_steps"])
+        index = None
+    trained = {name: by_key(parameters) for name, parameters in tree.items()}
+    return Model(base.family, configs, base.tensors | trained, base.tokenizer, index)
+
+
+def read_orbax(folder: Path) -> Model:
+    """A model that `write_orbax` wrote. Raises ModelError."""
+    from lcm_jax.weights import diffusers_folder as folders
+
+    described = folders.read_json(folder / CONFIGS)
+    _, tree = read_checkpoint(folder / "checkpoints", None, None)
+    tokenizer = folder / "tokenizer"
+    return Model(
+        described["family"], described["configs"], {name: by_key(parameters) for name, parameters in tree.items()},
+        tokenizer if tokenizer.is_dir() else None, described["configs"].get("model_index"),
+    )  # fmt: skip
+
+
+def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
+    """A model as an orbax checkpoint with its configs, whole or not at all."""
+    from lcm_jax.training.checkpoint import ocp
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights.stored import size_of
+
+    if model.tokenizer is None and BASE.value is not None:
+        take_base(model, read_folder(BASE.value))
+    with folders.new_folder(target, OVERWRITE.value) as folder:
+        folders.write_json(folder / CONFIGS, {"family": model.family, "configs": model.configs})
+        if model.tokenizer is not None:
+            for name in ("tokenizer", "tokenizer_2"):
+                if (path := model.tokenizer.with_name(name)).is_dir():
+                    shutil.copytree(path, folder / name)
+        tree = {name: by_path(tensors) for name, tensors in model.tensors.items()}
+        try:
+            with (
+                progress("writing", model.tensors) as advance,
+                ocp.CheckpointManager(folder / "checkpoints") as manager,
+            ):
+                manager.save(0, args=ocp.args.StandardSave(tree), custom_metadata={"crc32": crc32_of(tree)})
+                manager.wait_until_finished()
+                advance(sum(map(size_of, model.tensors.values())))
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise folders.ModelError(
+                f"writing {target} failed ({first_line(error)}); what was there is untouched. Free some space"
+            ) from error
+        verify(digests, read_orbax(folder).tensors)
+
+
+def read_checkpoint(folder: Path, step: int | None, part: str | None) -> tuple[int, dict[str, Any]]:
+    """(step, tree of numpy arrays) of the newest checkpoint in `folder`, or that of `step`: its subtree `part` alone.
+
+    Nothing is changed there. Raises ModelError where there is none, or it is not what was saved.
+    """
+    import jax
+
+    from lcm_jax.training.checkpoint import ocp
+    from lcm_jax.weights.errors import ModelError
+
+    logging.set_verbosity(logging.ERROR)  # it warns of what it is told: that the folder is to be read only
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or step not in (None, *steps):
+            there = ", ".join(map(str, steps)) or "none"
+            raise ModelError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: there are {there}")
+        step = steps[-1] if step is None else step
+        try:
+            tree = manager.item_metadata(step).tree
+            item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
+            saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise ModelError(
+                f"checkpoint {step} in {folder} cannot be read ({first_line(error)}): give another, such as "
+                f"{folder / str(steps[0])}"
+            ) from error
+    found = found if part is None else found[part]
+    prefix = "" if part is None else f".{part}"  # the state of a run is no dict
+    changed = [key for key, value in crc32_of(found).items() if saved.get(prefix + key, value) != value]
+    if changed:
+        raise ModelError(
+            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
+            f"{changed[0]}; give another one"
+        )
+    return step, found
+
+
+def crc32_of(tree) -> dict[str, int]:
+    """As `Checkpoints` keeps beside a state: orbax returns flipped bits without a word."""
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def by_path(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Tensors by key -> a tree of parameters."""
+    from flax.traverse_util import unflatten_dict
+
+    from lcm_jax.weights import naming, stored
+
+    paths = {key: naming.to_path(key, tensor.ndim) for key, tensor in stored.outline_of(tensors).items()}
+    return unflatten_dict({path: naming.to_array(path, tensors[key]) for key, path in paths.items()})
+
+
+def by_key(tree: Mapping[str, Any]):
+    """The inverse of `by_path`; a tensor is made contiguous when it is asked for."""
+    from flax.traverse_util import flatten_dict
+
+    from lcm_jax.weights import naming
+    from lcm_jax.weights.stored import Tensors, hollow
+
+    paths = {naming.to_key(path): path for path in flatten_dict(tree)}
+    flat = flatten_dict(tree)
+    outline = {
+        key: hollow(flat[path].dtype, tuple(naming.tensor_shape(path, flat[path].shape))) for key, path in paths.items()
+    }
+    return Tensors(outline, lambda key: naming.to_tensor(paths[key], flat[paths[key]]))
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
 def read_lora(path: Path, base: Model | None):
     """The LoRA of a file, checked against the model it belongs to where there is one. Raises ModelError."""
-    from safetensors import safe_open
-
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import lora, pickles
+    from lcm_jax.weights import lora
+    from lcm_jax.weights.stored import outline_of
 
-    if path.suffix in (".ckpt", ".pt", ".bin"):
-        tensors, metadata = pickles.read_pickle(path), {}
-    else:
-        tensors = folders.read_safetensors(path)
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
+    tensors, metadata = folders.open_file(path)
     metadata.pop("format", None)
-    return lora.read_lora(tensors, metadata, base and base.tensors, base.family if base else "sd1")
+    outlines = base and {name: outline_of(parts) for name, parts in base.tensors.items()}
+    return lora.read_lora(dict(tensors), metadata, outlines, base.family if base else "sd1")
 
 
 def convert_lora(path: Path) -> None:
     """A LoRA in one naming to the other."""
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import lora
+    from lcm_jax.weights import lora, stored
 
     found = read_lora(path, None if BASE.value is None else read_folder(BASE.value))
     print(f"{path}: a LoRA")
@@ -161,20 +369,17 @@ def convert_lora(path: Path) -> None:
         print(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
     if DRY_RUN.value:
         return
-    if FORMAT.value not in ("lora-kohya", "lora-peft"):
+    if FORMAT.value not in LORA_FORMATS:
         raise folders.ModelError(
             f"{path} is a LoRA: write it with --format=lora-kohya or lora-peft, or add it to a model with --merge"
         )
     if DTYPE.value is not None:
         raise folders.ModelError("--dtype is for models: a LoRA keeps its own")
     tensors, metadata = (lora.to_kohya if FORMAT.value == "lora-kohya" else lora.to_peft)(found)
-
-    def check(temporary: Path) -> None:
-        if digest(folders.read_safetensors(temporary)) != digest(tensors):
-            raise folders.ModelError("the LoRA reads back as other numbers than were written; nothing was kept")
-
-    write_safetensors(tensors, metadata, Path(OUTPUT.value), check)
-    print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest(tensors)[:16]}")
+    digest = stored.digest(tensors)
+    check = lambda file: verify({"the LoRA": digest}, {"the LoRA": file})  # noqa: E731
+    write_file({"the LoRA": tensors}, tensors, metadata, Path(OUTPUT.value), check)
+    print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
 
 
 def merge(model: Model) -> None:
@@ -195,28 +400,32 @@ def merge(model: Model) -> None:
     model.tensors = lora.merge(model.tensors, chosen)
 
 
-def write_file(model: Model, target: Path) -> None:
-    """A model in one .safetensors file."""
-    from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import single_file
-
-    write_safetensors(
-        single_file.to_ldm(model.tensors, model.family), {}, target,
-        lambda temporary: verify(model, single_file.to_diffusers(folders.read_safetensors(temporary), model.family)),
-    )  # fmt: skip
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path, check) -> None:
-    """One file, whole or not at all; check(path) raises ModelError where what was written does not read back."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+def check_target() -> None:
+    """Raises ModelError where --output cannot be what is to be written: before anything is read."""
     from lcm_jax.weights import diffusers_folder as folders
 
-    if target.exists() and not OVERWRITE.value:
+    target = Path(OUTPUT.value)
+    if FORMAT.value in ("diffusers", "orbax"):
+        folders.check_target(target, OVERWRITE.value)
+    elif target.exists() and not OVERWRITE.value:
         raise folders.ModelError(f"{target} exists already; choose another --output, or pass --overwrite")
-    if target.suffix != ".safetensors":
+    elif target.is_dir():
+        raise folders.ModelError(f"--output={target} is a folder; give a file")
+    elif target.suffix != ".safetensors":
         raise folders.ModelError(f"--output={target} must end in .safetensors: pickles are read, never written")
+
+
+def write_file(
+    components: Mapping[str, Mapping[str, np.ndarray]], tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str], target: Path, check: Callable[[Mapping[str, np.ndarray]], None],
+) -> None:  # fmt: skip
+    """One file, whole or not at all; check(its tensors) raises ModelError where what was written does not read back."""
+    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import stored
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -224,22 +433,37 @@ def write_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     except OSError as error:
         raise folders.ModelError(f"{target} cannot be written ({error}); choose another place") from None
     try:
-        contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}  # keeps a scalar's shape
-        save_file(contiguous, temporary, {"format": "pt", **metadata})
-        check(Path(temporary))
+        with progress("writing", components) as advance:
+            stored.write_safetensors(Path(temporary), tensors, metadata, advance)
+        check(stored.map_safetensors(Path(temporary))[0])
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise folders.ModelError(f"writing {target} failed ({error}); what was there is untouched") from error
+    except OSError as error:
+        raise folders.ModelError(
+            f"writing {target} failed ({error}); what was there is untouched. Free some space"
+        ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_folder(model: Model, target: Path) -> None:
+def write_ldm(model: Model, target: Path, digests: Mapping[str, str]) -> None:
+    """A model in one .safetensors file."""
+    from lcm_jax.weights import single_file
+
+    write_file(
+        model.tensors, single_file.open_ldm(model.tensors, model.family), {}, target,
+        lambda file: verify(digests, single_file.open_diffusers(file, model.family)),
+    )  # fmt: skip
+
+
+def write_folder(model: Model, target: Path, digests: Mapping[str, str]) -> None:
     """A diffusers folder, whole or not at all."""
     from lcm_jax.models.stable_diffusion import StableDiffusion
     from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights.stored import outline_of
 
+    if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
+        raise folders.ModelError(f"{INPUT.value} has no {', '.join(missing)}: a folder needs every component")
     if model.tokenizer is None:
         if BASE.value is None:
             raise folders.ModelError(
@@ -247,14 +471,17 @@ def write_folder(model: Model, target: Path) -> None:
             )
         take_base(model, read_folder(BASE.value))
     abstract = StableDiffusion.from_configs(model.configs).abstract_params()
-    if missing := sorted(abstract.keys() - model.tensors.keys()):
-        raise folders.ModelError(f"{INPUT.value} has no {', '.join(missing)}: a folder needs every component")
-    params = {name: folders.to_params(name, model.tensors[name], abstract[name], INPUT.value) for name in abstract}
+    for name, tree in abstract.items():
+        folders.to_params(name, outline_of(model.tensors[name]), tree, INPUT.value)  # raises where they do not fit
     with folders.new_folder(target, OVERWRITE.value) as folder:
-        folders.write_pipeline(
-            folder, model.configs, params, model.tokenizer, model.configs["scheduler"], index=model.index
-        )
-        verify(model, {name: folders.read_component(folder, name)[1] for name in model.tensors})
+        with progress("writing", model.tensors) as advance:
+            for name, tensors in model.tensors.items():
+                folders.write_tensors(folder, name, model.configs[name], tensors, advance=advance)
+        folders.write_surroundings(
+            folder, model.configs, model.tokenizer, model.configs["scheduler"], model.index,
+            xl="text_encoder_2" in model.tensors,
+        )  # fmt: skip
+        verify(digests, {name: folders.open_component(folder, name)[1] for name in model.tensors})
 
 
 def take_base(model: Model, base: Model) -> None:
@@ -277,46 +504,51 @@ def take_base(model: Model, base: Model) -> None:
         model.configs["scheduler"] = base.configs["scheduler"]
 
 
-def verify(model: Model, written: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Raises ModelError where what was read back is not what was to be written."""
-    from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights.errors import ModelError
 
-    for name, tensors in model.tensors.items():
-        if digest(tensors) != digest(written.get(name, {})):
-            raise folders.ModelError(
-                f"{name} reads back as other numbers than were written; nothing was kept. Try again"
-            )
+    found = digests_of({name: written.get(name, {}) for name in digests}, "checking")
+    if wrong := [name for name in digests if found[name] != digests[name]]:
+        raise ModelError(
+            f"{', '.join(wrong)} reads back as other numbers than were written; nothing was kept. Try again"
+        )
 
 
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import lora
+    from lcm_jax.weights import lora, stored
 
+    if not DRY_RUN.value:
+        check_target()
     source = Path(INPUT.value)
-    if source.is_file() and lora.is_lora(keys_of(source)):
+    if source.is_file() and lora.is_lora(folders.open_file(source)[0]):
         return convert_lora(source)
-    if FORMAT.value in ("lora-kohya", "lora-peft"):
+    if FORMAT.value in LORA_FORMATS:
         raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
-    model = read_file(source) if source.is_file() else read_folder(INPUT.value)
+    model = read_model(INPUT.value)
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
             there = ", ".join(model.tensors)
             raise folders.ModelError(f"--component={COMPONENT.value} is not in {INPUT.value}; it has {there}")
         if FORMAT.value == "diffusers":
-            raise folders.ModelError("--component works with --format=ldm: a folder needs every component")
+            raise folders.ModelError("--component works with ldm and orbax: a folder needs every component")
         model.tensors = {COMPONENT.value: model.tensors[COMPONENT.value]}
-    describe(model)
+    digests = describe(model)
     if MERGE.value:
         merge(model)
     if DRY_RUN.value:
         return
     if DTYPE.value is not None:
-        model.tensors = {name: narrow(tensors, DTYPE.value) for name, tensors in model.tensors.items()}
-    (write_file if FORMAT.value == "ldm" else write_folder)(model, Path(OUTPUT.value))
+        model.tensors = {name: stored.narrow(tensors, DTYPE.value) for name, tensors in model.tensors.items()}
+    if MERGE.value or DTYPE.value is not None:
+        digests = digests_of(model.tensors, "changing")
+    write = {"ldm": write_ldm, "diffusers": write_folder, "orbax": write_orbax}[FORMAT.value]
+    write(model, Path(OUTPUT.value), digests)
     print(f"wrote {OUTPUT.value}, and read it back:")
-    for name, tensors in model.tensors.items():
-        print(f"  {name}: sha256 {digest(tensors)[:16]}")
+    for name, digest in digests.items():
+        print(f"  {name}: sha256 {digest[:16]}")
 
 
 def main(argv: list[str]) -> int:

@@ -1,15 +1,28 @@
-"""The convert command in real processes, on tiny models."""
+"""The convert command in a process of its own, on tiny models."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 import tiny_model
 from safetensors.numpy import load_file, save_file
 
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.training.checkpoint import Checkpoints
+from lcm_jax.training.state import create_state
 from lcm_jax.weights import diffusers_folder as folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +42,50 @@ def single(model, tmp_path_factory) -> Path:
     return path
 
 
-def convert(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lcm_jax.convert", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+# The command again and again, without the imports: its flags would be in the way of other commands in this process.
+RESIDENT = """
+import contextlib, io, json, sys
+from absl import flags
+from lcm_jax import convert
+
+for line in sys.stdin:
+    for flag in flags.FLAGS.flags_by_module_dict()["lcm_jax.convert"]:
+        flag.unparse()
+    sys.argv, code = ["convert", *json.loads(line)], None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            convert.run()
+        except SystemExit as end:
+            code = end.code
+    if isinstance(code, str):
+        code, text = 1, code
+        err.write(text)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+process: subprocess.Popen | None = None
+
+
+def start() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RESIDENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resident():
+    global process
+    process = start()
+    yield
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def convert(*arguments: str) -> SimpleNamespace:
+    process.stdin.write(json.dumps(arguments) + "\n")
+    process.stdin.flush()
+    code, out, err = json.loads(process.stdout.readline())
+    return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -127,6 +181,182 @@ def test_the_guidance_input_of_a_student_survives(tmp_path):
     assert_same(tensors_of(folders.locate("shapes-lcm")), tensors_of(tmp_path / "back"))
     config = json.loads((tmp_path / "back" / "unet" / "config.json").read_text())
     assert config["time_cond_proj_dim"] == 256
+
+
+# ---- every pair of formats ------------------------------------------------------------------------------------------
+
+MODELS = ("diffusers", "ldm", "orbax")
+
+
+@pytest.fixture(scope="module")
+def formats(model, tmp_path_factory) -> dict[str, Path]:
+    """One model of three dtypes, with infinities and payloads of NaN among its numbers, in every format."""
+    folder = tmp_path_factory.mktemp("formats")
+    source = shutil.copytree(model, folder / "diffusers")
+    rng = np.random.default_rng(0)
+    for part, dtype in [("unet", np.float16), ("vae", ml_dtypes.bfloat16)]:
+        path = source / part / f"{folders.FILES[part]}.safetensors"
+        tensors = load_file(path)
+        bits = {key: rng.integers(0, 2**16, value.shape, np.uint16).view(dtype) for key, value in tensors.items()}
+        save_file(bits, path)
+    for name in ("ldm", "orbax"):
+        assert_done(to(name, source, folder / name, model))
+    return {"diffusers": source, "ldm": folder / "ldm.safetensors", "orbax": folder / "orbax"}
+
+
+def to(name: str, source: Path, target: Path, base: Path) -> SimpleNamespace:
+    """Converts; the target of a single file gets its ending."""
+    target = target.with_name(f"{target.name}.safetensors") if name in ("ldm", "lora-kohya", "lora-peft") else target
+    return convert(f"--input={source}", f"--output={target}", f"--format={name}", f"--base={base}")
+
+
+def assert_done(done: SimpleNamespace) -> None:
+    assert done.returncode == 0, done.stderr
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a folder, of a file, or as orbax has them."""
+    if path.is_file():
+        return load_file(path)
+    if (path / "model_index.json").is_file():
+        return tensors_of(path)
+    tree = ocp.PyTreeCheckpointer().restore(path / "checkpoints" / "0" / "default")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(MODELS, 2)))
+def test_every_pair_of_formats_there_and_back_is_the_same_bits(first, second, formats, model, tmp_path):
+    source = formats[first]
+    assert_done(to(second, source, tmp_path / "there", model))
+    there = tmp_path / ("there.safetensors" if second == "ldm" else "there")
+    assert_same(stored(formats[second]), stored(there))
+    assert_done(to(first, there, tmp_path / "back", model))
+    assert_same(stored(source), stored(tmp_path / ("back.safetensors" if first == "ldm" else "back")))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_format_to_itself_is_the_same_bits(name, formats, model, tmp_path):
+    assert_done(to(name, formats[name], tmp_path / "copy", model))
+    assert_same(stored(formats[name]), stored(tmp_path / ("copy.safetensors" if name == "ldm" else "copy")))
+
+
+def test_a_model_as_an_orbax_checkpoint_needs_no_base(formats, model, tmp_path):
+    done = convert(f"--input={formats['orbax']}", f"--output={tmp_path / 'again'}", "--format=diffusers")
+    assert_done(done)
+    names = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}  # noqa: E731
+    files, again = names(formats["diffusers"]), names(tmp_path / "again")
+    assert files.keys() == again.keys()
+    assert all(again[name] == content for name, content in files.items() if name.endswith((".json", ".txt")))
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(model, tmp_path_factory) -> Path:
+    """What a distillation leaves before its end: its config, and its states at 3 and 7."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = {"objective": {"name": "lcd", "num_ddim_steps": 8}, "teacher": str(model)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+    for step in (3, 7):
+        checkpoints.save(state_at(step, model))
+    checkpoints.close()
+    return workdir
+
+
+def state_at(step: int, model: Path):
+    """A student's state in which every number is its own."""
+    configs = {name: json.loads((model / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
+    configs["unet"]["time_cond_proj_dim"] = 24
+    configs["scheduler"] = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    abstract = {"unet": StableDiffusion.from_configs(configs).abstract_params()["unet"]}
+    rng = np.random.default_rng(step)
+    draw = lambda tree: jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), tree)  # noqa: E731
+    state = create_state(draw(abstract), optax.adam(1e-3))
+    return state.replace(step=jnp.int32(step), ema=jax.tree.map(jnp.asarray, draw(abstract)))
+
+
+def unet_of(tree) -> dict[str, np.ndarray]:
+    return {f"unet/{key}": tensor for key, tensor in folders.from_params(tree["unet"]).items()}
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments", "step", "part"),
+    [
+        ("", [], 7, "ema"),
+        ("", ["--ema"], 7, "ema"),
+        ("", ["--noema"], 7, "params"),
+        ("checkpoints", ["--noema"], 7, "params"),
+        ("checkpoints/3", [], 3, "ema"),
+    ],
+)
+def test_a_run_gives_its_student_or_the_target(place, arguments, step, part, workdir, model, tmp_path):
+    before = sorted(workdir.rglob("*"))
+    done = convert(f"--input={workdir / place}", f"--output={tmp_path / 'out'}", "--format=diffusers", *arguments)
+    assert_done(done)
+    assert f"the {'EMA target' if part == 'ema' else 'student'} at step {step}" in done.stdout
+    rest = {key: tensor for key, tensor in tensors_of(model).items() if not key.startswith("unet/")}
+    assert_same(tensors_of(tmp_path / "out"), unet_of(getattr(state_at(step, model), part)) | rest)
+    student = Pipeline.from_pretrained(tmp_path / "out")
+    assert student.sampler == "lcm" and student.model.guidance_embedding_dim == 24
+    assert student.configs["scheduler"]["original_inference_steps"] == 8
+    assert sorted(workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["ldm", "orbax"])
+def test_a_run_to_the_other_formats_and_from_there_to_a_folder(name, workdir, model, tmp_path):
+    for target, source in [("diffusers", workdir), (name, workdir)]:
+        done = convert(f"--input={source}", f"--output={tmp_path / target}.safetensors", f"--format={target}")
+        assert_done(done)
+    there = tmp_path / f"{name}.safetensors"
+    assert_done(convert(f"--input={there}", f"--output={tmp_path / 'b'}", "--format=diffusers", f"--base={model}"))
+    assert_same(tensors_of(tmp_path / "diffusers.safetensors"), tensors_of(tmp_path / "b"))
+
+
+def test_a_damaged_checkpoint_is_named_and_stays(workdir, tmp_path):
+    copy = Path(shutil.copytree(workdir, tmp_path / "run"))
+    largest = max((p for p in (copy / "checkpoints" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    for place in range(1000, len(content), 2000):
+        content[place] ^= 1
+    largest.write_bytes(content)
+    before = sorted(copy.rglob("*"))
+    done = convert(f"--input={copy}", f"--output={tmp_path / 'out'}", "--format=diffusers")
+    assert done.returncode == 1 and "checkpoint 7 in" in done.stderr and "give another" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists() and sorted(copy.rglob("*")) == before
+    done = convert(f"--input={copy / 'checkpoints' / '9'}", f"--output={tmp_path / 'out'}", "--format=diffusers")
+    assert done.returncode == 1
+    done = convert(f"--input={copy / 'checkpoints' / '3'}", f"--output={tmp_path / 'out'}", "--format=diffusers")
+    assert_done(done)
+
+
+def test_a_run_whose_teacher_is_gone_wants_a_base(workdir, model, tmp_path):
+    copy = Path(shutil.copytree(workdir, tmp_path / "run"))
+    config = json.loads((copy / "config.json").read_text()) | {"teacher": "nowhere"}
+    (copy / "config.json").write_text(json.dumps(config))
+    done = convert(f"--input={copy}", f"--output={tmp_path / 'out.safetensors'}", "--format=ldm")
+    assert done.returncode == 1 and "cannot be read, name it with --base: there is no model 'nowhere'" in done.stderr
+    assert_done(convert(f"--input={copy}", f"--output={tmp_path / 'o.safetensors'}", "--format=ldm", f"--base={model}"))
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_disk_that_fills_leaves_what_was_there(name, formats, model, tmp_path):
+    """The system itself refuses: no file of that process may grow beyond 20 kB."""
+    target = tmp_path / ("m.safetensors" if name == "ldm" else "m")
+    (shutil.copy if name == "ldm" else shutil.copytree)(formats[name], target)
+    files = lambda: {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}  # noqa: E731
+    before = files()
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from lcm_jax import convert; "
+    arguments = ["convert", f"--input={model}", f"--output={target}", f"--format={name}", "--overwrite"]
+    command = [sys.executable, "-c", f"{small}import sys; sys.argv = {arguments!r}; convert.run()"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("error:") == 1, done.stderr
+    assert f"writing {target} failed" in done.stderr and "what was there is untouched. Free some space" in done.stderr
+    assert "Traceback" not in done.stderr and files() == before and len(list(tmp_path.iterdir())) == 1
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from lcm_jax.weights.errors import ModelError
 
 FAMILIES = ("sd15-taesd", "sdxl")
 # Attention, feed-forward, convolutions of every kind, the embedding of time, and the text encoders. (diffusers knows
-# a kohya file's text encoder by its out_proj: without one it takes none of the others.)
+# a kohya file's text encoder by its out_proj: without one it takes none of the others. Nor can it read add_embedding
+# in kohya's naming, which kohya's scripts never train.)
 TARGETS = (
-    r"(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv\d?|conv_shortcut|time_emb_proj|linear_\d"
+    r"(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv\d?|conv_shortcut|time_emb_proj|time_embedding\.linear_\d"
     r"|(q|k|v|out)_proj|fc\d)$"
 )
 

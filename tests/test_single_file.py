@@ -20,7 +20,9 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import single_file
 from lcm_jax.weights.diffusers_folder import ModelError, to_params
 from lcm_jax.weights.pickles import read_pickle
-from lcm_jax.weights.single_file import configs_of, iter_diffusers, iter_ldm, recognise, to_diffusers, to_ldm
+from lcm_jax.weights.single_file import open_diffusers, open_ldm, recognise, to_diffusers, to_ldm
+from lcm_jax.weights.single_file_configs import configs_of
+from lcm_jax.weights.stored import Tensors
 
 CLASSES = {
     "UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextModel,
@@ -235,6 +237,11 @@ def zeros_of(name):
     return found
 
 
+def shapes_of(parts: dict, family: str) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a single file."""
+    return {key: tensor.shape for key, tensor in open_ldm(parts, family).outline.items()}
+
+
 FULL = {"sd15": "sd1", "sd15-inpainting": "sd1", "lcm-dreamshaper": "sd1", "sd21": "sd2", "sd21-768": "sd2"}
 FULL |= {"sd2-inpainting": "sd2", "sdxl": "sdxl", "lcm-sdxl": "sdxl", "ssd1b": "sdxl"}
 KINDS = {"sd15": "v1", "sd15-inpainting": "inpainting", "lcm-dreamshaper": "v1", "sd21": "v2", "sd21-768": "v2"}
@@ -244,7 +251,7 @@ KINDS |= {"sd2-inpainting": "inpainting_v2", "sdxl": "xl_base", "lcm-sdxl": "xl_
 @pytest.mark.parametrize("name", FULL)
 def test_the_full_size_names_shapes_and_configs(name):
     family, zeros = FULL[name], zeros_of(name)
-    shapes = {key: tensor.shape for _, key, tensor in iter_ldm(zeros, family)}
+    shapes = shapes_of(zeros, family)
     assert recognise(shapes) == recognise({key: Shaped(*shape) for key, shape in shapes.items()}) == family
     assert theirs.infer_diffusers_model_type({key: Shaped(*shape) for key, shape in shapes.items()}) == KINDS[name]
 
@@ -262,7 +269,7 @@ def test_the_full_size_names_shapes_and_configs(name):
 
 def test_the_published_keys():
     """Written down from the published files, with their numbers of tensors."""
-    file = {key: tensor.shape for _, key, tensor in iter_ldm(zeros_of("sd15"), "sd1")}
+    file = shapes_of(zeros_of("sd15"), "sd1")
     number = lambda prefix, keys: sum(key.startswith(prefix) for key in keys)  # noqa: E731
     unet, vae = "model.diffusion_model.", "first_stage_model."
     assert (number(unet, file), number(vae, file), number("cond_stage_model.", file)) == (686, 248, 196)
@@ -288,7 +295,7 @@ def test_the_published_keys():
     }.items():
         assert file[key] == shape, key
 
-    file = {key: tensor.shape for _, key, tensor in iter_ldm(zeros_of("sdxl"), "sdxl")}
+    file = shapes_of(zeros_of("sdxl"), "sdxl")
     texts = "conditioner.embedders.0.", "conditioner.embedders.1."
     assert [number(prefix, file) for prefix in (unet, vae, *texts)] == [1680, 248, 196, 389]
     for key, shape in {
@@ -378,9 +385,9 @@ def test_averaged_weights_are_taken_when_asked_for():
 
     del file["model_ema.diffusion_modelout2bias"]
     with pytest.raises(ModelError, match="1 of 685 averaged weights .* model_ema.diffusion_modelout2bias"):
-        iter_diffusers(file, "sd1", ema=True)
+        open_diffusers(file, "sd1", ema=True)
     with pytest.raises(ModelError, match="0 of 0 averaged"):
-        iter_diffusers(to_ldm({"vae": components("sd1")["vae"]}, "vae"), "vae", ema=True)
+        open_diffusers(to_ldm({"vae": components("sd1")["vae"]}, "vae"), "vae", ema=True)
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
@@ -405,7 +412,7 @@ def test_an_autoencoder_alone(prefix):
 
 def test_a_unet_alone():
     for name, family in [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl")]:
-        file = {key: tensor.shape for _, key, tensor in iter_ldm({"unet": zeros_of(name)["unet"]}, family)}
+        file = shapes_of({"unet": zeros_of(name)["unet"]}, family)
         assert recognise(file) == family
         configs = configs_of(file, family, "epsilon")
         assert configs.keys() == {"unet", "scheduler"}
@@ -435,46 +442,34 @@ def test_older_names_are_read():
 # --- one tensor at a time ---
 
 
-class Counted(Mapping):
-    """Reads a tensor when it is asked for one, and notes which."""
-
-    def __init__(self, tensors):
-        self.tensors, self.read = tensors, []
-
-    def __getitem__(self, key):
-        self.read.append(key)
-        return self.tensors[key]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self):
-        return len(self.tensors)
-
-    def __contains__(self, key):
-        return key in self.tensors
+def counted(tensors: Mapping[str, np.ndarray], read: list[str]) -> Tensors:
+    """Tensors that say in `read` which was asked for."""
+    return Tensors(tensors, lambda key: read.append(key) or tensors[key])
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_tensors_are_read_one_at_a_time(name):
     file, extra = published(name)
-    source = Counted(file)
-    assert recognise(source) == family_of(name) and len(source.read) <= 1
-    configs_of(source, family_of(name), "epsilon")
-    assert len(set(source.read)) < 40
-    source.read.clear()
-    triples = iter_diffusers(source, family_of(name))
-    assert not source.read
-    component, key, tensor = next(triples)
-    assert len(source.read) == 1 and components(name)[component][key].tobytes() == tensor.tobytes()
-    assert sum(1 for _ in triples) == sum(map(len, components(name).values())) - 1
-    assert sorted(source.read) == sorted(file.keys() - extra.keys())
+    read: list[str] = []
+    source = counted(file, read)
+    assert recognise(source.outline) == family_of(name)
+    configs_of(source.outline, family_of(name), "epsilon")
+    opened = open_diffusers(source, family_of(name))
+    assert not read
+    for component, tensors in components(name).items():
+        assert opened[component].keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            read.clear()
+            assert opened[component][key].tobytes() == tensor.tobytes() and len(read) == 1
+            assert opened[component].outline[key].shape == tensor.shape
 
-    parts = {component: Counted(tensors) for component, tensors in components(name).items()}
-    triples = iter_ldm(parts, family_of(name))
-    assert not any(part.read for part in parts.values())
-    assert sum(1 for _ in triples) == len(file) - len(extra)
-    assert all(sorted(part.read) == sorted(part.tensors) for part in parts.values())
+    parts = {component: counted(tensors, read) for component, tensors in components(name).items()}
+    read.clear()
+    opened = open_ldm(parts, family_of(name))
+    assert not read and len(opened) == len(file) - len(extra)
+    for key, tensor in opened.items():
+        assert len(read) in (1, 3) and opened.outline[key].shape == tensor.shape
+        read.clear()
 
 
 def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
@@ -532,12 +527,12 @@ def test_keys_without_a_place_are_named():
     file = to_ldm(components("sd1"), "sd1")
     wrong = {"model.diffusion_model.control.0.weight": np.zeros(1), "first_stage_model.encoder.odd": np.zeros(1)}
     with pytest.raises(ModelError, match="2 keys .*sd1 family: model.diffusion_model.control.0.weight, first_stage"):
-        iter_diffusers(file | wrong, "sd1")
+        open_diffusers(file | wrong, "sd1")
     key = "cond_stage_model.transformer.embeddings.token_embedding.weight"
     with pytest.raises(ModelError, match=f"1 keys .*place, or one that is taken, .*{key}"):
-        iter_diffusers(file | {key: np.zeros(1)}, "sd1")
+        open_diffusers(file | {key: np.zeros(1)}, "sd1")
     with pytest.raises(ModelError, match="the family is 'sd4'; choose one of sd1, sd2, sdxl, vae"):
-        iter_diffusers(file, "sd4")
+        open_diffusers(file, "sd4")
     file = to_ldm(components("sd2"), "sd2")
     fused = next(key for key in file if key.endswith("in_proj_weight"))
     with pytest.raises(ModelError, match=r"is not q, k and v"):
@@ -555,14 +550,14 @@ def test_what_the_layout_cannot_represent_is_named():
         (xl | {"text_encoder": xl["text_encoder_2"]}, "sdxl", "1 keys .*text_encoder text_projection.weight"),
     ]:
         with pytest.raises(ModelError, match=message):
-            iter_ldm(parts, family)
+            open_ldm(parts, family)
     layer = "text_model.encoder.layers.{}.self_attn.{}_proj.weight"
     deep = {layer.format(23, letter): np.zeros((64, 64), np.float32) for letter in "qkv"}
     with pytest.raises(ModelError, match="3 keys .*layers.23.self_attn"):  # reading would drop it
-        iter_ldm(sd2 | {"text_encoder": sd2["text_encoder"] | deep}, "sd2")
+        open_ldm(sd2 | {"text_encoder": sd2["text_encoder"] | deep}, "sd2")
     part = {key: tensor for key, tensor in sd2["text_encoder"].items() if key != layer.format(0, "k")}
     with pytest.raises(ModelError, match="2 keys .*layers.0.self_attn"):
-        iter_ldm({"text_encoder": part}, "sd2")
+        open_ldm({"text_encoder": part}, "sd2")
     mixed = sd2["text_encoder"] | {layer.format(0, "k"): np.zeros((64, 64), np.float16)}
     with pytest.raises(ModelError, match="layers.0.self_attn.* one dtype"):
         to_ldm({"text_encoder": mixed}, "sd2")

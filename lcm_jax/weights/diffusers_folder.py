@@ -6,18 +6,26 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from lcm_jax.weights import naming
+from lcm_jax.weights import hub, naming, pickles
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.stored import (
+    Advance,
+    Tensors,
+    map_safetensors,
+    narrow,
+    outline_of,
+    size_of,
+    write_safetensors,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -27,6 +35,8 @@ FILES = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
     "text_encoder_2": "model",
 }  # fmt: skip
+PICKLED = {"model": "pytorch_model"}  # transformers' name of a .bin file
+PICKLES = (".ckpt", ".pt", ".bin")
 # By component: the library, and the classes that are supported, first the usual one. The last two belong to SDXL.
 CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -43,12 +53,15 @@ OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 Params = dict[str, Any]
 
 
-def locate(model: str | Path) -> Path:
-    """The folder of a model: a path, or one of the names that are shipped (`shapes`, `shapes-lcm`).
+def locate(model: str | Path, variant: str | None = None) -> Path:
+    """The folder of a model: a path, one of the names that are shipped (`shapes`, `shapes-lcm`), or a hub id.
 
-    Raises ModelError when there is no such folder, or it has no model_index.json.
+    variant: of the weight files that are fetched from the hub. Raises ModelError when there is no such model, or it has
+    no model_index.json.
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
+    if not folder.exists() and hub.ID.fullmatch(str(model)):
+        folder = hub.download(str(model), partial(needed_files, str(model), variant=variant))
     if not folder.is_dir():
         if str(model) in SHIPPED:
             raise ModelError(f"the shipped model {str(model)!r} is not at {folder}: install lcm_jax again")
@@ -59,6 +72,31 @@ def locate(model: str | Path) -> Path:
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
     return folder
+
+
+def needed_files(model: str, names: Collection[str], variant: str | None = None) -> list[str]:
+    """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError."""
+    if "model_index.json" not in names:
+        raise ModelError(
+            f"{model} is not in diffusers layout on the hub: download the file that you want, and give that"
+        )
+    folders = {name.partition("/")[0] for name in names}
+    needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
+    for part in NETWORKS:
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = weight_file(inside, FILES[part], variant)
+        if chosen is None and part in folders:
+            raise ModelError(
+                f"{model} has no weights of the {part}{f' in the variant {variant}' if variant else ''}: there are "
+                f"{', '.join(inside)}"
+            )
+        if chosen is not None:
+            suffix = "safetensors" if ".safetensors" in chosen else "bin"
+            whole = f"{chosen.split('.')[0]}{f'.{variant}' if variant else ''}.{suffix}"
+            wanted = {whole, chosen, "config.json"} if chosen.endswith(".json") else {chosen, "config.json"}
+            # Shards are named with the variant before or after their number.
+            needed += [f"{part}/{name}" for name in inside if re.sub(r"-\d+-of-\d+", "", name) in wanted]
+    return needed
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,49 +132,74 @@ def networks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
-    """Every tensor of `folder`/`stem`[.variant].safetensors or of its shards, under PyTorch's names, as stored.
+def weight_file(names: Collection[str], stem: str, variant: str | None = None) -> str | None:
+    """Which of a component's files has its weights, or the index of its shards; None where there is none.
 
-    bfloat16 comes as ml_dtypes.bfloat16. Raises ModelError on a file that is missing, truncated or not safetensors.
+    safetensors before .bin. stem: of FILES; transformers' .bin files are called pytorch_model.
     """
     middle = f".{variant}" if variant else ""
-    whole = folder / f"{stem}{middle}.safetensors"
-    indices = [folder / f"{stem}{middle}.safetensors.index.json", folder / f"{stem}.safetensors.index{middle}.json"]
-    index = next((path for path in indices if path.is_file()), None)
-    if whole.is_file():
-        return read_safetensors(whole)
-    if index is None:
-        there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_file())) or "nothing"
+    for name, kind in ((stem, "safetensors"), (PICKLED.get(stem, stem), "bin")):
+        whole = f"{name}{middle}.{kind}"
+        for found in (whole, f"{whole}.index.json", f"{name}.{kind}.index{middle}.json"):
+            if found in names:
+                return found
+    return None
+
+
+def open_file(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file, or of torch's .bin, .ckpt and .pt; nothing is read but the names."""
+    if path.suffix not in PICKLES:
+        return map_safetensors(path)
+    tensors = pickles.read_pickle(path)
+    return Tensors(tensors, tensors.__getitem__), {}
+
+
+def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors:
+    """The tensors of `folder`/`stem`[.variant].safetensors or of its shards, or of the .bin files in their absence,
+    under PyTorch's names, as stored. Each is read when it is asked for, and the files must stay as they are.
+
+    bfloat16 comes as ml_dtypes.bfloat16. Raises ModelError on a file that is missing, truncated or of another kind.
+    """
+    names = [path.name for path in sorted(folder.glob("*")) if path.is_file()]
+    chosen = weight_file(names, stem, variant)
+    if chosen is None:
+        whole = folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
         raise ModelError(
-            f"{whole} is missing (the folder holds {there}): give the variant of a file that is there, "
-            "such as fp16; only safetensors are read"
+            f"{whole} is missing (the folder holds {', '.join(names) or 'nothing'}): give the variant of a file that "
+            "is there, such as fp16; only safetensors and .bin are read"
         )
-    tensors: dict[str, np.ndarray] = {}
+    if not chosen.endswith(".json"):
+        return open_file(folder / chosen)[0]
+    index = folder / chosen
     placed = read_json(index)["weight_map"]
+    where: dict[str, Tensors] = {}
     for name in sorted(set(placed.values())):
         if Path(name).name != name:
             raise ModelError(f"{index} names a shard outside its folder: {name!r}")
-        tensors |= read_safetensors(folder / name)
-    if missing := sorted(placed.keys() - tensors.keys()):
+        shard, _ = open_file(folder / name)
+        where |= dict.fromkeys(shard, shard)
+    if missing := sorted(placed.keys() - where.keys()):
         raise ModelError(f"{index} promises {len(missing)} tensors that its shards lack: {', '.join(missing[:5])}")
-    return tensors
+    return Tensors({key: shard.outline[key] for key, shard in where.items()}, lambda key: where[key][key])
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
+def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
+    """`open_tensors`, all of them in memory."""
+    return {key: np.array(tensor) for key, tensor in open_tensors(folder, stem, variant).items()}
 
 
-def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], Tensors]:
     """(config.json, tensors by PyTorch name) of one network; name: unet, vae or text_encoder."""
     part = folder / name
     if not part.is_dir():
         raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
-    return read_json(part / "config.json"), read_tensors(part, FILES[name], variant)
+    return read_json(part / "config.json"), open_tensors(part, FILES[name], variant)
+
+
+def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`open_component`, with all tensors in memory."""
+    config, tensors = open_component(folder, name, variant)
+    return config, {key: np.array(tensor) for key, tensor in tensors.items()}
 
 
 def modern_key(name: str, key: str) -> str | None:
@@ -194,28 +257,22 @@ def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarra
     """
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    tensors, overflow = {}, []
-    for path, leaf in flatten_dict(params).items():
-        tensor = naming.to_tensor(path, np.asarray(leaf))
-        if dtype is not None:
-            with np.errstate(over="ignore"):
-                narrow = tensor.astype(np_dtype(dtype))
-            if np.isfinite(tensor.astype(np.float32)).all() and not np.isfinite(narrow.astype(np.float32)).all():
-                overflow.append(naming.to_key(path))
-            tensor = narrow
-        tensors[naming.to_key(path)] = tensor
-    if overflow:
-        names = ", ".join(overflow[:5])
-        raise ModelError(f"{len(overflow)} tensors overflow in {dtype}: {names}; use bfloat16 or float32")
-    return tensors
+    tensors = {
+        naming.to_key(path): naming.to_tensor(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items()
+    }
+    return tensors if dtype is None else dict(narrow(tensors, dtype))
 
 
-def np_dtype(name: str) -> np.dtype:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+def check_target(target: Path, overwrite: bool) -> bool:
+    """Whether there is a model at `target`, a folder to write. Raises ModelError where it is not to be replaced."""
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file; give a folder")
+    if filled := target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
+        if not any((target / part).exists() for part in ("model_index.json", "configs.json", *NETWORKS)):
+            raise ModelError(f"{target} holds something that is no model; it is not overwritten, choose another folder")
+    return filled
 
 
 @contextmanager
@@ -226,13 +283,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     fails, on a full disk say. What was there is then untouched.
     """
     target = Path(target).resolve()  # a link to a folder stays a link
-    if target.exists() and not target.is_dir():
-        raise ModelError(f"{target} is a file; give a folder")
-    if filled := target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
-        if not any((target / part).exists() for part in ("model_index.json", *NETWORKS)):
-            raise ModelError(f"{target} holds something that is no model; it is not overwritten, choose another folder")
+    filled = check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -254,7 +305,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ModelError(f"writing {target} failed ({error}); what was there is untouched. Free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -269,28 +320,35 @@ def write_component(
     dtype: str | None = None, variant: str | None = None, max_shard_bytes: int = 10 * 2**30,
 ) -> None:  # fmt: skip
     """Writes `folder`/`name`/ with config.json and safetensors; sharded, with an index, above `max_shard_bytes`."""
+    write_tensors(folder, name, config, from_params(params, dtype), variant, max_shard_bytes)
+
+
+def write_tensors(
+    folder: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
+    variant: str | None = None, max_shard_bytes: int = 10 * 2**30, advance: Advance = lambda _: None,
+) -> None:  # fmt: skip
+    """`write_component` of tensors by PyTorch name, each of which is read when its turn comes."""
     part = folder / name
     part.mkdir(parents=True)
     write_json(part / "config.json", config)
-    tensors = dict(sorted(from_params(params, dtype).items()))
+    outline = outline_of(tensors)
     stem = FILES[name] + (f".{variant}" if variant else "")
     shards: list[dict[str, np.ndarray]] = [{}]
-    for key, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+    for key in sorted(outline):
+        if shards[-1] and size_of(shards[-1]) + outline[key].nbytes > max_shard_bytes:
             shards.append({})
-        shards[-1][key] = tensor
+        shards[-1][key] = outline[key]
     if len(shards) == 1:
-        save_file(tensors, part / f"{stem}.safetensors", metadata={"format": "pt"})
+        write_safetensors(part / f"{stem}.safetensors", tensors, advance=advance)
         return
     placed = {}
     for i, shard in enumerate(shards, 1):
         tail = f"-{i:05d}-of-{len(shards):05d}"
         file = f"{FILES[name]}.{variant}{tail}.safetensors" if variant else f"{stem}{tail}.safetensors"
-        save_file(shard, part / file, metadata={"format": "pt"})
+        write_safetensors(part / file, Tensors(shard, tensors.__getitem__), advance=advance)
         placed |= dict.fromkeys(shard, file)
     index = f"{FILES[name]}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(part / index, {"metadata": {"total_size": total}, "weight_map": placed})
+    write_json(part / index, {"metadata": {"total_size": size_of(outline)}, "weight_map": placed})
 
 
 def write_pipeline(
@@ -306,9 +364,16 @@ def write_pipeline(
     LatentConsistencyModelPipeline where the scheduler is LCMScheduler, else a StableDiffusionPipeline.
     how: dtype, variant, max_shard_bytes of `write_component`.
     """
-    xl = "text_encoder_2" in params
     for name in params:
         write_component(folder, name, configs[name], params[name], **how)
+    write_surroundings(folder, configs, tokenizer, scheduler, index, xl="text_encoder_2" in params)
+
+
+def write_surroundings(
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], tokenizer: Path, scheduler: Mapping[str, Any],
+    index: Mapping[str, Any] | None, xl: bool,
+) -> None:  # fmt: skip
+    """All of `write_pipeline` but the networks. xl: there are two text encoders."""
     shutil.copytree(tokenizer, folder / "tokenizer")
     if xl:
         shutil.copytree(tokenizer.with_name("tokenizer_2"), folder / "tokenizer_2")

@@ -141,8 +141,6 @@ class Unpickler(pickle.Unpickler):
 
 def unpickle(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, Storage]]:
     """The next pickle of `file` and its storages. Raises ModelError where it is broken, or names what is not known."""
-    from lcm_jax.weights.diffusers_folder import ModelError
-
     unpickler = Unpickler(file, path)
     try:
         return unpickler.load(), unpickler.storages

@@ -17,20 +17,20 @@ What diffusers has no place for is dropped in reading: the noise schedule, `posi
 averaged weights (`model_ema.*`, unless they are asked for), and of sd2 the text encoder's 24th layer and projection,
 which the model does not use. All else comes back bit for bit.
 
-Tensors may be any Mapping whose `[key]` reads one tensor: keys are looked at first, and each tensor is then read when
-its turn comes. Where only shapes matter, a Mapping of shapes does as well.
+Of `stored.Tensors` only the outlines are looked at first, and each tensor is read when it is asked for. Where shapes
+alone matter, a Mapping of shapes does as well. What they tell of the networks is in single_file_configs.py.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lcm_jax.weights.errors import ModelError
-
-Triple = tuple[str, str, np.ndarray]  # component, key, tensor
+from lcm_jax.weights.stored import Tensors, outline_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # By family: the component of diffusers and the prefix of its keys.
@@ -76,14 +76,6 @@ NO_OPEN_CLIP = re.compile(r"logit_scale$|attn_mask$")
 # Stable Diffusion 2 takes the layer before the last of ViT-H's 24.
 NO_SD2_CLIP = re.compile(NO_OPEN_CLIP.pattern + r"|text_projection$|transformer\.resblocks\.23\.")
 NOTHING = re.compile(r"(?!)")
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-}  # fmt: skip
-LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 # ---- which model it is ----------------------------------------------------------------------------------------------
@@ -262,26 +254,30 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def to_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, dict[str, np.ndarray]]:
-    """By component the tensors under diffusers' keys: `iter_diffusers`, all at once."""
-    components: dict[str, dict[str, np.ndarray]] = {}
-    for component, key, tensor in iter_diffusers(tensors, family, ema):
-        components.setdefault(component, {})[key] = tensor
-    return components
-
-
-def iter_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> Iterator[Triple]:
-    """(component, diffusers' key, tensor) of the components that the file has; each tensor is read in its turn.
+def open_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, Tensors]:
+    """By component the tensors under diffusers' keys, each read when it is asked for.
 
     family: as `recognise` says. ema: take the UNet's averaged weights, which some files have beside the last ones.
     Raises ModelError, before anything is read, that names the keys which no component of this family has.
     """
-    places = locate(tensors, family, ema)  # now, and not at the first tensor
-    return (
-        (component, new, part)
-        for (component, name), key in places.items()
-        for new, part in from_file(component, family, name, tensors[key])
-    )
+    outline = outline_of(tensors)
+    outlines: dict[str, dict[str, np.ndarray]] = {}
+    sources = {}
+    for (component, name), key in locate(tensors, family, ema).items():
+        for new, part in from_file(component, family, name, outline[key]):
+            outlines.setdefault(component, {})[new] = part
+            sources[component, new] = (name, key)
+
+    def read(component: str, new: str) -> np.ndarray:
+        name, key = sources[component, new]
+        return dict(from_file(component, family, name, tensors[key]))[new]
+
+    return {component: Tensors(parts, partial(read, component)) for component, parts in outlines.items()}
+
+
+def to_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    """`open_diffusers`, all at once."""
+    return {component: dict(parts) for component, parts in open_diffusers(tensors, family, ema).items()}
 
 
 def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[tuple[str, str], str]:
@@ -357,18 +353,30 @@ def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Ite
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> dict[str, np.ndarray]:
-    """The tensors of one file: `iter_ldm`, all at once."""
-    return {key: tensor for _, key, tensor in iter_ldm(components, family)}
-
-
-def iter_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> Iterator[Triple]:
-    """(component, key in the file, tensor), the inverse of `iter_diffusers`; each tensor is read in its turn.
+def open_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> Tensors:
+    """The tensors of one file, the inverse of `open_diffusers`; each is made of the components' when it is asked for.
 
     components: by name (unet, vae, text_encoder, text_encoder_2), whole or a part of them, the tensors by diffusers'
     key. The file of an autoencoder alone gets keys without a prefix.
     Raises ModelError, before anything is read, that names the keys which the layout cannot represent.
     """
+    outlines = {component: outline_of(tensors) for component, tensors in components.items()}
+    places = {old: (component, sources) for (component, old), sources in ldm_places(outlines, family).items()}
+
+    def read(tensors: Mapping[str, Mapping[str, np.ndarray]], old: str) -> np.ndarray:
+        component, sources = places[old]
+        return to_file(component, family, {new: tensors[component][key] for new, key in sources})
+
+    return Tensors({old: read(outlines, old) for old in places}, partial(read, components))
+
+
+def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> dict[str, np.ndarray]:
+    """`open_ldm`, all at once."""
+    return dict(open_ldm(components, family))
+
+
+def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """(component, key in the file) -> the one or three tensors that it is made of, (diffusers' key, the key here)."""
     from lcm_jax.weights.diffusers_folder import modern_key
 
     places: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -395,10 +403,7 @@ def iter_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) ->
             f"{len(wrong)} keys cannot be written in the layout of the {family} family: {some(wrong)}; "
             "write a diffusers folder instead"
         )
-    return (
-        (component, old, to_file(component, family, {new: components[component][key] for new, key in sources}))
-        for (component, old), sources in places.items()
-    )
+    return places
 
 
 def to_file(component: str, family: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -414,169 +419,3 @@ def to_file(component: str, family: str, tensors: Mapping[str, np.ndarray]) -> n
     if (family, component) in OPEN_CLIP and name == PROJECTION:
         return np.ascontiguousarray(tensor.T)
     return tensor
-
-
-# ---- configs --------------------------------------------------------------------------------------------------------
-
-
-def configs_of(
-    tensors: Mapping[str, Any], family: str, prediction_type: str | None = None, scaling_factor: float | None = None
-) -> dict[str, dict[str, Any]]:
-    """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
-
-    tensors: arrays or shapes by key; about twenty are looked at.
-    prediction_type: what the UNet predicts, "epsilon" or "v_prediction". sd1 and sdxl predict epsilon (sdxl velocity
-    where the file has the key `v_pred`); in sd2 the models for 768 pixels are v_prediction, and the base ones for 512,
-    the inpainting one and Turbo epsilon, and the file does not say which it is.
-    scaling_factor: of the latents, which a file of an autoencoder alone does not tell: 0.18215 in 1.x and 2.x, 0.13025
-    in XL.
-    The file does not tell either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1
-    and heads of width 64 in all others; the schedule; the pixels that were trained on.
-    Raises ModelError where an argument is needed, or where a shape is missing or in no config of diffusers.
-    """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ModelError(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
-    places = locate(tensors, family)
-    components: dict[str, dict[str, str]] = {}
-    for (component, new), key in places.items():
-        components.setdefault(component, {})[new] = key
-
-    def shapes(component: str) -> Callable[[str], tuple[int, ...]]:
-        def shape(key: str) -> tuple[int, ...]:
-            if key not in components[component]:
-                raise ModelError(f"the {component} of this file lacks {key}: it is incomplete, copy it again")
-            return shape_of(tensors[components[component][key]])
-
-        return shape
-
-    configs = {}
-    for component in components:
-        keys, shape = components[component].keys(), shapes(component)
-        if component == "vae":
-            configs[component] = vae_config(shape, keys, family, scaling_factor)
-        elif component != "unet":
-            configs[component] = text_config(shape, keys, (family, component) in OPEN_CLIP)
-    if "unet" in components:
-        if prediction_type is None:
-            if family == "sd2":
-                raise ModelError(
-                    "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
-                    "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
-                    "inpainting and for Turbo"
-                )
-            prediction_type = "v_prediction" if "v_pred" in tensors else "epsilon"
-        pooled = configs.get("text_encoder_2", {}).get("projection_dim")
-        unet = unet_config(shapes("unet"), components["unet"].keys(), family, pooled)
-        if family == "sd2" and prediction_type == "v_prediction":
-            unet |= {"sample_size": 96, "upcast_attention": True}
-        configs["unet"] = unet
-        kind = {"_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler"}
-        kind |= {"timestep_spacing": "leading"} if family == "sdxl" else {}
-        kind = LCM if "time_cond_proj_dim" in unet else kind
-        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}
-        configs["scheduler"] = SCHEDULE | kind | zero | {"prediction_type": prediction_type}
-    return configs
-
-
-def one(values: list) -> Any:
-    """A list of equal values as that value, any other as it is."""
-    return values[0] if all(value == values[0] for value in values) else values
-
-
-def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None) -> dict[str, Any]:
-    """shape: of a tensor, in this layout, by diffusers' key. pooled: the width of the pooled prompt, where known."""
-    layers = [count(keys, f"down_blocks.{i}.resnets.") for i in range(count(keys, "down_blocks."))]
-
-    def depths(block: str, n: int) -> list[int]:
-        found = [count(keys, f"{block}.attentions.{j}.transformer_blocks.") for j in range(n)]
-        if 0 in found and any(found):
-            raise ModelError(
-                f"the UNet's {block} has {found} transformer blocks in its layers; diffusers has all or none"
-            )
-        return found
-
-    down = [depths(f"down_blocks.{i}", n) for i, n in enumerate(layers)]
-    up = [depths(f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
-    middle = depths("mid_block", 1)[0]
-    if not layers or (context := first(keys, "attn2.to_k.weight")) is None:
-        raise ModelError(
-            "the UNet of this file has no levels or no attention to a text: it is incomplete, copy it again"
-        )
-    # The middle has the depth of the last level; where a level has no attention, its number means nothing else.
-    if any(down[-1]) and middle not in (0, down[-1][0]):
-        raise ModelError(f"the UNet has depth {middle} in the middle and {down[-1]} before it; diffusers has one depth")
-    per_level = [one(d) if any(d) else 1 for d in down]
-    per_level[-1] = per_level[-1] if any(down[-1]) else middle or 1
-    reverse = [one(u) if any(u) else 1 for u in up]
-    mirrored = all(
-        type(d) is int and (u == d or not any(each))
-        for d, u, each in zip(reversed(per_level), reverse, up, strict=True)
-    )
-    widths = [shape(f"down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(len(layers))]
-    config = {
-        "_class_name": "UNet2DConditionModel", "sample_size": 128 if family == "sdxl" else 64,
-        "in_channels": shape("conv_in.weight")[1], "out_channels": shape("conv_out.weight")[0],
-        "block_out_channels": widths, "layers_per_block": one(layers), "norm_num_groups": 32,
-        "down_block_types": ["CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in down],
-        "up_block_types": ["CrossAttnUpBlock2D" if any(u) else "UpBlock2D" for u in up],
-        "cross_attention_dim": shape(context)[1], "transformer_layers_per_block": one(per_level),
-        "attention_head_dim": 8 if family == "sd1" else [max(1, width // 64) for width in widths],
-        "use_linear_projection": len(shape(first(keys, ".proj_in.weight"))) == 2,
-    }  # fmt: skip
-    if not middle:
-        config["mid_block_type"] = "UNetMidBlock2D" if has(keys, "mid_block.") else None
-    if not mirrored:  # a list for each level, as diffusers wants it then
-        config["transformer_layers_per_block"] = [d if any(d) else per_level[i] for i, d in enumerate(down)]
-        config["reverse_transformer_layers_per_block"] = [u if any(u) else 1 for u in up]
-    if (time := shape("time_embedding.linear_1.weight")[0]) != 4 * widths[0]:
-        config["time_embedding_dim"] = time
-    if "time_embedding.cond_proj.weight" in keys:
-        config["time_cond_proj_dim"] = shape("time_embedding.cond_proj.weight")[1]
-    if family == "sdxl":
-        added = shape("add_embedding.linear_1.weight")[1]
-        config |= {
-            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": added,
-            "addition_time_embed_dim": 256 if pooled is None else (added - pooled) // 6,  # of six sizes
-        }  # fmt: skip
-    return config
-
-
-def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: float | None) -> dict[str, Any]:
-    if scaling_factor is None and family not in SCALING_FACTORS:
-        raise ModelError(
-            "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
-            "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
-        )
-    levels = count(keys, "encoder.down_blocks.")
-    config = {
-        "_class_name": "AutoencoderKL", "sample_size": 1024 if family == "sdxl" else 512, "norm_num_groups": 32,
-        "in_channels": shape("encoder.conv_in.weight")[1], "out_channels": shape("decoder.conv_out.weight")[0],
-        "latent_channels": shape("decoder.conv_in.weight")[1],
-        "block_out_channels": [
-            shape(f"encoder.down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(levels)
-        ],
-        "layers_per_block": count(keys, "encoder.down_blocks.0.resnets."),
-        "scaling_factor": SCALING_FACTORS[family] if scaling_factor is None else scaling_factor,
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }  # fmt: skip
-    absent = {
-        "use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv.",
-        "mid_block_add_attention": "decoder.mid_block.attentions.",
-    }  # fmt: skip
-    config |= {option: False for option, prefix in absent.items() if not has(keys, prefix)}
-    return config | ({"force_upcast": True} if family == "sdxl" else {})
-
-
-def text_config(shape: Callable, keys: Set[str], open_clip: bool) -> dict[str, Any]:
-    vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
-    projects = open_clip and PROJECTION in keys
-    return {
-        "architectures": ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"],
-        "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width,
-        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": count(keys, "text_model.encoder.layers."), "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
-        "hidden_act": "gelu" if open_clip else "quick_gelu", "layer_norm_eps": 1e-5,
-        "projection_dim": shape(PROJECTION)[1] if projects else width,  # the other way round in this layout
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,  # as published: the end of a text is its largest id
-    }  # fmt: skip

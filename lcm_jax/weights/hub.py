@@ -1,0 +1,47 @@
+"""Models of the Hugging Face hub: `org/name` or `org/name@revision`, through huggingface_hub and its cache."""
+
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from lcm_jax.weights.errors import ModelError
+
+ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\S+)?")
+
+
+def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path:
+    """The folder of a model in the cache, with the files that `choose` picks of all their names.
+
+    Where the hub cannot be reached, what is in the cache. Raises ModelError where there is nothing, where the hub has
+    no such model or revision, or wants to know who asks.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    name, _, revision = model.partition("@")
+    at = revision or None  # the newest
+    try:
+        there = HfApi().model_info(name, revision=at, timeout=10).siblings or []
+        return Path(snapshot_download(name, revision=at, allow_patterns=choose([file.rfilename for file in there])))
+    except ModelError:
+        raise
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{name} asks you to accept its terms: do so at https://huggingface.co/{name}, then log in with "
+            "`hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{name} has no revision {revision!r} on the hub: give a branch, a tag or a commit") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(
+            f"there is no model {name!r}, neither a folder here nor on the hub: check the name, or log in with "
+            "`hf auth login` where it is private"
+        ) from None
+    except Exception as error:  # without a network many kinds are raised, the HTTP library's among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    try:
+        return Path(snapshot_download(name, revision=at, allow_patterns=["model_index.json"], local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        raise ModelError(
+            f"{model!r} is no folder here and not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached "
+            f"({reason}): go online once, set HF_HOME to a cache that has it, or give a local folder"
+        ) from None

@@ -1,0 +1,156 @@
+"""Tensors that stay in their file until they are used: read one at a time, and written one at a time."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lcm_jax.weights.errors import ModelError
+
+# safetensors' names of dtypes.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+NAMES = {name: short for short, name in DTYPES.items()}
+Advance = Callable[[int], None]  # is told how many bytes were done
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by key: each `[key]` reads one, and nothing is kept.
+
+    outline: by key an array of the tensor's shape and dtype whose numbers do not matter. read: key -> the tensor.
+    """
+
+    def __init__(self, outline: Mapping[str, np.ndarray], read: Callable[[str], np.ndarray]):
+        self.outline, self._read = outline, read
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.outline:
+            raise KeyError(key)
+        return self._read(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.outline
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+
+def hollow(dtype: str | np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array for an outline: of this shape and dtype, but one number large."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def outline_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    return tensors.outline if isinstance(tensors, Tensors) else tensors
+
+
+def size_of(tensors: Mapping[str, np.ndarray]) -> int:
+    """In bytes."""
+    return sum(tensor.nbytes for tensor in outline_of(tensors).values())
+
+
+def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, metadata) of a file, which must stay as it is. `[key]` maps the pages of one tensor, until it is freed.
+
+    Raises ModelError where the file is missing, truncated, not safetensors, or of a dtype that numpy cannot hold.
+    """
+    try:
+        with safe_open(path, "np") as file:  # checks the header, and the size of the file against it
+            metadata = file.metadata() or {}
+        with open(path, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
+    header.pop("__metadata__", None)
+    if other := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        raise ModelError(
+            f"{path} has tensors of {', '.join(other)}, which is not supported: save it in float16 or wider"
+        )
+    outline = {key: hollow(DTYPES[entry["dtype"]], tuple(entry["shape"])) for key, entry in header.items()}
+
+    def read(key: str) -> np.ndarray:
+        like = outline[key]
+        if not like.size:  # nothing can be mapped
+            return np.empty(like.shape, like.dtype)
+        offset = begin + header[key]["data_offsets"][0]
+        return np.memmap(path, like.dtype, "r", offset, like.shape).view(np.ndarray)
+
+    return Tensors(outline, read), metadata
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None,
+    advance: Advance = lambda _: None,
+) -> None:  # fmt: skip
+    """Writes a file, one tensor after another as `tensors` gives them. Raises ModelError for a dtype without a name."""
+    outline = outline_of(tensors)
+    if other := sorted({like.dtype.name for like in outline.values()} - NAMES.keys()):
+        raise ModelError(f"{path}: safetensors have no {', '.join(other)}; give float32, bfloat16 or float16")
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    order = sorted(outline, key=lambda key: (-outline[key].dtype.itemsize, key))  # so that each is aligned
+    for key in order:
+        like = outline[key]
+        header[key] = {
+            "dtype": NAMES[like.dtype.name], "shape": list(like.shape), "data_offsets": [end, end + like.nbytes]
+        }  # fmt: skip
+        end += like.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            tensor = tensors[key]
+            if (tensor.dtype, tensor.shape) != (outline[key].dtype, outline[key].shape):
+                raise AssertionError(f"{key} is {tensor.dtype}{tensor.shape}, its outline another")
+            file.write(bytes_of(tensor))
+            advance(tensor.nbytes)
+
+
+def bytes_of(tensor: np.ndarray) -> memoryview:
+    """The bytes in C order, without a copy where they lie so."""
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+def digest(tensors: Mapping[str, np.ndarray], advance: Advance = lambda _: None) -> str:
+    """sha256 of the keys, dtypes, shapes and bytes, in hexadecimal."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        total.update(f"{key} {tensor.dtype.name} {tensor.shape}".encode())
+        total.update(bytes_of(tensor))
+        advance(tensor.nbytes)
+    return total.hexdigest()
+
+
+def narrow(tensors: Mapping[str, np.ndarray], dtype: str) -> Tensors:
+    """Every tensor in `dtype` (float32, bfloat16, float16), cast when it is read.
+
+    Reads each once, and raises ModelError that counts and names those of which a finite number overflows.
+    """
+    outline = outline_of(tensors)
+    wanted = np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+    def cast(key: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return tensors[key].astype(wanted, copy=False)
+
+    finite = lambda tensor: np.isfinite(tensor.astype(np.float32, copy=False)).all()  # noqa: E731
+    changed = [key for key in tensors if outline[key].dtype != wanted]
+    if bad := [key for key in changed if not finite(cast(key)) and finite(tensors[key])]:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ModelError(f"{len(bad)} tensors overflow in {dtype}: {', '.join(bad[:5])}{more}; use bfloat16 or float32")
+    return Tensors({key: hollow(wanted, like.shape) for key, like in outline.items()}, cast)
