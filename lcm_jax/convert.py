@@ -246,6 +246,7 @@ def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
                 if (path := model.tokenizer.with_name(name)).is_dir():
                     shutil.copytree(path, folder / name)
         tree = {name: by_path(tensors) for name, tensors in model.tensors.items()}
+        logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
         try:
             with (
                 progress("writing", model.tensors) as advance,
@@ -344,14 +345,12 @@ def by_key(tree: Mapping[str, Any]):
 
 def read_lora(path: Path, base: Model | None):
     """The LoRA of a file, checked against the model it belongs to where there is one. Raises ModelError."""
-    from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora
     from lcm_jax.weights.stored import outline_of
 
-    tensors, metadata = folders.open_file(path)
-    metadata.pop("format", None)
+    tensors, metadata = lora.read_file(path)
     outlines = base and {name: outline_of(parts) for name, parts in base.tensors.items()}
-    return lora.read_lora(dict(tensors), metadata, outlines, base.family if base else "sd1")
+    return lora.read_lora(tensors, metadata, outlines, base.family if base else "sd1")
 
 
 def convert_lora(path: Path) -> None:
@@ -384,19 +383,12 @@ def convert_lora(path: Path) -> None:
 
 def merge(model: Model) -> None:
     """Adds every LoRA of --merge to the tensors of `model`."""
-    from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora
 
     chosen = []
-    for each in MERGE.value:
-        path, _, weight = each.rpartition(":") if ":" in each else (each, "", "1")
-        try:
-            chosen.append((read_lora(Path(path), model), float(weight)))
-        except ValueError as error:
-            if isinstance(error, folders.ModelError):
-                raise
-            raise folders.ModelError(f"--merge={each}: {weight!r} is no number; write FILE or FILE:WEIGHT") from None
-        print(f"merging {path} at {float(weight):g}")
+    for path, weight in map(lora.file_and_weight, MERGE.value):
+        chosen.append((read_lora(path, model), weight))
+        print(f"merging {path} at {weight:g}")
     model.tensors = lora.merge(model.tensors, chosen)
 
 

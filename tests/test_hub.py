@@ -137,7 +137,7 @@ def test_only_what_is_read_is_fetched_and_then_read_without_a_network(model, ser
     "name, message",
     [
         ("org/other", "there is no model 'org/other', neither a folder here nor on the hub: check the name"),
-        ("org/gated", "org/gated asks you to accept its terms: do so at https://huggingface.co/org/gated"),
+        ("org/gated", "org/gated asks you to accept its terms: do so on its page of the hub"),
         ("org/name@v9", "org/name has no revision 'v9' on the hub: give a branch, a tag or a commit"),
     ],
 )

@@ -26,8 +26,7 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
         raise
     except errors.GatedRepoError:
         raise ModelError(
-            f"{name} asks you to accept its terms: do so at https://huggingface.co/{name}, then log in with "
-            "`hf auth login`"
+            f"{name} asks you to accept its terms: do so on its page of the hub, then log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{name} has no revision {revision!r} on the hub: give a branch, a tag or a commit") from None

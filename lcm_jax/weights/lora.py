@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
-from lcm_jax.weights import pickles
-from lcm_jax.weights.diffusers_folder import read_safetensors
+from lcm_jax.weights.diffusers_folder import open_file
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file import names_in_folder, rename
 
@@ -88,12 +86,8 @@ def naming_of(keys: Iterable[str]) -> str:
 
 def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) of a .safetensors file, or of a pickle, which has no metadata. Raises ModelError."""
-    if path.suffix in (".ckpt", ".pt", ".bin"):
-        return pickles.read_pickle(path), {}
-    tensors = read_safetensors(path)
-    with safe_open(path, "np") as file:
-        metadata = file.metadata() or {}
-    return tensors, {key: value for key, value in metadata.items() if key != "format"}
+    tensors, metadata = open_file(path)
+    return dict(tensors), {key: value for key, value in metadata.items() if key != "format"}
 
 
 def file_and_weight(text: str) -> tuple[Path, float]:
