@@ -247,18 +247,19 @@ def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
                     shutil.copytree(path, folder / name)
         tree = {name: by_path(tensors) for name, tensors in model.tensors.items()}
         logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         try:
             with (
                 progress("writing", model.tensors) as advance,
-                ocp.CheckpointManager(folder / "checkpoints") as manager,
+                ocp.CheckpointManager(folder / "checkpoints", options=options) as manager,
             ):
                 manager.save(0, args=ocp.args.StandardSave(tree), custom_metadata={"crc32": crc32_of(tree)})
-                manager.wait_until_finished()
                 advance(sum(map(size_of, model.tensors.values())))
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise folders.ModelError(
                 f"writing {target} failed ({first_line(error)}); what was there is untouched. Free some space"
             ) from error
+        del tree  # it keeps the input mapped
         verify(digests, read_orbax(folder).tensors)
 
 

@@ -162,11 +162,11 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", variant: str | None = None) -> "Pipeline":
-        """path: a folder in diffusers layout, or a shipped name (`shapes`, `shapes-lcm`).
+        """path: a folder in diffusers layout, a hub id (`org/name`), or a shipped name (`shapes`, `shapes-lcm`).
 
         dtype: what the networks compute in. variant: the file variant, such as `fp16`. Raises ModelError.
         """
-        folder = folders.locate(path)
+        folder = folders.locate(path, variant)
         index = folders.read_index(folder)
         configs, tensors = {"model_index": index}, {}
         for name in folders.networks_of(index):

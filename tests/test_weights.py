@@ -13,6 +13,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import naming
 from lcm_jax.weights.diffusers_folder import ModelError
@@ -117,6 +118,35 @@ def test_sharded_files_both_ways(student, abstract, tmp_path, variant):
         loaded = type(network).from_pretrained(mine / name, variant=variant).state_dict()
         for key, tensor in network.state_dict().items():
             assert torch.equal(tensor, loaded[key]), key
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_files_are_read_where_there_are_no_safetensors(copy, tmp_path, variant, shards):
+    middle = f".{variant}" if variant else ""
+    expected = read_all(copy)[1]
+    for name in NETWORKS:
+        stem = "pytorch_model" if name == "text_encoder" else "diffusion_pytorch_model"
+        (copy / name / f"{folders.FILES[name]}.safetensors").unlink()
+        state = {key: torch.from_numpy(tensor) for key, tensor in expected[name].items()}
+        if shards == 1:
+            torch.save(state, copy / name / f"{stem}{middle}.bin")
+            continue
+        placed = {key: f"{stem}{middle}-{i % shards + 1:05d}-of-00003.bin" for i, key in enumerate(state)}
+        for file in set(placed.values()):
+            torch.save({key: state[key] for key in state if placed[key] == file}, copy / name / file)
+        index = {"metadata": {}, "weight_map": placed}
+        (copy / name / f"{stem}.bin.index{middle}.json").write_text(json.dumps(index))
+    found = read_all(copy, variant)[1]
+    for name in NETWORKS:
+        assert_same_tensors(found[name], expected[name])
+    pipe = Pipeline.from_pretrained(copy, variant=variant)
+    assert np.array_equal(pipe.params["unet"]["conv_in"]["bias"], expected["unet"]["conv_in.bias"])
+
+    # safetensors come first where both are there.
+    other = {key: tensor + 1 for key, tensor in expected["unet"].items()}
+    safetensors.numpy.save_file(other, copy / "unet" / f"diffusion_pytorch_model{middle}.safetensors")
+    assert_same_tensors(folders.read_component(copy, "unet", variant)[1], other)
 
 
 def test_bfloat16_and_not_a_numbers_keep_their_bits(tmp_path):
