@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ def read_orbax(folder: Path) -> Model:
 
 def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
     """A model as an orbax checkpoint with its configs, whole or not at all."""
-    from lcm_jax.training.checkpoint import ocp
+    from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights.stored import size_of
 
@@ -247,73 +246,28 @@ def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
                     shutil.copytree(path, folder / name)
         tree = {name: by_path(tensors) for name, tensors in model.tensors.items()}
         logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         try:
-            with (
-                progress("writing", model.tensors) as advance,
-                ocp.CheckpointManager(folder / "checkpoints", options=options) as manager,
-            ):
-                manager.save(0, args=ocp.args.StandardSave(tree), custom_metadata={"crc32": crc32_of(tree)})
+            with progress("writing", model.tensors) as advance:
+                checkpoint.write_tree(folder / "checkpoints", tree)
                 advance(sum(map(size_of, model.tensors.values())))
-        except Exception as error:  # orbax and tensorstore raise many kinds
+        except checkpoint.CheckpointError as error:
             raise folders.ModelError(
-                f"writing {target} failed ({first_line(error)}); what was there is untouched. Free some space"
+                f"writing {target} failed ({error}); what was there is untouched. Free some space"
             ) from error
         del tree  # it keeps the input mapped
         verify(digests, read_orbax(folder).tensors)
 
 
 def read_checkpoint(folder: Path, step: int | None, part: str | None) -> tuple[int, dict[str, Any]]:
-    """(step, tree of numpy arrays) of the newest checkpoint in `folder`, or that of `step`: its subtree `part` alone.
-
-    Nothing is changed there. Raises ModelError where there is none, or it is not what was saved.
-    """
-    import jax
-
-    from lcm_jax.training.checkpoint import ocp
+    """(step, tree of numpy arrays) of a checkpoint in `folder`, or of its subtree `part`. Raises ModelError."""
+    from lcm_jax.training import checkpoint
     from lcm_jax.weights.errors import ModelError
 
-    logging.set_verbosity(logging.ERROR)  # it warns of what it is told: that the folder is to be read only
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps or step not in (None, *steps):
-            there = ", ".join(map(str, steps)) or "none"
-            raise ModelError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: there are {there}")
-        step = steps[-1] if step is None else step
-        try:
-            tree = manager.item_metadata(step).tree
-            item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
-            saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
-        except Exception as error:  # orbax and tensorstore raise many kinds
-            raise ModelError(
-                f"checkpoint {step} in {folder} cannot be read ({first_line(error)}): give another, such as "
-                f"{folder / str(steps[0])}"
-            ) from error
-    found = found if part is None else found[part]
-    prefix = "" if part is None else f".{part}"  # the state of a run is no dict
-    changed = [key for key, value in crc32_of(found).items() if saved.get(prefix + key, value) != value]
-    if changed:
-        raise ModelError(
-            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
-            f"{changed[0]}; give another one"
-        )
-    return step, found
-
-
-def crc32_of(tree) -> dict[str, int]:
-    """As `Checkpoints` keeps beside a state: orbax returns flipped bits without a word."""
-    import jax
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    logging.set_verbosity(logging.ERROR)  # orbax warns of what it is told: that the folder is to be read only
+    try:
+        return checkpoint.read_tree(folder, step, part)
+    except checkpoint.CheckpointError as error:
+        raise ModelError(str(error)) from error
 
 
 def by_path(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +14,10 @@ from lcm_jax.training.state import TrainState
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint of a folder that has some can be read."""
+    """A checkpoint cannot be read or written, or none of a folder that has some can."""
 
 
-def checksums(state: TrainState) -> dict[str, int]:
+def checksums(state) -> dict[str, int]:
     """The crc32 of each leaf's bytes, by its path: orbax returns flipped bits on a disk without a word.
 
     A leaf of which this process does not hold every value (FSDP over several hosts) has none.
@@ -24,8 +25,57 @@ def checksums(state: TrainState) -> dict[str, int]:
     return {
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if leaf.is_fully_addressable or leaf.is_fully_replicated
+        if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
     }
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def write_tree(folder: Path, tree: dict[str, Any]) -> None:
+    """A tree of arrays as checkpoint 0 of `folder`, with its checksums. Raises CheckpointError."""
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    try:
+        with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
+            manager.save(0, args=ocp.args.StandardSave(tree), custom_metadata={"crc32": checksums(tree)})
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise CheckpointError(first_line(error)) from error
+
+
+def read_tree(folder: Path, step: int | None = None, part: str | None = None) -> tuple[int, dict[str, Any]]:
+    """(step, tree of numpy arrays) of the newest checkpoint in `folder`, or that of `step`: its subtree `part` alone.
+
+    Nothing is changed there. Raises CheckpointError where there is none, or it is not what was saved.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or step not in (None, *steps):
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: there are {there}")
+        step = steps[-1] if step is None else step
+        try:
+            tree = manager.item_metadata(step).tree
+            item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
+            saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise CheckpointError(
+                f"checkpoint {step} in {folder} cannot be read ({first_line(error)}): give another, such as "
+                f"{folder / str(steps[0])}"
+            ) from error
+    found = found if part is None else found[part]
+    prefix = "" if part is None else f".{part}"  # the state of a run is no dict
+    changed = [key for key, value in checksums(found).items() if saved.get(prefix + key, value) != value]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
+            f"{changed[0]}; give another one"
+        )
+    return step, found
 
 
 class Checkpoints:
@@ -50,9 +100,7 @@ class Checkpoints:
         """Starts to write `state` in the background; returns once it is safe to donate the arrays."""
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(
-                step, args=ocp.args.StandardSave(state), custom_metadata={"crc32": checksums(state)}
-            )
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"crc32": checksums(state)})
 
     def wait(self) -> None:
         """Returns when everything asked for is on disk; raises what went wrong in the background (a full disk, say)."""
@@ -72,7 +120,7 @@ class Checkpoints:
                 self._compare(step, state)
             except Exception as error:  # orbax and tensorstore raise many kinds; every one of them is reported
                 aside = self._set_aside(step)
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                reason = first_line(error)
                 say(f"checkpoint {step} cannot be read ({reason}); moved to {aside}, trying the one before it")
                 continue
             return state

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import tempfile
+import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -308,7 +310,22 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise ModelError(f"writing {target} failed ({error}); what was there is untouched. Free some space") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder that may be gone already. orbax's threads may still write to it for a moment after an error.
+
+    Warns where it cannot be deleted.
+    """
+    if not folder.exists():
+        return
+    for pause in (0.1, 0.5, 2.0):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(pause)
+        if not folder.exists():
+            return
+    warnings.warn(f"{folder} is left over and could not be deleted; delete it yourself", stacklevel=2)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -116,6 +116,8 @@ def read_lora(
     for mark, kind in OTHERS.items():
         if found := next((key for key in tensors if mark in key), None):
             raise ModelError(f"{found} belongs to {kind}, which is not supported: merge it with the tool that made it")
+    if not is_lora(tensors):
+        raise ModelError("this file has no LoRA in it: looked for lora_down / lora_up, lora_A / lora_B")
     kohya = naming_of(tensors) == "kohya"
     if kohya and base is None:
         raise ModelError("kohya's naming leaves out where the dots were: name the model it belongs to with --base")
@@ -146,8 +148,6 @@ def read_lora(
                 "in common; copy the file again"
             )
         updates.setdefault(component, {})[module] = update
-    if not updates:
-        raise ModelError("this file has no LoRA in it: looked for lora_down / lora_up, lora_A / lora_B")
     lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in (METADATA, ALPHA_DTYPE)})
     if base is not None:
         check(lora, base)
