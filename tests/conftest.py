@@ -12,3 +12,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile the same small networks again and again.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="lcm_jax-tests-"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest goes first: two processes, each with a file at a time, then end together."""
+    items.sort(key=lambda item: item.path.name != "test_training_run.py")

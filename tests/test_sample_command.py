@@ -63,8 +63,9 @@ def test_pictures_of_every_prompt_once(model, tmp_path):
 def test_help_ends_with_an_example_and_needs_no_jax():
     result = run("--help")
     assert result.returncode == 0
-    last = result.stdout.strip().splitlines()[-2:]
+    last = result.stdout.strip().splitlines()[-4:]
     assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
+    assert "--lora=style.safetensors:0.8,other.safetensors" in last[2]
     code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert imported.stdout == f"False {lcm_jax.__version__}\n"
