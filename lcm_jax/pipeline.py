@@ -254,8 +254,8 @@ class Pipeline:
             tensors.setdefault(component, {})[key] = naming.to_tensor(path[1:], np.asarray(flat[path]))
         merged = loras.merge(tensors, adapters.values())
         originals = {path: flat[path] for path in touched}
-        for path, (component, key) in touched.items():
-            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]), originals[path].sharding)
+        for path, (component, key) in touched.items():  # put as at first: an array bound to a device compiles again
+            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]))
         self.params, self._originals, self._adapters = unflatten_dict(flat), originals, adapters
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
