@@ -96,9 +96,10 @@ def test_pictures_with_loras(model, tmp_path):
 def test_help_ends_with_an_example_and_needs_no_jax():
     result = run("--help")
     assert result.returncode == 0
-    last = result.stdout.strip().splitlines()[-4:]
+    last = result.stdout.strip().splitlines()[-6:]
     assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
     assert "--lora=style.safetensors:0.8,other.safetensors" in last[2]
+    assert "--image=photo.png --mask_image=mask.png" in last[4]
     code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert imported.stdout == f"False {lcm_jax.__version__}\n"
@@ -113,6 +114,11 @@ def test_help_ends_with_an_example_and_needs_no_jax():
         (["--prompt=a", "--output=new", "--sampler=heun"], ["heun", "lcm"]),
         (["--prompt=a", "--output=new", "more"], ["'more'"]),
         (["--prompt=a", "--output=new", "--prompts_file=nowhere.txt"], ["nowhere.txt"]),
+        (["--prompt=a", "--output=new", "--image=nowhere.png"], ["nowhere.png"]),
+        (
+            ["--prompt=a", "--output=new", f"--image={ROOT / 'docs' / 'samples.png'}"],
+            ["image is given, but this model does not inpaint"],
+        ),
         (["--prompt=a", "--output=new", "--model=shapes-lmc"], ["'shapes-lmc'", "did you mean 'shapes-lcm'"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
