@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.consistency import guidance_embedding
@@ -41,9 +42,25 @@ def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
     return solver_timesteps(steps, "trailing", 0, total)
 
 
+class Inpainting(NamedTuple):
+    """What an inpainting model begins from. One for all pictures of a call."""
+
+    image: jax.Array  # float32[1, H, W, 3] in -1..1
+    mask: jax.Array  # float32[1, H, W, 1], 1 where to paint and 0 where to keep
+    noise: jax.Array  # float32[1, h, w, c], for the autoencoder's draw
+
+
+def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> jax.Array:
+    """What an inpainting UNet takes behind the latents, float32[1, h, w, 1 + c]: the mask at the first pixel
+    of each, and the scaled latents of the picture with grey where it is to paint."""
+    kept = inpainting.image * (1.0 - inpainting.mask)
+    encoded = model.to_latents(model.encode(params["vae"], kept), inpainting.noise)
+    return jnp.concatenate([inpainting.mask[:, :: model.downscale, :: model.downscale], encoded], axis=-1)
+
+
 def sample_latents(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None, *,
-    sampler: str, steps: int,
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
+    inpainting: Inpainting | None = None, *, sampler: str, steps: int,
 ) -> jax.Array:  # fmt: skip
     """Token ids to scaled latents: pure, and one `lax.scan`.
 
@@ -51,19 +68,27 @@ def sample_latents(
     each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents: float32[B, h, w, c], standard normal;
     noise: float32[steps - 1, B, h, w, c], which `lcm` and `euler_ancestral` use; guidance_scale: float32[] in
     diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as guidance
-    without a classifier, its two passes as one batch of 2B. sampler: one of SAMPLERS.
+    without a classifier, its two passes as one batch of 2B. inpainting: for a UNet that takes it, and params then has
+    "vae" too. sampler: one of SAMPLERS.
     """
+    masked = None if inpainting is None else masked_channels(model, params, inpainting)
+
+    def denoise(z, *rest):
+        if masked is not None:
+            z = jnp.concatenate([z, jnp.broadcast_to(masked, (*z.shape[:-1], masked.shape[-1]))], axis=-1)
+        return model.denoise(params["unet"], z, *rest)
+
     context = model.encode_prompt(params, token_ids, time_ids)
     weight = guidance_scale - 1.0
     if model.guidance_embedding_dim is not None:
         embedding = guidance_embedding(jnp.full(latents.shape[0], weight), model.guidance_embedding_dim)
-        network = lambda z, t: model.denoise(params["unet"], z, t, context, embedding)  # noqa: E731
+        network = lambda z, t: denoise(z, t, context, embedding)  # noqa: E731
     else:
         empty = model.encode_prompt(params, jnp.broadcast_to(empty_ids, token_ids.shape), time_ids)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, empty)
 
         def network(z, t):
-            output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+            output = denoise(jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
             cond, uncond = jnp.split(output, 2)
             return classifier_free(uncond, cond, weight)
 
@@ -87,13 +112,14 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None, *,
-    sampler: str, steps: int,
+    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
+    inpainting: Inpainting | None = None, *, sampler: str, steps: int,
 ) -> jax.Array:  # fmt: skip
     """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
     z = sample_latents(
-        model, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids, sampler=sampler, steps=steps
-    )
+        model, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids, inpainting,
+        sampler=sampler, steps=steps,
+    )  # fmt: skip
     return to_uint8(model.decode(params["vae"], z))
 
 
@@ -119,6 +145,18 @@ def draw_noise(
 
     latents, noise = jax.vmap(one)(first + jnp.arange(count))
     return latents, jnp.moveaxis(noise, 1, 0)
+
+
+def draw_image_noise(seed: int, shape: tuple[int, int, int]) -> jax.Array:
+    """float32[1, h, w, c] for the autoencoder's draw of the picture to inpaint, by the seed alone."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # which no picture's number reaches in draw_noise
+    return jax.random.normal(key, (1, *shape))
+
+
+def to_pixels(picture: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
+    """A picture -> float32[1, height, width, bands of the mode] in 0..1, resized first, as diffusers does."""
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS).convert(mode)
+    return np.asarray(resized, np.float32).reshape(1, height, width, len(resized.getbands())) / np.float32(255)
 
 
 @dataclass
@@ -254,8 +292,8 @@ class Pipeline:
             tensors.setdefault(component, {})[key] = naming.to_tensor(path[1:], np.asarray(flat[path]))
         merged = loras.merge(tensors, adapters.values())
         originals = {path: flat[path] for path in touched}
-        for path, (component, key) in touched.items():
-            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]), originals[path].sharding)
+        for path, (component, key) in touched.items():  # put as at first: an array bound to a device compiles again
+            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]))
         self.params, self._originals, self._adapters = unflatten_dict(flat), originals, adapters
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
@@ -276,13 +314,16 @@ class Pipeline:
         num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None,
         latents: np.ndarray | None = None, output_type: str = "pil", sampler: str | None = None,
         original_size: tuple[int, int] | None = None, crops_coords_top_left: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None, image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
     ) -> Output:  # fmt: skip
         """Pictures for one prompt or several, num_images_per_prompt of each, in that order.
 
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to begin from.
-        output_type: pil, np or latent. sampler: one of SAMPLERS; by default that of the folder's scheduler. The last
+        output_type: pil, np or latent. sampler: one of SAMPLERS; by default that of the folder's scheduler. The next
         three are what SDXL is told of the picture, (height, width) or (top, left) in pixels; other models ignore them.
+        image, mask_image: PIL pictures, which an inpainting model needs and no other takes: what is there, and white
+        where to paint. They are resized to height and width. All is decoded anew, what is kept too.
         Raises ValueError that names the argument, its value and what is allowed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -295,8 +336,11 @@ class Pipeline:
             raise ValueError(f"output_type is {output_type!r}; choose pil, np or latent")
         if sampler not in SAMPLERS.values():
             raise ValueError(f"sampler is {sampler!r}; choose {', '.join(dict.fromkeys(SAMPLERS.values()))}")
-        if self.model.inpaints:
-            raise ValueError("this model inpaints: its UNet takes a mask, which this command does not give it")
+        for name, picture in (("image", image), ("mask_image", mask_image)):
+            if self.model.inpaints and not isinstance(picture, Image.Image):
+                raise ValueError(f"{name} is {type(picture).__name__}; this model inpaints: give it a PIL picture")
+            if not self.model.inpaints and picture is not None:
+                raise ValueError(f"{name} is given, but this model does not inpaint: leave it out")
         if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
             raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
         timesteps(self.model, sampler, num_inference_steps)  # raises on a number that the grid does not hold
@@ -330,16 +374,19 @@ class Pipeline:
         if self.model.text_encoder_2 is not None:
             size = target_size or (height, width)
             time_ids = make_time_ids(count, size, original_size or (height, width), crops_coords_top_left)
+        inpainting = None
+        if self.model.inpaints:
+            pixels = to_pixels(image.convert("RGB"), height, width, "RGB")
+            mask = to_pixels(mask_image, height, width, "L")
+            inpainting = Inpainting(pixels * 2 - 1, np.float32(mask >= 0.5), draw_image_noise(seed, shape))
         run = self._jitted(sample_latents if output_type == "latent" else generate, sampler, num_inference_steps)
         result = np.asarray(
-            run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale), time_ids)
+            run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale), time_ids, inpainting)
         )
         if output_type == "latent":
             return Output(result)
         if output_type == "np":
             return Output(result.astype(np.float32) / 255.0)
-        from PIL import Image
-
         return Output([Image.fromarray(picture) for picture in result])
 
     def _jitted(self, function, sampler: str, steps: int):

@@ -28,6 +28,8 @@ LORA = flags.DEFINE_list("lora", [], "LoRA files to draw with, each FILE or FILE
 VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")
 WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.")
+IMAGE = flags.DEFINE_string("image", None, "For a model that inpaints: the picture to paint in.")
+MASK = flags.DEFINE_string("mask_image", None, "With --image: a picture that is white where to paint, black elsewhere.")
 GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace pictures that are there already.")
 
@@ -36,6 +38,8 @@ EXAMPLE = """Example:
     python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
         --num_inference_steps=4 --output=pictures
     python -m lcm_jax.sample --model=path/to/a/model --lora=style.safetensors:0.8,other.safetensors \\
+        --prompt="a lighthouse" --output=pictures
+    python -m lcm_jax.sample --model=path/to/an/inpainting/model --image=photo.png --mask_image=mask.png \\
         --prompt="a lighthouse" --output=pictures"""
 
 
@@ -81,8 +85,13 @@ def sample() -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output={output} is a file; give a folder")
 
+    from PIL import Image
+
     from lcm_jax.pipeline import Pipeline
     from lcm_jax.weights import lora as loras
+
+    given = {"image": IMAGE.value, "mask_image": MASK.value}
+    given = {name: Image.open(file) for name, file in given.items() if file is not None}
 
     pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
     for path, weight in map(loras.file_and_weight, LORA.value):
@@ -90,7 +99,7 @@ def sample() -> None:
     start = time.perf_counter()
     pictures = pipe(
         prompts, num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value, seed=SEED.value,
-        num_images_per_prompt=COPIES.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value,
+        num_images_per_prompt=COPIES.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value, **given,
     ).images  # fmt: skip
     seconds = time.perf_counter() - start
 

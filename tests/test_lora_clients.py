@@ -98,6 +98,7 @@ def test_diffusers_loads_what_we_write(models, naming, tmp_path, caplog):
 
     ours.unload_lora()
     np.testing.assert_array_equal(agree(theirs, ours), plain)
+    assert [function._cache_size() for function in ours._compiled.values()] == [1], "compiled once for all of them"
 
 
 def test_we_load_what_diffusers_saves(models, tmp_path):
@@ -107,7 +108,7 @@ def test_we_load_what_diffusers_saves(models, tmp_path):
     plain = agree(theirs, ours)
     torch.manual_seed(1)
     layers, metadata = {}, {}
-    for name in ("unet", "text_encoder"):
+    for name in sorted({"unet", "text_encoder", "text_encoder_2"} & set(theirs.components)):
         network = getattr(theirs, name)
         chosen = ["to_q", "to_v", "conv1"] if name == "unet" else ["q_proj", "fc1"]
         network.add_adapter(peft.LoraConfig(r=2, lora_alpha=5, target_modules=chosen, init_lora_weights=False))
@@ -116,6 +117,7 @@ def test_we_load_what_diffusers_saves(models, tmp_path):
     try:
         theirs.save_lora_weights(str(tmp_path), **layers, **metadata)
         ours.load_lora(tmp_path / "pytorch_lora_weights.safetensors", name="theirs")
+        assert ours._adapters["theirs"][0].updates.keys() == {key.removesuffix("_lora_layers") for key in layers}
         assert np.abs(agree(theirs, ours) - plain).max() > 0.1
     finally:
         theirs.unload_lora_weights()
@@ -127,8 +129,9 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
         written, metadata = loras.to_peft(adapter(tensors, seed))
         save_file(written, tmp_path / f"{seed}.safetensors", metadata)
     ours = lcm_jax.Pipeline.from_pretrained(folder)
-    before = jax.device_get(ours.params)
+    before, untouched = jax.device_get(ours.params), ours.params["vae"]
     assert ours.load_lora(tmp_path / "1.safetensors", 0.5) == "1"
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, untouched, ours.params["vae"])), "no copy of what stays"
     one = jax.device_get(ours.params)
     ours.load_lora(tmp_path / "2.safetensors", -0.25, name="other")
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}
@@ -144,7 +147,13 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
         ours.unload_lora("2")
     with pytest.raises(ModelError, match="weight of LoRA 'other' is nan"):
         ours.set_lora_weight("other", float("nan"))
+    wider = {key: np.zeros((len(t), 999), t.dtype) for key, t in tensors["unet"].items() if "attn2.to_k" in key}
+    written, metadata = loras.to_kohya(adapter(tensors | {"unet": tensors["unet"] | wider}))
+    save_file(written, tmp_path / "wider.safetensors", metadata)
+    with pytest.raises(ModelError, match="text of width 999, the model to .*: give the base it was trained on"):
+        ours.load_lora(tmp_path / "wider.safetensors")
     same(both, ours.params["unet"])
+    assert ours.lora_weights == {"1": 0.5, "other": -0.25}
     ours.unload_lora("other")
     same(one, ours.params)
     ours.set_lora_weight("1", 2.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference_pipeline
 from PIL import Image
+from safetensors.numpy import save_file
 
 import lcm_jax
 
@@ -60,12 +61,45 @@ def test_pictures_of_every_prompt_once(model, tmp_path):
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
+def test_pictures_with_loras(model, tmp_path):
+    """FILE:WEIGHT and FILE, with a comma between them, are what the pipeline makes of the two."""
+    key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        down, up = rng.normal(size=(2, 16)).astype(np.float32), rng.normal(size=(16, 2)).astype(np.float32)
+        save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    output = tmp_path / "pictures"
+    arguments = [f"--model={model}", "--prompt=a red circle", STEPS, f"--output={output}"]
+    result = run(*arguments, f"--lora={files[0]}:-0.5,{files[1]}")
+    assert result.returncode == 0, result.stderr
+    assert "with one at -0.5" in result.stdout and "with two at 1" in result.stdout
+
+    pipe = lcm_jax.Pipeline.from_pretrained(model)
+    plain = np.asarray(pipe("a red circle", num_inference_steps=2).images[0], int)
+    pipe.load_lora(files[0], -0.5)
+    pipe.load_lora(files[1])
+    expected = np.asarray(pipe("a red circle", num_inference_steps=2).images[0], int)
+    found = np.asarray(Image.open(output / "000.png"), int)
+    assert np.abs(found - expected).max() <= 1 < np.abs(found - plain).max()
+
+    before = (output / "000.png").read_bytes()
+    for lora, parts in [
+        (f"{files[0]}:much", ["'much' is no number", "FILE:WEIGHT"]),
+        (f"{files[0]},{files[0]}:2", ["'one' is loaded already"]),
+        (tmp_path / "none.safetensors", ["none.safetensors"]),
+    ]:
+        fails(run(*arguments, "--overwrite", f"--lora={lora}"), *parts)
+    assert (output / "000.png").read_bytes() == before
+
+
 def test_help_ends_with_an_example_and_needs_no_jax():
     result = run("--help")
     assert result.returncode == 0
-    last = result.stdout.strip().splitlines()[-4:]
+    last = result.stdout.strip().splitlines()[-6:]
     assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
     assert "--lora=style.safetensors:0.8,other.safetensors" in last[2]
+    assert "--image=photo.png --mask_image=mask.png" in last[4]
     code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert imported.stdout == f"False {lcm_jax.__version__}\n"
@@ -80,6 +114,11 @@ def test_help_ends_with_an_example_and_needs_no_jax():
         (["--prompt=a", "--output=new", "--sampler=heun"], ["heun", "lcm"]),
         (["--prompt=a", "--output=new", "more"], ["'more'"]),
         (["--prompt=a", "--output=new", "--prompts_file=nowhere.txt"], ["nowhere.txt"]),
+        (["--prompt=a", "--output=new", "--image=nowhere.png"], ["nowhere.png"]),
+        (
+            ["--prompt=a", "--output=new", f"--image={ROOT / 'docs' / 'samples.png'}"],
+            ["image is given, but this model does not inpaint"],
+        ),
         (["--prompt=a", "--output=new", "--model=shapes-lmc"], ["'shapes-lmc'", "did you mean 'shapes-lcm'"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
