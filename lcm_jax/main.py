@@ -64,7 +64,10 @@ def parse(argv: list[str]) -> list[str]:
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        sys.exit("error: " + " ".join(text.replace("\\n", " ").replace("\\'", "'").split()))
+        lines = text.replace("\\n", "\n").replace("\\'", "'").splitlines()
+        if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
+            lines = [lines[-1].removeprefix("ValueError: ")]
+        sys.exit("error: " + " ".join(" ".join(lines).split()))
 
 
 if __name__ == "__main__":

@@ -83,19 +83,19 @@ def products(jaxpr, times: int = 1) -> int:
 
 
 def test_work_is_that_of_an_independent_count(teacher, tmp_path):
-    """The forward pass of all the step's networks, counted by hand; XLA's count adds the element-wise work."""
+    """Every matrix product and convolution of the traced step; XLA's count adds the element-wise work."""
     config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
     job = RECIPES["lcd"](config, tmp_path)
     batch = next(job.batches(0))
     draws = job.draw(jax.random.key(0), batch)
     program = jax.jit(jax.grad(job.loss, has_aux=True)).trace(job.init(), job.init(), job.frozen, batch, draws)
     counted = products(program.jaxpr.jaxpr)
-    assert counted < dry_run.figures(config)["flops"] < 1.6 * counted
+    assert counted < dry_run.figures(config)["flops"] < 1.05 * counted
     whole, half = (dry_run.figures(small(teacher, **{"mesh.data": 1, "train.batch_size": n})) for n in (16, 8))
     np.testing.assert_allclose(whole["flops"], 2 * half["flops"], rtol=0.02)
 
 
-def test_activations_bound_what_xla_allocates(teacher, tmp_path):
+def test_activations_are_about_what_xla_allocates(teacher, tmp_path):
     config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
     job = RECIPES["lcd"](config, tmp_path)
     batch, params = next(job.batches(0)), job.init()
@@ -103,7 +103,7 @@ def test_activations_bound_what_xla_allocates(teacher, tmp_path):
     program = jax.jit(jax.grad(job.loss, has_aux=True)).trace(params, params, job.frozen, batch, draws)
     real = program.lower().compile().memory_analysis().temp_size_in_bytes
     estimated = dry_run.figures(config)["activations"]["unfused"]
-    assert 0.5 * real < estimated < 3 * real, (real, estimated)
+    assert 0.8 * real < estimated < 2 * real, (real, estimated)
 
 
 def test_the_peak_of_a_program_counted_by_hand():

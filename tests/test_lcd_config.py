@@ -74,12 +74,18 @@ def shrunk(name: str, teacher: Path, shards: str, **more):
     return config
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """Two steps are not worth an optimised program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
     monkeypatch.setenv("XLA_FLAGS", "")  # which it sets for a process of its own
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # two steps are not worth an optimised program
 
     def call(name: str, teacher: Path, shards: str, workdir: Path) -> int:
         (tmp_path / "shrunk.py").write_text(
@@ -89,7 +95,6 @@ def command(tmp_path, monkeypatch):
         return main.main(main.parse(["main", f"--config={tmp_path / 'shrunk.py'}:{name}", f"--workdir={workdir}"]))
 
     yield call
-    jax.config.update("jax_disable_most_optimizations", before)
     flags.FLAGS.unparse_flags()
 
 
@@ -184,19 +189,18 @@ def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_
     assert batch["time_ids"][:, [0, 1, 2, 4, 5]].tolist() == [[24, 40, 0, 16, 16]] * 4
     assert set(job.frozen["vae"]) == {"encoder", "quant_conv"}, "nothing is held that only decoding takes"
 
-    cached = RECIPES["lcd"](
-        shrunk(*given, **{"train.dtype": "float32", "data.cache": str(tmp_path / "cache")}), tmp_path
-    )
+    more = {"train.dtype": "float32", "data.cache": str(tmp_path / "cache")}
+    cached = RECIPES["lcd"](shrunk(*given, **more), tmp_path)
     model = StableDiffusion.from_configs(Pipeline.from_pretrained(config.teacher).configs)
-    moments = model.encode(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
+    moments = jax.jit(model.encode)(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
     other = {"moments": moments, "token_ids": batch["token_ids"], "time_ids": batch["time_ids"]}
     rng = jax.random.key(3)
     draws = job.draw(rng, batch)
     jax.tree.map(np.testing.assert_array_equal, draws, cached.draw(rng, other))
     params = job.init()
-    mine = job.loss(params, params, job.frozen, batch, draws)[0]
-    theirs = cached.loss(params, params, cached.frozen, other, draws)[0]
-    np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    mine = jax.jit(job.loss)(params, params, job.frozen, batch, draws)[0]
+    theirs = jax.jit(cached.loss)(params, params, cached.frozen, other, draws)[0]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
     stored = next(cached.batches(0))
     np.testing.assert_array_equal(stored["token_ids"], batch["token_ids"])
     np.testing.assert_array_equal(stored["time_ids"], batch["time_ids"])
