@@ -2,6 +2,7 @@
 
     python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/shapes
     python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/long --config.train.steps=4000
+    python -m lcm_jax.main --config=configs/lcd.py:sd15 --dry_run
 
 Every key of the config can be set by --config.group.key=value. The same command in the same workdir goes on where a
 stopped run left off.
@@ -17,7 +18,11 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; an argument follows a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, metrics, report, export.")
-flags.mark_flags_as_required(["config", "workdir"])
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would take: memory, work, time. Needs no weights.")
+flags.mark_flag_as_required("config")
+flags.register_multi_flags_validator(
+    ["workdir", "dry_run"], lambda given: given["dry_run"] or given["workdir"], "Flag --workdir must have a value."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -28,15 +33,20 @@ def main(argv: list[str]) -> int:
         # On a CPU the fused micro-kernels of this version slow training by a fifth; others may not know the flag.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
     # Imported late, so that --help and a mistyped option answer at once.
+    from lcm_jax import dry_run
     from lcm_jax.recipes import RECIPES
     from lcm_jax.training.checkpoint import CheckpointError
     from lcm_jax.training.loop import RunError, check_workdir, train
 
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    config = CONFIG.value
     if config.objective.name not in RECIPES:
         print(f"objective.name is {config.objective.name!r}; choose one of {', '.join(RECIPES)}", file=sys.stderr)
         return 2
     try:
+        if DRY_RUN.value:
+            dry_run.show(dry_run.figures(config))
+            return 0
+        workdir = Path(WORKDIR.value)
         check_workdir(workdir, config.to_dict())
         train(RECIPES[config.objective.name](config, workdir), config, workdir)
     except (RunError, CheckpointError, ValueError) as error:
@@ -52,9 +62,12 @@ def parse(argv: list[str]) -> list[str]:
         if CONFIG.value is not None:
             CONFIG.value.to_dict()  # reports a config file that did not load
         return rest
-    except (flags.Error, AttributeError, KeyError, OSError) as error:
+    except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        sys.exit("error: " + " ".join(text.replace("\\n", " ").replace("\\'", "'").split()))
+        lines = text.replace("\\n", "\n").replace("\\'", "'").splitlines()
+        if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
+            lines = [lines[-1].removeprefix("ValueError: ")]
+        sys.exit("error: " + " ".join(" ".join(lines).split()))
 
 
 if __name__ == "__main__":

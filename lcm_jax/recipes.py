@@ -5,9 +5,11 @@ Each function builds the Job of one objective; `RECIPES` is the table of their n
 
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image, ImageDraw
 
 from lcm_jax import pipeline, report
-from lcm_jax.data import latents, loader, shapes
+from lcm_jax.data import latents, loader, shapes, tar_shards
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation import verifier
 from lcm_jax.evaluation.frechet import moments
@@ -64,10 +66,21 @@ def master(params):
     return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
 
 
+def held_dtype(leaf, dtype):
+    """What a network that computes in `dtype` holds of a frozen parameter: it casts matrices and kernels before each
+    use anyway, so that these lose nothing; biases and scales stay float32."""
+    return jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
+
+
+def held(params, dtype):
+    """Stored parameters -> those that a frozen network of that compute dtype holds, on the host."""
+    return jax.tree.map(lambda p: np.asarray(p).astype(held_dtype(p, dtype)), params)
+
+
 def pictures(config, split: str, length: int) -> shapes.Shapes:
-    """The source that `config.data` names."""
+    """The embedded set, for the objectives that train on nothing else."""
     if config.data.source != "shapes":
-        raise ValueError(f"data.source is {config.data.source!r}; choose shapes")
+        raise ValueError(f"data.source is {config.data.source!r}; this objective takes shapes")
     return shapes.Shapes(split, length, config.data.size)
 
 
@@ -109,6 +122,7 @@ def autoencoder_job(config, workdir: Path) -> Job:
     encode = jax.jit(apply("encode"))
     decode_mean = jax.jit(lambda params, moments: apply("decode")(params, jnp.split(moments, 2, axis=-1)[0]))
 
+    @jax.jit
     def init():
         noise = jnp.zeros((1, size // downscale, size // downscale, channels))
         return vae.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)), noise)["params"]
@@ -167,16 +181,96 @@ def autoencoder_job(config, workdir: Path) -> Job:
 # ---- what the objectives in latent space share --------------------------------------------------------------------
 
 
-def latent_source(config, workdir: Path, model: StableDiffusion, vae_params, tokenize) -> latents.LatentCache:
-    """The training pictures as moments and tokens, encoded once into `data.cache`, or workdir/latents by default."""
-    encode = jax.jit(lambda params, images: model.encode(params, images.astype(jnp.float32) / 127.5 - 1.0))
+def latent_source(
+    config, workdir: Path, model: StableDiffusion, vae_params, tokenize, source=None, identity: str = ""
+) -> latents.LatentCache:
+    """The training pictures as moments and tokens, encoded once into `data.cache`, or workdir/latents by default.
+
+    source, identity: the pictures and what tells them from others; by default the embedded set.
+    """
+    encode = jax.jit(lambda params, images: model.encode(params, to_float(images)))
+    on_device = jax.device_put(vae_params)
     return latents.cache_latents(
-        pictures(config, "train", config.data.length),
-        lambda images: encode(vae_params, images),
+        pictures(config, "train", config.data.length) if source is None else source,
+        lambda images: encode(on_device, images),
         tokenize,
         Path(config.data.cache or workdir / "latents"),
-        {"data": f"{config.data.source} {config.data.size} {config.data.length}", "vae": digest(vae_params)},
+        {
+            "data": identity or f"{config.data.source} {config.data.size} {config.data.length}",
+            "vae": digest(vae_params),
+            "empty_prompt": str(np.asarray(tokenize([""])).tolist()),  # tokenizers differ in what they pad with
+        },
     )
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Captioned pictures to distil on. train, held_out: random access to {"image", "caption"[, "time_ids"]}.
+
+    captions(group) -> held-out captions, as many as the config's group `sample` or `report` asks for. score: the share
+    of pictures that satisfy their captions, where something can tell. identity: what tells `train` from other data.
+    """
+
+    train: Sequence
+    held_out: Sequence
+    captions: Callable[..., list[str]]
+    score: Callable | None
+    identity: str
+
+
+def captioned(config, workdir: Path) -> Captioned:
+    """The data that `config.data.source` names: `shapes`, or the `tar` shards of data.shards. Raises ValueError."""
+    if config.data.source == "shapes":
+        return Captioned(
+            train=shapes.Shapes("train", config.data.length, config.data.size),
+            held_out=shapes.Shapes("test", config.report.reference, config.data.size),
+            captions=lambda group: prompts_of("test", group.per_task),
+            score=verifier.score,
+            identity="",
+        )
+    if config.data.source != "tar":
+        raise ValueError(f"data.source is {config.data.source!r}; choose shapes or tar")
+    most = max(config.sample.prompts, config.report.prompts, config.report.reference)
+    if config.data.held_out < most:
+        raise ValueError(
+            f"data.held_out is {config.data.held_out}, fewer records than sample.prompts, report.prompts or "
+            f"report.reference take: {most}; raise it, or lower these"
+        )
+    index = tar_shards.index_shards(tar_shards.expand(config.data.shards), workdir / "index")
+    every = tar_shards.TarShards(index, config.data.size, config.train.seed, config.data.caption_field)
+    first = len(every) - config.data.held_out
+    train, held_out = every.part(0, first), every.part(max(first, 0), len(every))
+    return Captioned(
+        train=train,
+        held_out=held_out,
+        captions=lambda group: [held_out.caption(i) for i in range(group.prompts)],
+        score=None,
+        identity=train.identity,
+    )
+
+
+def encoding(draw: Callable, loss: Callable, model: StableDiffusion) -> tuple[Callable, Callable]:
+    """draw and loss for batches that hold pictures, "image" uint8[B, H, W, 3], instead of their moments.
+
+    The step encodes them by frozen["vae"]. Each micro-batch on its own, so that no picture waits in memory.
+    """
+
+    def draw_without_moments(rng, batch):
+        b, height, width, _ = batch["image"].shape
+        down, channels = model.downscale, model.vae.config["latent_channels"]
+        shape = (b, height // down, width // down, 2 * channels)
+        return draw(rng, {"moments": jax.ShapeDtypeStruct(shape, jnp.float32)})
+
+    def loss_of_pictures(params, target, frozen, batch, draws):
+        moments = model.encode(frozen["vae"], to_float(batch["image"]))
+        return loss(params, target, frozen, batch | {"moments": moments}, draws)
+
+    return draw_without_moments, loss_of_pictures
+
+
+def encoder_alone(vae_params):
+    """The autoencoder's parameters without those that only decoding takes."""
+    return {name: tree for name, tree in vae_params.items() if name not in ("decoder", "post_quant_conv")}
 
 
 class Sampler:
@@ -193,7 +287,7 @@ class Sampler:
 
     def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
         """(uint8[len(prompts), H, W, 3], seconds without compilation). params: by network."""
-        params = {name: params[name] for name in self._model.networks}
+        params = jax.block_until_ready(jax.device_put({name: params[name] for name in self._model.networks}))
         inputs = [self._inputs(steps, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
         if (sampler, steps) not in self._compiled:
             function = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
@@ -249,9 +343,8 @@ def diffusion_job(config, workdir: Path) -> Job:
         for name in (("unet", "text_encoder") if config.init else ())
     }
 
-    def init():
-        if start:
-            return start
+    @jax.jit
+    def random():
         unet, text = jax.random.split(jax.random.key(config.train.seed))
         z = jnp.zeros((1, unet_config["sample_size"], unet_config["sample_size"], unet_config["in_channels"]))
         context = jnp.zeros((1, 1, unet_config["cross_attention_dim"]))
@@ -277,7 +370,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     networks = diffusion.Networks(model.denoise, model.encode_prompt, model.to_latents)
     return Job(
         title="diffusion",
-        init=init,
+        init=lambda: start or random(),
         frozen={"empty_ids": jnp.asarray(tokenize([""])[0])},
         draw=partial(
             diffusion.draw,
@@ -295,21 +388,72 @@ def diffusion_job(config, workdir: Path) -> Job:
 # ---- the student ----------------------------------------------------------------------------------------------------
 
 
-def lcd_job(config, workdir: Path) -> Job:
-    """Latent consistency distillation of the model `config.teacher`."""
-    teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
-    if teacher.model.guidance_embedding_dim is not None:
+def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The teacher's configs with an input for the guidance weight and the scheduler that samples in a few steps.
+
+    Raises ValueError for a teacher that is a student already.
+    """
+    if teacher["unet"].get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
         )
-    unet_config = teacher.configs["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim}
-    scheduler = lcm_scheduler(teacher.configs["scheduler"], config.objective.num_ddim_steps)
-    configs = teacher.configs | {"unet": unet_config, "scheduler": scheduler}
-    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
-    frozen = master(teacher.params)
-    source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize)
+    return dict(teacher) | {
+        "unet": teacher["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim},
+        "scheduler": lcm_scheduler(teacher["scheduler"], config.objective.num_ddim_steps),
+    }
 
-    shown = prompts_of("test", config.sample.per_task)
+
+def encodes(config) -> bool:
+    """Whether steps encode their pictures themselves: shards are too many to wait for, unless data.cache is given."""
+    return config.data.source == "tar" and not config.data.cache
+
+
+def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> tuple[Callable, Callable]:
+    """(draw, loss) of the distillation, for the batches of this config's data."""
+    objective = config.objective
+    draw = partial(
+        lcd.draw,
+        num_ddim_steps=objective.num_ddim_steps,
+        w_min=objective.w_min,
+        w_max=objective.w_max,
+        empty_prompts=objective.empty_prompts,
+    )
+    loss = partial(
+        lcd.loss,
+        networks=lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents),
+        schedule=model.schedule,
+        num_ddim_steps=objective.num_ddim_steps,
+        kind=objective.distance,
+        huber_c=objective.huber_c,
+        weighting=objective.weighting,
+        own_share=objective.own_share,
+    )
+    return encoding(draw, loss, model) if encodes(config) else (draw, loss)
+
+
+def lcd_frozen(config, params: Mapping) -> dict:
+    """What of the teacher's parameters, by network, a step takes."""
+    kept = dict(params)
+    vae = kept.pop("vae")
+    return kept | ({"vae": encoder_alone(vae)} if encodes(config) else {})
+
+
+def lcd_job(config, workdir: Path) -> Job:
+    """Latent consistency distillation of the model `config.teacher`."""
+    teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
+    configs = student_configs(config, teacher.configs)
+    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
+    # On the host from here on: what the devices hold is what the loop puts there.
+    teacher.params = jax.device_get(teacher.params)
+    frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
+    data = captioned(config, workdir)
+    if encodes(config):
+        source, threads = tar_shards.Tokenized(data.train, teacher.tokenize), min(8, os.cpu_count() or 2)
+    else:
+        encoded = (data.train, data.identity)
+        source, threads = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, *encoded), 2
+
+    shown = data.captions(config.sample)
     preview_student = Sampler(model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
     preview_teacher = Sampler(teacher.model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
     few = tuple(config.sample.student_steps)
@@ -317,9 +461,10 @@ def lcd_job(config, workdir: Path) -> Job:
 
     def init():
         # The student is the teacher with one input more, whose weights are zero: at first they agree for every w.
-        projection = jnp.zeros((config.objective.guidance_embedding_dim, unet_config["block_out_channels"][0]))
-        time_embedding = frozen["unet"]["time_embedding"] | {"cond_proj": {"kernel": projection}}
-        return {"unet": frozen["unet"] | {"time_embedding": time_embedding}}
+        unet = jax.tree.map(lambda p: np.asarray(p, np.float32), teacher.params["unet"])
+        width = configs["unet"]["block_out_channels"][0]
+        projection = np.zeros((config.objective.guidance_embedding_dim, width), np.float32)
+        return {"unet": unet | {"time_embedding": unet["time_embedding"] | {"cond_proj": {"kernel": projection}}}}
 
     def rows_of(student):
         if not teacher_row:
@@ -334,8 +479,10 @@ def lcd_job(config, workdir: Path) -> Job:
         rows = rows_of(ema)
         save_grid(rows, path, labels)
         path.with_suffix(".txt").write_text("\n".join(shown) + "\n")
+        if data.score is None:
+            return {}
         names = ["teacher", *(f"{n}_steps" for n in few)]
-        return {f"verifier/{k}": verifier.score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
+        return {f"verifier/{k}": data.score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
 
     def finish(ema, seconds):
         path = workdir / "report.json"
@@ -348,25 +495,23 @@ def lcd_job(config, workdir: Path) -> Job:
         student = frozen | jax.device_get(ema)
         stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
         with folders.new_folder(workdir / "export") as folder:
-            folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", scheduler)
+            folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", configs["scheduler"])
         (workdir / "samples").mkdir(exist_ok=True)
         save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
 
         began = time.monotonic()
-        captions = prompts_of("test", config.report.per_task)
-        real = pictures(config, "test", config.report.reference)
+        captions = data.captions(config.report)
         encoder = jax.jit(
             lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
         )
 
-        def features(images):
-            whole = len(images) // 32 * 32
-            parts = [encoder(frozen["vae"], images[i : i + 32]) for i in range(0, whole, 32)]
-            if whole < len(images):
-                parts.append(encoder(frozen["vae"], images[whole:]))
-            return np.concatenate([np.asarray(part) for part in parts])
+        vae, most = jax.device_put(frozen["vae"]), config.report.batch_size
 
-        reference = moments(features(np.stack([real[i]["image"] for i in range(len(real))])))
+        def features(images):
+            parts = [images[i : i + most] for i in range(0, len(images), most)]
+            return np.concatenate([np.asarray(encoder(vae, np.stack(part))) for part in parts])
+
+        reference = moments(features([data.held_out[i]["image"] for i in range(config.report.reference)]))
         figures = {}
         for who, network, params, plan in [
             ("teacher", teacher.model, frozen, config.report.teacher),
@@ -375,7 +520,8 @@ def lcd_job(config, workdir: Path) -> Job:
             print(f"{who}, {len(captions)} captions:")
             sampler = Sampler(network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2)
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
-            figures[who] = report.figures_of(draw, plan.to_dict(), captions, features, reference, print)
+            plan = plan.to_dict()
+            figures[who] = report.figures_of(draw, plan, captions, features, reference, data.score, print)
         result = (
             figures
             | report.environment()
@@ -390,29 +536,16 @@ def lcd_job(config, workdir: Path) -> Job:
         report.show(result)
         print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
 
+    draw_of_step, loss = lcd_functions(config, teacher.model, model)
     return Job(
         title="lcd",
         init=init,
-        frozen={name: tree for name, tree in frozen.items() if name != "vae"}
-        | {"empty_ids": jnp.asarray(teacher.tokenize([""])[0])},
-        draw=partial(
-            lcd.draw,
-            num_ddim_steps=config.objective.num_ddim_steps,
-            w_min=config.objective.w_min,
-            w_max=config.objective.w_max,
-            empty_prompts=config.objective.empty_prompts,
+        frozen=lcd_frozen(config, frozen) | {"empty_ids": teacher.tokenize([""])[0]},
+        draw=draw_of_step,
+        loss=loss,
+        batches=lambda step: loader.batches(
+            source, config.train.batch_size, seed=config.train.seed, first=step, threads=threads
         ),
-        loss=partial(
-            lcd.loss,
-            networks=lcd.Networks(model.denoise, teacher.model.denoise, model.encode_prompt, model.to_latents),
-            schedule=model.schedule,
-            num_ddim_steps=config.objective.num_ddim_steps,
-            kind=config.objective.distance,
-            huber_c=config.objective.huber_c,
-            weighting=config.objective.weighting,
-            own_share=config.objective.own_share,
-        ),
-        batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,
         finish=finish,
     )

@@ -102,6 +102,10 @@ class StableDiffusion:
         """The names under which parameter trees and folders hold the networks."""
         return ("unet", "vae", "text_encoder", *(() if self.text_encoder_2 is None else ("text_encoder_2",)))
 
+    def dtype_of(self, name: str) -> Dtype:
+        """What the network of that name computes in."""
+        return getattr(self, name).dtype
+
     @property
     def inpaints(self) -> bool:
         """The UNet's input has a mask and the masked picture's latents behind the noisy latents."""

@@ -81,6 +81,17 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     os.replace(temporary, workdir / "config.json")
 
 
+def check_batch_size(config, devices: int) -> int:
+    """Examples of a micro-batch on each device. Raises RunError where they do not come out even."""
+    batch_size, rows = config.train.batch_size, devices * config.train.accumulate
+    if batch_size % rows:
+        raise RunError(
+            f"train.batch_size {batch_size} is not a multiple of devices x train.accumulate = "
+            f"{devices} x {config.train.accumulate}; choose a multiple of {rows}"
+        )
+    return batch_size // rows
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
@@ -99,16 +110,11 @@ def train(job: Job, config, workdir: Path) -> bool:
     claim_workdir(workdir, config.to_dict())
     steps, batch_size = config.train.steps, config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    rows = mesh.size * config.train.accumulate
-    if batch_size % rows:
-        raise RunError(
-            f"train.batch_size {batch_size} is not a multiple of devices x train.accumulate = "
-            f"{mesh.size} x {config.train.accumulate}; choose a multiple of {rows}"
-        )
+    check_batch_size(config, mesh.size)
 
     optimizer = make_optimizer(config.optimizer, steps)
-    create = lambda: create_state(job.init(), optimizer)  # noqa: E731
-    abstract = jax.eval_shape(create)
+    create = lambda params: create_state(params, optimizer)  # noqa: E731
+    abstract = jax.eval_shape(create, jax.eval_shape(job.init))
     shardings = sharding.tree_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
@@ -134,7 +140,8 @@ def train(job: Job, config, workdir: Path) -> bool:
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     state = checkpoints.restore(abstract)
     if state is None:
-        state = jax.jit(create, out_shardings=shardings)()
+        # An argument, not a constant of the program: a teacher's gigabytes would be compiled into it.
+        state = jax.jit(create, out_shardings=shardings)(jax.device_put(job.init(), shardings.params))
     step = int(state.step)
     progress = ProgressReport(steps, step, batch_size, job.title)
     if step:

@@ -1,0 +1,100 @@
+"""Latent consistency distillation of the published models (arXiv 2310.04378), on captioned pictures in tar shards.
+
+    python -m lcm_jax.main --config=configs/lcd.py:sd15 --dry_run
+    python -m lcm_jax.main --config=configs/lcd.py:sd15 --workdir=runs/sd15 --config.data.shards="data/*.tar"
+
+The argument is sd15, sd21, sd21-768, sdxl or ssd1b. sd21 and sd21-768 have the paper's settings; sd15 and sdxl those of
+the public scripts, which are a hundred times shorter; ssd1b, for which none were published, those of sdxl. A line says
+where a choice was made. The dry run tells what fits: `--config.mesh.fsdp=8` shares one copy among eight devices,
+`--config.train.accumulate=4` takes a batch in four parts. Expect a student whose pictures at 4 steps look like the
+teacher's at 50; `report.md` has the Frechet distances of both, `export/` loads in diffusers.
+"""
+
+from ml_collections import ConfigDict
+
+PAPER = {"steps": 100_000, "learning_rate": 8e-6, "ema_rate": 0.999943, "w": (2.0, 14.0), "distance": "l2"}
+SCRIPTS = {"steps": 1000, "learning_rate": 1e-6, "ema_rate": 0.95, "w": (5.0, 15.0), "distance": "huber"}
+# The scripts take 12 pictures a device. A choice: eight devices, also where there are fewer, by train.accumulate.
+SCRIPTS_BATCH = 96
+MODELS = {
+    "sd15": SCRIPTS | {"teacher": "stable-diffusion-v1-5/stable-diffusion-v1-5", "size": 512, "batch": SCRIPTS_BATCH},
+    "sd21": PAPER | {"teacher": "stabilityai/stable-diffusion-2-1-base", "size": 512, "batch": 72},
+    "sd21-768": PAPER | {"teacher": "stabilityai/stable-diffusion-2-1", "size": 768, "batch": 16},
+    "sdxl": SCRIPTS
+    | {"teacher": "stabilityai/stable-diffusion-xl-base-1.0", "size": 1024, "batch": SCRIPTS_BATCH, "w": (3.0, 15.0)},
+    "ssd1b": SCRIPTS | {"teacher": "segmind/SSD-1B", "size": 1024, "batch": SCRIPTS_BATCH, "w": (3.0, 15.0)},
+}
+
+
+def get_config(model: str = "sd15") -> ConfigDict:
+    if model not in MODELS:
+        raise ValueError(f"the model is {model!r}; choose one of {', '.join(MODELS)}: --config=configs/lcd.py:sd15")
+    published = MODELS[model]
+    config = ConfigDict()
+    config.teacher = published["teacher"]  # a hub id, or a folder in diffusers layout
+    config.family = model  # the published configs, by which a dry run knows a teacher that is not there
+    config.objective = ConfigDict(
+        {
+            "name": "lcd",
+            "num_ddim_steps": 50,  # published: the skipping step is 20
+            "w_min": published["w"][0],
+            "w_max": published["w"][1],
+            "distance": published["distance"],
+            "huber_c": 1e-3,  # published
+            "weighting": "uniform",  # published
+            "own_share": 0.0,  # published
+            "empty_prompts": 0.0,  # published by the scripts; the paper does not say
+            "guidance_embedding_dim": 256,  # published
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "source": "tar",
+            "shards": "data/{00000..00015}.tar",  # or a glob, such as data/*.tar
+            "caption_field": "caption",  # of a key.json, where there is no key.txt
+            "size": published["size"],
+            "held_out": 1024,  # a choice: the last records are not trained on, the report compares with them
+            "cache": "",  # a folder for moments, encoded once; where empty each step encodes its own pictures
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": published["steps"],
+            "batch_size": published["batch"],
+            "accumulate": 1,
+            "seed": 0,
+            "ema_rate": published["ema_rate"],
+            "dtype": "bfloat16",  # a choice: the scripts compute in float16 with a scaled loss, which bfloat16 spares
+            "remat": True,  # a choice of memory over time, as the scripts' own command for it
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": published["learning_rate"],
+            "warmup_steps": 0,  # the scripts' constant rate has none; the paper does not say
+            "schedule": "constant",
+            "b1": 0.9,  # a choice: Adam's usual numbers
+            "b2": 0.999,
+            "weight_decay": 1e-2,  # a choice: AdamW's usual number
+            "clip_norm": 1.0,  # a choice
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config.checkpoint = ConfigDict({"every_steps": max(published["steps"] // 20, 100), "keep": 2})
+    config.log = ConfigDict({"every_steps": 10})
+    config.sample = ConfigDict(
+        {
+            "every_steps": max(published["steps"] // 10, 100), "prompts": 6, "batch_size": 6, "guidance_scale": 8.0,
+            "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
+        }
+    )  # fmt: skip
+    config.report = ConfigDict(
+        {
+            "prompts": 256, "batch_size": 8, "reference": 1024,
+            "guidance_scale": 8.0,  # as in the paper's table 1
+            "teacher": {"ddim": (4, 8, 50), "dpmsolver++": (4, 8)},
+            "student": {"lcm": (1, 2, 4, 8)},
+        }
+    )  # fmt: skip
+    return config

@@ -1,0 +1,173 @@
+"""The dry run: its bytes are those of a real run on eight devices, its work that of an independent count."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from test_lcd_config import load_config
+from test_training_run import load_config as load_named
+
+from lcm_jax import dry_run
+from lcm_jax.recipes import RECIPES
+from lcm_jax.training import sharding
+from lcm_jax.training.loop import RunError
+from lcm_jax.training.state import create_state, make_optimizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher")
+
+
+def small(teacher: Path, **more):
+    config = load_named("shapes")
+    config.update_from_flattened_dict(
+        {"teacher": str(teacher), "data.length": 32, "train.batch_size": 16, "optimizer.name": "adamw"} | more
+    )
+    return config
+
+
+def on_first_device(tree) -> int:
+    """The real bytes of `tree` on the first device."""
+    device = jax.devices()[0]
+    return sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == device)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that these small parameters are split as large ones are
+    more = {"mesh.data": data, "mesh.fsdp": fsdp, "optimizer.name": optimizer, "train.dtype": "bfloat16"}
+    config = small(teacher, **more)
+    found = dry_run.figures(config)
+    assert found["mesh"] == {"data": data, "fsdp": fsdp} and found["pictures_per_device"] == 2
+
+    job = RECIPES["lcd"](config, tmp_path)
+    mesh = sharding.make_mesh(data, fsdp)
+    state = jax.eval_shape(lambda p: create_state(p, make_optimizer(config.optimizer, 10)), job.init())
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    state = jax.device_put(state, sharding.tree_shardings(mesh, state))
+    frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
+    others = {name: tree for name, tree in frozen.items() if name != "unet"}
+    real = {
+        "student": state.params, "its moving average": state.ema, "optimizer moments": state.opt_state,
+        "gradients": state.params, "teacher": frozen["unet"], "text encoders and autoencoder": others,
+        "batch": sharding.put_batch(mesh, next(job.batches(0))),
+    }  # fmt: skip
+    assert found["memory"] == {name: on_first_device(tree) for name, tree in real.items()}
+    assert found["memory"]["student"] < 1.3 * found["parameters"]["student"] * 4 / fsdp
+    assert found["parameters"]["student"] == found["parameters"]["unet"] + 256 * 16
+
+
+def products(jaxpr, times: int = 1) -> int:
+    """2 x multiply-adds of every matrix product and convolution in a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * int(np.prod(shapes[2])) * int(np.prod([shapes[0][axis] for axis in contracted]))
+        elif equation.primitive.name == "conv_general_dilated":
+            output = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * int(np.prod(shapes[2])) * int(np.prod(shapes[1])) // shapes[1][output]
+        for value in equation.params.values():
+            total += sum(products(sub) for sub in dry_run._jaxprs(value))
+    return total * times
+
+
+def test_work_is_that_of_an_independent_count(teacher, tmp_path):
+    """Every matrix product and convolution of the traced step; XLA's count adds the element-wise work."""
+    config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
+    job = RECIPES["lcd"](config, tmp_path)
+    batch = next(job.batches(0))
+    draws = job.draw(jax.random.key(0), batch)
+    program = jax.jit(jax.grad(job.loss, has_aux=True)).trace(job.init(), job.init(), job.frozen, batch, draws)
+    counted = products(program.jaxpr.jaxpr)
+    assert counted < dry_run.figures(config)["flops"] < 1.05 * counted
+    whole, half = (dry_run.figures(small(teacher, **{"mesh.data": 1, "train.batch_size": n})) for n in (16, 8))
+    np.testing.assert_allclose(whole["flops"], 2 * half["flops"], rtol=0.02)
+
+
+def test_activations_are_about_what_xla_allocates(teacher, tmp_path):
+    config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
+    job = RECIPES["lcd"](config, tmp_path)
+    batch, params = next(job.batches(0)), job.init()
+    draws = job.draw(jax.random.key(0), batch)
+    program = jax.jit(jax.grad(job.loss, has_aux=True)).trace(params, params, job.frozen, batch, draws)
+    real = program.lower().compile().memory_analysis().temp_size_in_bytes
+    estimated = dry_run.figures(config)["activations"]["unfused"]
+    assert 0.8 * real < estimated < 2 * real, (real, estimated)
+
+
+def test_the_peak_of_a_program_counted_by_hand():
+    """x: 400 bytes in. y and z are alive together, then z and the product; the output is not counted."""
+
+    def program(x):
+        y = x + 1.0
+        z = y * 2.0
+        return (z * y).sum()
+
+    jaxpr = jax.make_jaxpr(program)(np.zeros(100, np.float32)).jaxpr
+    assert dry_run.peak_bytes(jaxpr) == 1200
+    attention = jax.make_jaxpr(lambda q: (q @ q.swapaxes(2, 3)).sum())(np.zeros((2, 4, 16, 8), np.float32)).jaxpr
+    logits, transposed = 2 * 4 * 16 * 16 * 4, 2 * 4 * 16 * 8 * 4
+    assert dry_run.peak_bytes(attention) == logits + transposed
+    assert dry_run.peak_bytes(attention, dry_run.attention_shapes(4, 77, 1)) == transposed
+
+
+def test_accumulation_halves_activations_and_doubles_gradients(teacher):
+    whole = dry_run.figures(small(teacher, **{"mesh.data": 1}))
+    parts = dry_run.figures(small(teacher, **{"mesh.data": 1, "train.accumulate": 2}))
+    assert parts["memory"]["gradients"] == 2 * whole["memory"]["gradients"]
+    assert parts["memory"]["batch"] == whole["memory"]["batch"]
+    assert parts["activations"]["fused"] < 0.7 * whole["activations"]["fused"]
+    np.testing.assert_allclose(parts["flops"], whole["flops"], rtol=0.02)
+
+
+def test_what_cannot_be_estimated_is_one_error(teacher):
+    with pytest.raises(RunError, match="train.batch_size 16 is not a multiple"):
+        dry_run.figures(small(teacher, **{"mesh.data": 5}))
+    with pytest.raises(ValueError, match="mesh.data x mesh.fsdp is 1 x 0"):
+        dry_run.figures(small(teacher, **{"mesh.data": 1, "mesh.fsdp": 0}))
+    with pytest.raises(ValueError, match="knows the objective lcd.*'autoencoder'"):
+        dry_run.figures(load_named("shapes_vae"))
+    config = load_config("sd15")
+    config.family = "sd4"
+    with pytest.raises(ValueError, match="config.family is 'sd4'"):
+        dry_run.figures(config)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "lcm_jax.main", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
+        env=environment,
+    )  # fmt: skip
+
+
+def test_the_command_at_full_size_needs_neither_weights_nor_memory(tmp_path):
+    """SD 1.5 on eight devices that are not there, by the published counts; no file is written."""
+    before = sorted(path.name for path in ROOT.iterdir())
+    done = command("--config=configs/lcd.py:sd15", "--dry_run", "--config.mesh.data=2", "--config.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr
+    assert "859.6" in done.stdout and "data 2, fsdp 4; 12 pictures on each" in done.stdout
+    assert "NVIDIA H100" in done.stdout and "TFLOP a step of 96 pictures" in done.stdout
+    assert sorted(path.name for path in ROOT.iterdir()) == before
+    wrong = command("--config=configs/lcd.py:sd3", "--dry_run")
+    assert wrong.returncode and "choose one of sd15" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd21", "sd21-768", "sdxl", "ssd1b"])
+def test_every_published_model_at_full_size(name):
+    config = load_config(name)
+    config.mesh.data = 8
+    found = dry_run.figures(config)
+    assert found["flops"] > 1e14 and sum(found["memory"].values()) > 1e10

@@ -1,0 +1,254 @@
+"""configs/lcd.py: the published settings, and each of its models in small, from shards to an exported student."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import reference_families
+from absl import flags
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from lcm_jax import main
+from lcm_jax.models.families import FAMILIES
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.recipes import RECIPES, captioned, encoding, held
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("sd15", "sd21", "sd21-768", "sdxl", "ssd1b")
+
+
+def load_config(name: str):
+    spec = importlib.util.spec_from_file_location("lcd", ROOT / "configs" / "lcd.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(name)
+
+
+def write_shards(folder: Path, count: int = 24, shards: int = 2) -> str:
+    """Pictures of 40 x 24 pixels (width, height) with captions as text or JSON; one of them is damaged."""
+    rng = np.random.default_rng(0)
+    words = [word for word in reference_families.WORDS if word not in ("a", "of")]
+    folder.mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:02d}.tar", "w") as archive:
+            for i in range(shard, count, shards):
+                file = io.BytesIO()
+                color = tuple(int(c) for c in rng.integers(0, 256, 3))
+                Image.new("RGB", (40, 24), color).save(file, "PNG")
+                caption = f"a {words[i % len(words)]}"
+                text = {"txt": caption.encode()} if i % 2 else {"json": json.dumps({"caption": caption}).encode()}
+                picture = b"damaged" if i == 3 else file.getvalue()
+                for ending, data in ({"png": picture} | text).items():
+                    info = tarfile.TarInfo(f"{i:05d}.{ending}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return str(folder / f"{{00..{shards - 1:02d}}}.tar")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+# The published configs, for a teacher of a few thousand parameters and pictures of 16 pixels.
+SHRUNK = {
+    "data.size": 16, "data.held_out": 6, "mesh.data": 1, "train.steps": 2, "train.batch_size": 4,
+    "checkpoint.every_steps": 2, "log.every_steps": 1, "sample.every_steps": 2, "sample.prompts": 2,
+    "sample.batch_size": 2, "sample.teacher_steps": 2, "sample.student_steps": (1,), "report.prompts": 2,
+    "report.batch_size": 2, "report.reference": 6,
+}  # fmt: skip
+
+
+def shrunk(name: str, teacher: Path, shards: str, **more):
+    config = load_config(name)
+    config.update_from_flattened_dict({"teacher": str(teacher), "data.shards": shards} | SHRUNK | more)
+    config.report.teacher = {"ddim": (2,)}
+    config.report.student = {"lcm": (1,)}
+    return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """Two steps are not worth an optimised program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The real command in this process: its flags, a config file and `main`."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # which it sets for a process of its own
+
+    def call(name: str, teacher: Path, shards: str, workdir: Path) -> int:
+        (tmp_path / "shrunk.py").write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_lcd_config as test\n"
+            f"get_config = lambda name: test.shrunk(name, {str(teacher)!r}, {shards!r})\n"
+        )
+        return main.main(main.parse(["main", f"--config={tmp_path / 'shrunk.py'}:{name}", f"--workdir={workdir}"]))
+
+    yield call
+    flags.FLAGS.unparse_flags()
+
+
+def test_the_published_settings():
+    """METHOD's table: what the paper and the public scripts trained with."""
+    for name in NAMES:
+        config, paper = load_config(name), name.startswith("sd21")
+        assert config.family in FAMILIES and config.objective.num_ddim_steps == 50
+        assert (config.train.steps, config.train.ema_rate) == ((100_000, 0.999943) if paper else (1000, 0.95))
+        assert config.optimizer.learning_rate == (8e-6 if paper else 1e-6)
+        assert config.objective.distance == ("l2" if paper else "huber")
+        expected = (2, 14) if paper else (5, 15) if name == "sd15" else (3, 15)
+        assert (config.objective.w_min, config.objective.w_max) == expected
+        latents = FAMILIES[name]["unet"]["sample_size"]
+        assert config.data.size == 8 * latents, "the size that the teacher was trained on"
+    assert [load_config(name).train.batch_size for name in ("sd21", "sd21-768")] == [72, 16]
+    with pytest.raises(ValueError, match="'sd3'; choose one of sd15, sd21"):
+        load_config("sd3")
+
+
+# Each published model as a tiny random one of diffusers, in the shape of its family.
+SMALL = reference_families.UNET | {
+    "block_out_channels": (8,), "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}  # fmt: skip
+
+
+def ddim(**more):
+    shared = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    return DDIMScheduler(**reference_families.SCHEDULE, **shared, **more)
+
+
+TINY = {
+    "sd15": (SMALL | {"use_linear_projection": False}, ddim, False),
+    "sd21": (SMALL, ddim, False),
+    "sd21-768": (SMALL, lambda: ddim(prediction_type="v_prediction"), False),
+    "sdxl": reference_families.FAMILIES["sdxl"],
+    "ssd1b": reference_families.FAMILIES["ssd1b"],
+}
+
+
+@pytest.fixture
+def teacher_of(tmp_path, monkeypatch):
+    def write(name: str) -> Path:
+        monkeypatch.setitem(reference_families.FAMILIES, name, TINY[name])
+        (tmp_path / "tokenizers").mkdir()
+        reference_families.build(tmp_path / "tokenizers", name).save_pretrained(tmp_path / "teacher")
+        return tmp_path / "teacher"
+
+    return write
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_model_in_small_from_shards_to_a_student(name, teacher_of, command, shards, tmp_path, capsys):
+    teacher = teacher_of(name)
+    assert command(name, teacher, shards, tmp_path / "run") == 0
+    output = capsys.readouterr().out
+    assert "24 records in 2 shards" in output
+    assert "00.tar" in output or "01.tar" in output, "the damaged record was told of"
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[0]["gradient_norm"] > 0
+    for picture in ("000002.png", "final.png"):
+        assert (tmp_path / "run" / "samples" / picture).stat().st_size > 500
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["captions"] == 2
+    for figures in (report["teacher"]["ddim"]["2"], report["student"]["lcm"]["1"]):
+        assert figures.keys() == {"frechet", "pictures_per_s"}, "nothing judges these pictures"
+        assert figures["frechet"] >= 0
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "| model | sampler | steps | Frechet | pictures/s |" in text and "verifier" not in text
+
+    student, taught = Pipeline.from_pretrained(tmp_path / "run" / "export"), Pipeline.from_pretrained(teacher)
+    assert student.configs["unet"]["time_cond_proj_dim"] == 256 and student.sampler == "lcm"
+    kept = [n for n in student.params if n != "unet"]
+    assert kept == [n for n in taught.params if n != "unet"] and len(kept) == (3 if "xl" in name or "1b" in name else 2)
+    for network in kept:
+        same = jax.tree.map(np.array_equal, student.params[network], taught.params[network])
+        assert all(jax.tree.leaves(same)), f"{network} is the teacher's"
+    assert Image.open(tmp_path / "run" / "samples" / "final.png").size == (110 + 2 * 16, 2 * 16)
+
+
+def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_of, shards, tmp_path):
+    """SDXL: the same draws and the same loss, and the sizes come as (height, width)."""
+    given = ("sdxl", teacher_of("sdxl"), shards)
+    config = shrunk(*given, **{"train.dtype": "float32"})
+    job = RECIPES["lcd"](config, tmp_path / "run")
+    batch = next(job.batches(0))
+    assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.uint8
+    assert batch["token_ids"].shape[:2] == (4, 2)
+    assert batch["time_ids"][:, [0, 1, 2, 4, 5]].tolist() == [[24, 40, 0, 16, 16]] * 4
+    assert set(job.frozen["vae"]) == {"encoder", "quant_conv"}, "nothing is held that only decoding takes"
+
+    more = {"train.dtype": "float32", "data.cache": str(tmp_path / "cache")}
+    cached = RECIPES["lcd"](shrunk(*given, **more), tmp_path)
+    model = StableDiffusion.from_configs(Pipeline.from_pretrained(config.teacher).configs)
+    moments = jax.jit(model.encode)(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
+    other = {"moments": moments, "token_ids": batch["token_ids"], "time_ids": batch["time_ids"]}
+    rng = jax.random.key(3)
+    draws = job.draw(rng, batch)
+    jax.tree.map(np.testing.assert_array_equal, draws, cached.draw(rng, other))
+    params = job.init()
+    mine = jax.jit(job.loss)(params, params, job.frozen, batch, draws)[0]
+    theirs = jax.jit(cached.loss)(params, params, cached.frozen, other, draws)[0]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    stored = next(cached.batches(0))
+    np.testing.assert_array_equal(stored["token_ids"], batch["token_ids"])
+    np.testing.assert_array_equal(stored["time_ids"], batch["time_ids"])
+    np.testing.assert_allclose(stored["moments"], moments, atol=2e-2)
+    assert "vae" not in cached.frozen
+
+
+def test_a_frozen_network_that_holds_half_precision_computes_the_same(teacher_of, tmp_path):
+    """Bit for bit: it casts its matrices before each use, and its norms keep float32."""
+    pipe = Pipeline.from_pretrained(teacher_of("sdxl"), "bfloat16")
+    full = jax.tree.map(lambda p: np.asarray(p, np.float32), pipe.params)
+    half = {name: held(tree, "bfloat16") for name, tree in full.items()}
+    rng = np.random.default_rng(0)
+    z, t = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.array([999, 19])
+    ids, sizes = pipe.tokenize(["a red circle", ""]), np.full((2, 6), 16, np.float32)
+
+    @jax.jit
+    def everything(params):
+        context = pipe.model.encode_prompt(params, ids, sizes)
+        image = z[:, :, :, :3]
+        return context, pipe.model.denoise(params["unet"], z, t, context), pipe.model.encode(params["vae"], image)
+
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half["unet"])} == {"bfloat16", "float32"}
+    jax.tree.map(np.testing.assert_array_equal, everything(full), everything(half))
+
+
+def test_draws_and_moments_of_pictures_that_are_not_square(teacher_of):
+    pipe = Pipeline.from_pretrained(teacher_of("sd21"))
+    seen = []
+
+    def loss(params, target, frozen, batch, draws):
+        seen.append(batch["moments"].shape)
+        return batch["moments"].mean(), {}
+
+    draw, with_pictures = encoding(lambda rng, batch: batch["moments"].shape, loss, pipe.model)
+    batch = {"image": np.zeros((2, 16, 32, 3), np.uint8)}
+    assert draw(None, batch) == (2, 8, 16, 8)
+    with_pictures({}, {}, {"vae": pipe.params["vae"]}, batch, None)
+    assert seen == [(2, 8, 16, 8)]
+
+
+def test_data_that_is_not_there_or_too_small_is_one_error(teacher_of, shards, tmp_path):
+    teacher = tmp_path / "no teacher is read before"
+    for more, message in [
+        ({"data.shards": str(tmp_path / "*.tar")}, "matches no file"),
+        ({"data.held_out": 2}, "data.held_out is 2, fewer records than .*: 6"),
+        ({"data.held_out": 24}, "there are 24 records"),
+        ({"data.source": "folder"}, "choose shapes or tar"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            captioned(shrunk("sd15", teacher, shards, **more), tmp_path / "run")
