@@ -1,17 +1,26 @@
 """Every test sees eight host devices, and broadcasting between arrays of different rank is an error."""
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; processes that tests start inherit it
+# Tests compile the same small networks again and again. Each process of pytest-xdist inherits the folder of the first;
+# a limit of its size is what makes jax lock it.
+MADE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lcm_jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", MADE or "")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile the same small networks again and again.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="lcm_jax-tests-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_unconfigure():
+    if MADE is not None:
+        shutil.rmtree(MADE, ignore_errors=True)  # a process that a test has killed may still be writing to it
 
 
 def pytest_collection_modifyitems(items):
