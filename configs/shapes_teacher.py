@@ -18,7 +18,16 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         {"name": "diffusion", "prediction_type": "v_prediction", "empty_prompts": 0.1, "timestep_power": 0.6}
     )
-    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 60_000, "cache": ""})
+    config.data = ConfigDict(
+        {
+            "source": "shapes", "size": 64, "length": 60_000, "cache": "",
+            # In turn: where things are and how many is harder to learn than what and in which colour.
+            "tasks": (
+                "single_object", "position", "two_object", "counting", "position",
+                "colors", "two_object", "position", "counting", "color_attribution",
+            ),
+        }
+    )  # fmt: skip
     config.unet = ConfigDict(
         {
             "block_out_channels": (48, 96),

@@ -81,7 +81,8 @@ def pictures(config, split: str, length: int) -> shapes.Shapes:
     """The embedded set, for the objectives that train on nothing else."""
     if config.data.source != "shapes":
         raise ValueError(f"data.source is {config.data.source!r}; this objective takes shapes")
-    return shapes.Shapes(split, length, config.data.size)
+    tasks = config.data.get("tasks", shapes.TASKS) if split == "train" else shapes.TASKS
+    return shapes.Shapes(split, length, config.data.size, tasks=tasks)
 
 
 def prompts_of(split: str, per_task: int) -> list[str]:
@@ -188,6 +189,9 @@ def latent_source(
 
     source, identity: the pictures and what tells them from others; by default the embedded set.
     """
+    if not identity:
+        identity = f"{config.data.source} {config.data.size} {config.data.length}"
+        identity += "".join(f" {task}" for task in config.data.get("tasks", ()))
     encode = jax.jit(lambda params, images: model.encode(params, to_float(images)))
     on_device = jax.device_put(vae_params)
     return latents.cache_latents(
@@ -196,7 +200,7 @@ def latent_source(
         tokenize,
         Path(config.data.cache or workdir / "latents"),
         {
-            "data": identity or f"{config.data.source} {config.data.size} {config.data.length}",
+            "data": identity,
             "vae": digest(vae_params),
             "empty_prompt": str(np.asarray(tokenize([""])).tolist()),  # tokenizers differ in what they pad with
         },

@@ -201,3 +201,12 @@ def test_records_outside_the_set_are_errors(index):
 def test_unknown_split_is_an_error():
     with pytest.raises(ValueError, match="'training'.*train, val, test, composition"):
         Shapes("training", 5)
+
+
+def test_a_task_that_is_named_twice_comes_twice_as_often():
+    data = Shapes("train", 60, tasks=("position", "counting", "position"))
+    assert [data.scene(i).specification.task for i in range(6)] == ["position", "counting", "position"] * 2
+    with pytest.raises(ValueError, match="data.tasks has 'texture'; choose among single_object"):
+        Shapes("train", 60, tasks=("texture",))
+    with pytest.raises(ValueError, match="split 'composition' has no caption of these"):
+        Shapes("composition", 60, tasks=("counting",))

@@ -7,6 +7,7 @@ pairs appear in no training picture at all, so that composition can be measured.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -294,10 +295,16 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
 class Shapes:
     """Random access to {"image": uint8[size,size,3], "caption": str}; record i depends on (seed, split, i) alone."""
 
-    def __init__(self, split: str, length: int, size: int = BASE, seed: int = 0):
+    def __init__(self, split: str, length: int, size: int = BASE, seed: int = 0, tasks: Sequence[str] = TASKS):
+        """tasks: those that scenes are of, in turn; one that is named twice comes twice as often."""
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise ValueError(f"data.tasks has {unknown[0]!r}; choose among {', '.join(TASKS)}")
         self.split, self.length, self.size, self.seed = split, length, size, seed
+        self._tasks = [task for task in tasks if _captions(split, task)]
+        if not self._tasks:
+            raise ValueError(f"data.tasks is {list(tasks)}, and split {split!r} has no caption of these")
 
     def __len__(self) -> int:
         return self.length
@@ -307,9 +314,9 @@ class Shapes:
         if not 0 <= i < self.length:
             raise IndexError(f"record {i} of {self.length}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), i])
-        tasks = [task for task in TASKS if _captions(self.split, task)]
-        options = _captions(self.split, tasks[i % len(tasks)])
-        if tasks[i % len(tasks)] == "position" and self.split != "composition":
+        task = self._tasks[i % len(self._tasks)]
+        options = _captions(self.split, task)
+        if task == "position" and self.split != "composition":
             coloured = bool(rng.integers(2))  # the coloured captions far outnumber the others
             options = [option for option in options if bool(option[1].things[0].color) == coloured]
         caption, specification = options[rng.integers(len(options))]
