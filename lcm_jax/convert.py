@@ -20,16 +20,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import app, flags, logging
 
+if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped option answer at once
+    from lcm_jax.stored_model import Model
+
 LORA_FORMATS = ("lora-kohya", "lora-peft")
 FORMATS = ("diffusers", "ldm", "orbax", *LORA_FORMATS)
-CONFIGS = "configs.json"  # in the folder of a model as an orbax checkpoint
 INPUT = flags.DEFINE_string(
     "input", None, "A folder in diffusers layout, a hub id, a shipped name, a .safetensors or .ckpt, a run's workdir."
 )
@@ -55,77 +56,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write 
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.")
 
 
-@dataclass
-class Model:
-    """What an input holds: configs and tensors by component, under diffusers' keys, and where its tokenizer is."""
-
-    family: str
-    configs: dict[str, dict[str, Any]]
-    tensors: dict[str, Mapping[str, np.ndarray]]  # of most inputs, each is read when it is asked for
-    tokenizer: Path | None = None
-    index: dict[str, Any] | None = None
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_file(tensors: Mapping[str, np.ndarray]) -> Model:
-    """A single file. Raises ModelError where it is not one of a family that is known."""
-    from lcm_jax.weights import single_file, single_file_configs
-    from lcm_jax.weights.stored import outline_of
-
-    outline = outline_of(tensors)
-    family = single_file.recognise(outline)
-    configs = single_file_configs.configs_of(outline, family, PREDICTION.value, SCALING.value)
-    return Model(family, configs, single_file.open_diffusers(tensors, family, bool(EMA.value)))
-
-
-def read_folder(name: str) -> Model:
-    """A diffusers folder, a shipped name or a hub id."""
-    from lcm_jax.weights import diffusers_folder as folders
-
-    folder = folders.locate(name, VARIANT.value)
-    index = folders.read_index(folder)
-    configs, tensors = {"model_index": index}, {}
-    for part in folders.networks_of(index):
-        configs[part], stored = folders.open_component(folder, part, VARIANT.value)
-        tensors[part] = modern(part, stored)
-    configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
-    return Model(family_of(configs), configs, tensors, folder / "tokenizer", index)
-
-
-def modern(component: str, tensors):
-    """`tensors` under their present names, without what is no parameter."""
-    from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights.stored import Tensors
-
-    keys = {folders.modern_key(component, key): key for key in tensors}
-    keys.pop(None, None)
-    return Tensors({new: tensors.outline[key] for new, key in keys.items()}, lambda new: tensors[keys[new]])
-
-
-def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """sd1, sd2 or sdxl, as single files tell them apart: by the text encoders."""
-    if "text_encoder_2" in configs:
-        return "sdxl"
-    return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
-
-
-def read_model(name: str) -> Model:
-    """Whatever --input names, but for a LoRA. Raises ModelError."""
-    from lcm_jax.weights import diffusers_folder as folders
-
-    path = Path(name)
-    if path.is_file():
-        return read_file(folders.open_file(path)[0])
-    if (path / CONFIGS).is_file():
-        return read_orbax(path)
-    if run := find_run(path):
-        return read_run(*run)
-    return read_folder(name)
-
-
-def describe(model: Model) -> dict[str, str]:
+def describe(model: "Model") -> dict[str, str]:
     """Prints what the model is; the digest of each component."""
     from lcm_jax.weights.stored import outline_of
 
@@ -163,142 +94,10 @@ def progress(what: str, components: Mapping[str, Mapping[str, np.ndarray]]):
         yield lambda count: bar.advance(task, count)
 
 
-# ---- orbax ----------------------------------------------------------------------------------------------------------
-# A model as an orbax checkpoint is a folder with configs.json, the tokenizers, and one step, 0, under checkpoints/, the
-# tree of which is {component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no
-# networks' configs.
-
-
-def find_run(path: Path) -> tuple[Path, int | None] | None:
-    """(workdir, step or None for the newest) of a run's workdir, of its checkpoints/ or of one of them; else None."""
-    path = path.absolute()
-    places = [(path, None), (path.parent, None)]
-    if path.name.isdigit():
-        places.append((path.parent.parent, int(path.name)))
-    for workdir, step in places:
-        inside = path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step))
-        if inside and (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            return workdir, step
-    return None
-
-
-def read_run(workdir: Path, step: int | None) -> Model:
-    """The student of a run, or its EMA target, with what is not trained from the model that it began from.
-
-    That is --base, else the run's export, else the teacher that its config names. Raises ModelError.
-    """
-    from lcm_jax.weights import diffusers_folder as folders
-
-    config = folders.read_json(workdir / "config.json")
-    part = "params" if EMA.value is False else "ema"
-    step, tree = read_checkpoint(workdir / "checkpoints", step, part)
-    print(f"{workdir}: the {'student' if part == 'params' else 'EMA target'} at step {step}")
-    if config["objective"]["name"] == "autoencoder":
-        return Model("vae", {}, {"vae": by_key(tree)})
-    if other := sorted(tree.keys() - set(folders.NETWORKS)):
-        raise folders.ModelError(f"{workdir} trains {', '.join(other)}, which are no networks of a model")
-    export = workdir / "export"
-    began = str(export) if (export / "model_index.json").is_file() else config.get("teacher")
-    if (name := BASE.value or began) is None:
-        raise folders.ModelError(f"{workdir} has no export yet: name a model of the same shape with --base")
-    try:
-        base = read_folder(name)
-    except folders.ModelError as error:
-        raise folders.ModelError(f"the rest of {workdir} cannot be read, name it with --base: {error}") from None
-    configs, index = dict(base.configs), base.index
-    if guided := tree.get("unet", {}).get("time_embedding", {}).get("cond_proj"):
-        configs["unet"] = configs["unet"] | {"time_cond_proj_dim": len(guided["kernel"])}
-    if guided and configs["scheduler"]["_class_name"] != "LCMScheduler":  # the base is the teacher
-        from lcm_jax.recipes import lcm_scheduler
-
-        configs["scheduler"] = lcm_scheduler(configs["scheduler"], config["objective"]["num_ddim_steps"])
-        index = None
-    trained = {name: by_key(parameters) for name, parameters in tree.items()}
-    return Model(base.family, configs, base.tensors | trained, base.tokenizer, index)
-
-
-def read_orbax(folder: Path) -> Model:
-    """A model that `write_orbax` wrote. Raises ModelError."""
-    from lcm_jax.weights import diffusers_folder as folders
-
-    described = folders.read_json(folder / CONFIGS)
-    _, tree = read_checkpoint(folder / "checkpoints", None, None)
-    tokenizer = folder / "tokenizer"
-    return Model(
-        described["family"], described["configs"], {name: by_key(parameters) for name, parameters in tree.items()},
-        tokenizer if tokenizer.is_dir() else None, described["configs"].get("model_index"),
-    )  # fmt: skip
-
-
-def write_orbax(model: Model, target: Path, digests: Mapping[str, str]) -> None:
-    """A model as an orbax checkpoint with its configs, whole or not at all."""
-    from lcm_jax.training import checkpoint
-    from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights.stored import size_of
-
-    if model.tokenizer is None and BASE.value is not None:
-        take_base(model, read_folder(BASE.value))
-    with folders.new_folder(target, OVERWRITE.value) as folder:
-        folders.write_json(folder / CONFIGS, {"family": model.family, "configs": model.configs})
-        if model.tokenizer is not None:
-            for name in ("tokenizer", "tokenizer_2"):
-                if (path := model.tokenizer.with_name(name)).is_dir():
-                    shutil.copytree(path, folder / name)
-        tree = {name: by_path(tensors) for name, tensors in model.tensors.items()}
-        logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
-        try:
-            with progress("writing", model.tensors) as advance:
-                checkpoint.write_tree(folder / "checkpoints", tree)
-                advance(sum(map(size_of, model.tensors.values())))
-        except checkpoint.CheckpointError as error:
-            raise folders.ModelError(
-                f"writing {target} failed ({error}); what was there is untouched. Free some space"
-            ) from error
-        del tree  # it keeps the input mapped
-        verify(digests, read_orbax(folder).tensors)
-
-
-def read_checkpoint(folder: Path, step: int | None, part: str | None) -> tuple[int, dict[str, Any]]:
-    """(step, tree of numpy arrays) of a checkpoint in `folder`, or of its subtree `part`. Raises ModelError."""
-    from lcm_jax.training import checkpoint
-    from lcm_jax.weights.errors import ModelError
-
-    logging.set_verbosity(logging.ERROR)  # orbax warns of what it is told: that the folder is to be read only
-    try:
-        return checkpoint.read_tree(folder, step, part)
-    except checkpoint.CheckpointError as error:
-        raise ModelError(str(error)) from error
-
-
-def by_path(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Tensors by key -> a tree of parameters."""
-    from flax.traverse_util import unflatten_dict
-
-    from lcm_jax.weights import naming, stored
-
-    paths = {key: naming.to_path(key, tensor.ndim) for key, tensor in stored.outline_of(tensors).items()}
-    return unflatten_dict({path: naming.to_array(path, tensors[key]) for key, path in paths.items()})
-
-
-def by_key(tree: Mapping[str, Any]):
-    """The inverse of `by_path`; a tensor is made contiguous when it is asked for."""
-    from flax.traverse_util import flatten_dict
-
-    from lcm_jax.weights import naming
-    from lcm_jax.weights.stored import Tensors, hollow
-
-    paths = {naming.to_key(path): path for path in flatten_dict(tree)}
-    flat = flatten_dict(tree)
-    outline = {
-        key: hollow(flat[path].dtype, tuple(naming.tensor_shape(path, flat[path].shape))) for key, path in paths.items()
-    }
-    return Tensors(outline, lambda key: naming.to_tensor(paths[key], flat[paths[key]]))
-
-
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: Path, base: Model | None):
+def read_lora(path: Path, base: "Model | None"):
     """The LoRA of a file, checked against the model it belongs to where there is one. Raises ModelError."""
     from lcm_jax.weights import lora
     from lcm_jax.weights.stored import outline_of
@@ -310,10 +109,11 @@ def read_lora(path: Path, base: Model | None):
 
 def convert_lora(path: Path) -> None:
     """A LoRA in one naming to the other."""
+    from lcm_jax import stored_model
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
-    found = read_lora(path, None if BASE.value is None else read_folder(BASE.value))
+    found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
     print(f"{path}: a LoRA")
     for component, updates in found.updates.items():
         ranks = sorted({len(update.down) for update in updates.values()})
@@ -336,7 +136,7 @@ def convert_lora(path: Path) -> None:
     print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
 
 
-def merge(model: Model) -> None:
+def merge(model: "Model") -> None:
     """Adds every LoRA of --merge to the tensors of `model`."""
     from lcm_jax.weights import lora
 
@@ -393,7 +193,7 @@ def write_file(
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_ldm(model: Model, target: Path, digests: Mapping[str, str]) -> None:
+def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A model in one .safetensors file."""
     from lcm_jax.weights import single_file
 
@@ -403,8 +203,9 @@ def write_ldm(model: Model, target: Path, digests: Mapping[str, str]) -> None:
     )  # fmt: skip
 
 
-def write_folder(model: Model, target: Path, digests: Mapping[str, str]) -> None:
+def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A diffusers folder, whole or not at all."""
+    from lcm_jax import stored_model
     from lcm_jax.models.stable_diffusion import StableDiffusion
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights.stored import outline_of
@@ -416,7 +217,7 @@ def write_folder(model: Model, target: Path, digests: Mapping[str, str]) -> None
             raise folders.ModelError(
                 f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base"
             )
-        take_base(model, read_folder(BASE.value))
+        stored_model.take_base(model, stored_model.read_folder(BASE.value, VARIANT.value))
     abstract = StableDiffusion.from_configs(model.configs).abstract_params()
     for name, tree in abstract.items():
         folders.to_params(name, outline_of(model.tensors[name]), tree, INPUT.value)  # raises where they do not fit
@@ -431,24 +232,33 @@ def write_folder(model: Model, target: Path, digests: Mapping[str, str]) -> None
         verify(digests, {name: folders.open_component(folder, name)[1] for name in model.tensors})
 
 
-def take_base(model: Model, base: Model) -> None:
-    """What a single file does not tell comes from `base`: the tokenizer, heads, groups of the norms, the scaling."""
+def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
+    """A model as an orbax checkpoint with its configs, whole or not at all."""
+    from lcm_jax import stored_model
+    from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights.stored import size_of
 
-    if base.family != model.family:
-        raise folders.ModelError(
-            f"--base={BASE.value} is {base.family} and {INPUT.value} {model.family}; name a base of the same family"
-        )
-    guided = {"time_cond_proj_dim": model.configs["unet"].get("time_cond_proj_dim")}
-    channels = {"in_channels": model.configs["unet"]["in_channels"]}
-    model.tokenizer = base.tokenizer
-    model.configs |= {name: base.configs[name] for name in model.tensors if name in base.configs}
-    model.configs["unet"] = base.configs["unet"] | guided | channels
-    kinds = {one.configs["scheduler"]["_class_name"] for one in (model, base)}
-    if "LCMScheduler" in kinds and len(kinds) > 1:  # a student beside its teacher: only the prediction is shared
-        model.configs["scheduler"]["prediction_type"] = base.configs["scheduler"].get("prediction_type", "epsilon")
-    else:
-        model.configs["scheduler"] = base.configs["scheduler"]
+    if model.tokenizer is None and BASE.value is not None:
+        stored_model.take_base(model, stored_model.read_folder(BASE.value, VARIANT.value))
+    with folders.new_folder(target, OVERWRITE.value) as folder:
+        folders.write_json(folder / stored_model.CONFIGS, {"family": model.family, "configs": model.configs})
+        if model.tokenizer is not None:
+            for name in ("tokenizer", "tokenizer_2"):
+                if (path := model.tokenizer.with_name(name)).is_dir():
+                    shutil.copytree(path, folder / name)
+        tree = {name: stored_model.by_path(tensors) for name, tensors in model.tensors.items()}
+        logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
+        try:
+            with progress("writing", model.tensors) as advance:
+                checkpoint.write_tree(folder / "checkpoints", tree)
+                advance(sum(map(size_of, model.tensors.values())))
+        except checkpoint.CheckpointError as error:
+            raise folders.ModelError(
+                f"writing {target} failed ({error}); what was there is untouched. Free some space"
+            ) from error
+        del tree  # it keeps the input mapped
+        verify(digests, stored_model.read_orbax(folder).tensors)
 
 
 def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -464,6 +274,7 @@ def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.nda
 
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
+    from lcm_jax import stored_model
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
@@ -474,7 +285,10 @@ def convert() -> None:
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
         raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
-    model = read_model(INPUT.value)
+    model = stored_model.read_model(
+        INPUT.value, base=BASE.value, ema=EMA.value, variant=VARIANT.value, prediction_type=PREDICTION.value,
+        scaling_factor=SCALING.value,
+    )  # fmt: skip
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
             there = ", ".join(model.tensors)
@@ -499,7 +313,7 @@ def convert() -> None:
 
 
 def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
+    logging.set_verbosity(logging.ERROR)  # libraries speak at INFO, and orbax warns of what it is told: to read only
     if len(argv) > 1:
         print(f"error: unexpected argument {argv[1]!r}; options are written --name=value", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from lcm_jax import pipeline, report
 from lcm_jax.data import latents, loader, shapes, tar_shards
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.evaluation import verifier
 from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -553,17 +554,6 @@ def lcd_job(config, workdir: Path) -> Job:
         preview=preview,
         finish=finish,
     )
-
-
-def lcm_scheduler(config: Mapping, num_ddim_steps: int) -> dict:
-    """The LCMScheduler of a student whose teacher has this scheduler_config.json: it samples on the grid of
-    `num_ddim_steps` timesteps that it was trained on."""
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-            "rescale_betas_zero_snr")  # fmt: skip
-    return {name: config[name] for name in kept if name in config} | {
-        "_class_name": "LCMScheduler", "original_inference_steps": num_ddim_steps, "timestep_scaling": 10.0,
-        "set_alpha_to_one": False, "clip_sample": False,
-    }  # fmt: skip
 
 
 RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job, "diffusion": diffusion_job, "lcd": lcd_job}
