@@ -3,6 +3,7 @@
 Each function builds the Job of one objective; `RECIPES` is the table of their names.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -90,7 +91,8 @@ def prompts_of(split: str, per_task: int) -> list[str]:
     """The same few captions of every task each time, evenly spread over those of the split."""
     chosen = []
     for task in shapes.TASKS:
-        every = shapes.captions(split, task)
+        if not (every := shapes.captions(split, task)):
+            continue
         order = np.random.default_rng(0).permutation(len(every))
         chosen += [every[order[i % len(every)]] for i in range(per_task)]
     return chosen
@@ -212,13 +214,15 @@ def latent_source(
 class Captioned:
     """Captioned pictures to distil on. train, held_out: random access to {"image", "caption"[, "time_ids"]}.
 
-    captions(group) -> held-out captions, as many as the config's group `sample` or `report` asks for. score: the share
-    of pictures that satisfy their captions, where something can tell. identity: what tells `train` from other data.
+    captions(group) -> held-out captions, as many as the config's group `sample` or `report` asks for. unseen: captions
+    of what no training picture has. score: the share of pictures that satisfy their captions, where something can tell.
+    identity: what tells `train` from other data.
     """
 
     train: Sequence
     held_out: Sequence
     captions: Callable[..., list[str]]
+    unseen: list[str]
     score: Callable | None
     identity: str
 
@@ -230,6 +234,7 @@ def captioned(config, workdir: Path) -> Captioned:
             train=shapes.Shapes("train", config.data.length, config.data.size),
             held_out=shapes.Shapes("test", config.report.reference, config.data.size),
             captions=lambda group: prompts_of("test", group.per_task),
+            unseen=prompts_of("composition", config.report.per_task),
             score=verifier.score,
             identity="",
         )
@@ -249,6 +254,7 @@ def captioned(config, workdir: Path) -> Captioned:
         train=train,
         held_out=held_out,
         captions=lambda group: [held_out.caption(i) for i in range(group.prompts)],
+        unseen=[],
         score=None,
         identity=train.identity,
     )
@@ -283,12 +289,18 @@ class Sampler:
 
     def __init__(self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int, seed: int = 1):
         self.prompts, self._batch = prompts, min(batch, len(prompts))
-        self._model, self._seed = model, seed
+        self._model, self._tokenize, self._seed = model, tokenize, seed
         side = size // model.downscale
         self._shape = (side, side, model.vae.config["latent_channels"])
         self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
         self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
         self._compiled: dict = {}
+
+    def of(self, prompts: list[str]) -> "Sampler":
+        """Other prompts for the same programs."""
+        other = copy.copy(self)
+        other.prompts, other._ids = prompts, self._tokenize(prompts)
+        return other
 
     def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
         """(uint8[len(prompts), H, W, 3], seconds without compilation). params: by network."""
@@ -517,7 +529,7 @@ def lcd_job(config, workdir: Path) -> Job:
             return np.concatenate([np.asarray(encoder(vae, np.stack(part))) for part in parts])
 
         reference = moments(features([data.held_out[i]["image"] for i in range(config.report.reference)]))
-        figures = {}
+        figures, composition = {}, {}
         for who, network, params, plan in [
             ("teacher", teacher.model, frozen, config.report.teacher),
             ("student", model, student, config.report.student),
@@ -526,9 +538,17 @@ def lcd_job(config, workdir: Path) -> Job:
             sampler = Sampler(network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2)
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
             plan = plan.to_dict()
+            if data.unseen:
+                name, steps = next(iter(plan.items()))
+                unseen = sampler.of(data.unseen)
+                composition[who] = {name: {}}
+                for n in steps if who == "student" else steps[-1:]:
+                    images, _ = unseen(params, name, n, config.report.guidance_scale)
+                    composition[who][name][str(n)] = round(data.score(images, data.unseen)["overall"], 4)
             figures[who] = report.figures_of(draw, plan, captions, features, reference, data.score, print)
         result = (
             figures
+            | ({"composition": {"captions": len(data.unseen)} | composition} if data.unseen else {})
             | report.environment()
             | {
                 "captions": len(captions),

@@ -95,6 +95,19 @@ def rows(report: Mapping) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def composition(report: Mapping) -> str:
+    """The verifier's score on what no training picture shows, as a sentence; empty where it was not taken."""
+    if (found := report.get("composition")) is None:
+        return ""
+    scores = [
+        f"{who} {sampler} {steps} {score:.1%}"
+        for who in ("teacher", "student")
+        for sampler, every in found[who].items()
+        for steps, score in every.items()
+    ]
+    return f"Pairs of colour and shape that no training picture has, {found['captions']} captions: {', '.join(scores)}."
+
+
 def markdown(report: Mapping) -> str:
     head = columns(report)
     scored = "The verifier's score is the mean over the six tasks. " if "verifier" in head else ""
@@ -108,6 +121,7 @@ def markdown(report: Mapping) -> str:
             "",
             *lines,
             "",
+            *([found, ""] if (found := composition(report)) else []),
             f"{scored}The Frechet distance compares the features of the autoencoder's encoder, averaged over "
             "positions, with those of real pictures; with this few pictures it is biased upwards, for all rows alike.",
             "",
@@ -125,3 +139,5 @@ def write(report: Mapping, workdir: Path) -> None:
 
 def show(report: Mapping) -> None:
     Console(width=None if Console().is_terminal else 140).print(table(report))
+    if found := composition(report):
+        print(found)

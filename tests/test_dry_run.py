@@ -40,8 +40,7 @@ def on_first_device(tree) -> int:
     return sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == device)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("data", "fsdp", "optimizer"), [(8, 1, "adamw"), (2, 4, "muon"), (1, 8, "adamw")])
 def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that these small parameters are split as large ones are
     more = {"mesh.data": data, "mesh.fsdp": fsdp, "optimizer.name": optimizer, "train.dtype": "bfloat16"}

@@ -139,6 +139,10 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     for figures in [*report["teacher"]["ddim"].values(), *report["student"]["lcm"].values()]:
         assert 0 <= figures["verifier"] <= 1 and len(figures["tasks"]) == 6
         assert figures["frechet"] >= 0 and figures["pictures_per_s"] > 0
+    composition = report["composition"]
+    assert composition["captions"] == 3 and composition["teacher"]["ddim"].keys() == {"2"}
+    assert composition["student"]["lcm"].keys() == {"1", "2"} and 0 <= composition["student"]["lcm"]["2"] <= 1
+    assert "no training picture has, 3 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
     assert report["versions"]["jax"] == jax.__version__ and report["device"] and len(report["config_digest"]) == 64
     assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
     for name in ("000001.png", "000002.png", "final.png"):
