@@ -5,9 +5,11 @@ tree of which is {component: parameters}. A run has its whole state there (param
 networks' configs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -160,23 +162,36 @@ def read_run(workdir: Path, step: int | None, base: str | None, ema: bool, varia
 
 
 def read_orbax(folder: Path) -> Model:
-    """A model as an orbax checkpoint. Raises ModelError."""
+    """A model as an orbax checkpoint, of which one component is held at a time. Raises ModelError."""
     described = folders.read_json(folder / CONFIGS)
-    _, tree = read_checkpoint(folder / "checkpoints", None, None)
+    step, outline = checkpointed(lambda checkpoint: checkpoint.read_outline(folder / "checkpoints"))
+
+    @lru_cache(maxsize=1)
+    def component(name: str) -> Tensors:
+        return by_key(read_checkpoint(folder / "checkpoints", step, name)[1])
+
+    tensors = {
+        name: Tensors(by_key(tree).outline, lambda key, name=name: component(name)[key])
+        for name, tree in outline.items()
+    }
     tokenizer = folder / "tokenizer"
     return Model(
-        str(folder), described["family"], described["configs"],
-        {name: by_key(parameters) for name, parameters in tree.items()},
-        tokenizer if tokenizer.is_dir() else None, described["configs"].get("model_index"),
+        str(folder), described["family"], described["configs"], tensors, tokenizer if tokenizer.is_dir() else None,
+        described["configs"].get("model_index"),
     )  # fmt: skip
 
 
-def read_checkpoint(folder: Path, step: int | None, part: str | None) -> tuple[int, dict[str, Any]]:
-    """(step, tree of numpy arrays) of a checkpoint in `folder`, or of its subtree `part`. Raises ModelError."""
-    from lcm_jax.training import checkpoint  # orbax takes seconds to import, and few inputs are its
+def read_checkpoint(folder: Path, step: int | None, part: str) -> tuple[int, dict[str, Any]]:
+    """(step, tree of numpy arrays) of the subtree `part` of a checkpoint in `folder`. Raises ModelError."""
+    return checkpointed(lambda checkpoint: checkpoint.read_tree(folder, step, part))
+
+
+def checkpointed(read: Callable[[ModuleType], Any]) -> Any:
+    """read(lcm_jax.training.checkpoint), which takes seconds to import; its errors are ModelErrors."""
+    from lcm_jax.training import checkpoint
 
     try:
-        return checkpoint.read_tree(folder, step, part)
+        return read(checkpoint)
     except checkpoint.CheckpointError as error:
         raise ModelError(str(error)) from error
 

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lcm_jax.training.state import TrainState
+
+IN_FLIGHT = 2  # GB that orbax copies at once while it reads or writes a model, so that it is not held twice
 
 
 class CheckpointError(RuntimeError):
@@ -36,9 +40,10 @@ def first_line(error: Exception) -> str:
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
     """A tree of arrays as checkpoint 0 of `folder`, with its checksums. Raises CheckpointError."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=IN_FLIGHT)
     try:
-        with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
-            manager.save(0, args=ocp.args.StandardSave(tree), custom_metadata={"crc32": checksums(tree)})
+        with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
+            manager.save(0, args=ocp.args.PyTreeSave(tree), custom_metadata={"crc32": checksums(tree)})
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(first_line(error)) from error
 
@@ -48,8 +53,35 @@ def read_tree(folder: Path, step: int | None = None, part: str | None = None) ->
 
     Nothing is changed there. Raises CheckpointError where there is none, or it is not what was saved.
     """
+    with _opened(folder, step) as (manager, step, tree):
+        item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
+        saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
+    found = found if part is None else found[part]
+    prefixes = [""] if part is None else [f".{part}", f"[{part!r}]"]  # the state of a run is no dict
+    sums = checksums(found)
+    known = {key: saved[prefix + key] for key in sums for prefix in prefixes if prefix + key in saved}
+    changed = [key for key, value in known.items() if sums[key] != value]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
+            f"{changed[0]}; give another one"
+        )
+    return step, found
+
+
+def read_outline(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """As `read_tree`, but jax.ShapeDtypeStruct in place of arrays, of which nothing is read."""
+    with _opened(folder, step) as (_, step, tree):
+        return step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+@contextmanager
+def _opened(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
+    """(manager, step, what its metadata tell of its tree); whatever fails inside is a CheckpointError."""
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    handler = ocp.PyTreeCheckpointHandler()
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=IN_FLIGHT)
     with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
@@ -57,25 +89,12 @@ def read_tree(folder: Path, step: int | None = None, part: str | None = None) ->
             raise CheckpointError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: there are {there}")
         step = steps[-1] if step is None else step
         try:
-            tree = manager.item_metadata(step).tree
-            item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
-            saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
+            yield manager, step, manager.item_metadata(step).tree
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise CheckpointError(
                 f"checkpoint {step} in {folder} cannot be read ({first_line(error)}): give another, such as "
                 f"{folder / str(steps[0])}"
             ) from error
-    found = found if part is None else found[part]
-    prefix = "" if part is None else f".{part}"  # the state of a run is no dict
-    changed = [key for key, value in checksums(found).items() if saved.get(prefix + key, value) != value]
-    if changed:
-        raise CheckpointError(
-            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
-            f"{changed[0]}; give another one"
-        )
-    return step, found
 
 
 class Checkpoints:
