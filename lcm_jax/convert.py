@@ -11,7 +11,7 @@ has no tokenizer, and does not tell how many heads its attention has: --base nam
 same shape to take them from. Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs
 to what is written; the input stays as it was, so that unmerging is to use it again.
 Of a run it takes the newest checkpoint (--input=runs/sd/checkpoints/300 another): the EMA target, as exports do, or the
-student itself with --noema. --dry_run only says what it found.
+student itself with --noema, or both in one file with --with_ema. --dry_run only says what it found.
 """
 
 import os
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped op
     from lcm_jax.stored_model import Model
 
 LORA_FORMATS = ("lora-kohya", "lora-peft")
+AVERAGES = "averaged unet"  # beside the components of a model: the EMA target, where the student is written with it
 FORMATS = ("diffusers", "ldm", "orbax", *LORA_FORMATS)
 INPUT = flags.DEFINE_string(
     "input", None, "A folder in diffusers layout, a hub id, a shipped name, a .safetensors or .ckpt, a run's workdir."
@@ -47,6 +48,9 @@ EMA = flags.DEFINE_bool(
     "ema",
     None,
     "The averaged weights: of a run's checkpoint unless --noema (the student), of a single file with --ema.",
+)
+WITH_EMA = flags.DEFINE_bool(
+    "with_ema", False, "Write a run's student with its EMA target beside it, in one file of --format=ldm."
 )
 PREDICTION = flags.DEFINE_enum(
     "prediction_type", None, ["epsilon", "v_prediction"], "What a single file of Stable Diffusion 2 predicts."
@@ -197,10 +201,16 @@ def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A model in one .safetensors file."""
     from lcm_jax.weights import single_file
 
-    write_file(
-        model.tensors, single_file.open_ldm(model.tensors, model.family), {}, target,
-        lambda file: verify(digests, single_file.open_diffusers(file, model.family)),
-    )  # fmt: skip
+    averages = model.tensors.get(AVERAGES)
+    others = {name: tensors for name, tensors in model.tensors.items() if name != AVERAGES}
+
+    def check(file):
+        written = single_file.open_diffusers(file, model.family)
+        if averages is not None:
+            written = written | {AVERAGES: single_file.open_diffusers(file, model.family, ema=True)["unet"]}
+        verify(digests, written)
+
+    write_file(model.tensors, single_file.open_ldm(others, model.family, averages), {}, target, check)
 
 
 def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
@@ -285,10 +295,13 @@ def convert() -> None:
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
         raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
-    model = stored_model.read_model(
-        INPUT.value, base=BASE.value, ema=EMA.value, variant=VARIANT.value, prediction_type=PREDICTION.value,
-        scaling_factor=SCALING.value,
-    )  # fmt: skip
+    if WITH_EMA.value and (FORMAT.value != "ldm" or MERGE.value or stored_model.find_run(source) is None):
+        raise folders.ModelError("--with_ema writes a run to --format=ldm, without --merge; leave it out otherwise")
+    how = {
+        "base": BASE.value, "variant": VARIANT.value, "prediction_type": PREDICTION.value,
+        "scaling_factor": SCALING.value,
+    }  # fmt: skip
+    model = stored_model.read_model(INPUT.value, ema=False if WITH_EMA.value else EMA.value, **how)
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
             there = ", ".join(model.tensors)
@@ -296,6 +309,10 @@ def convert() -> None:
         if FORMAT.value == "diffusers":
             raise folders.ModelError("--component works with ldm and orbax: a folder needs every component")
         model.tensors = {COMPONENT.value: model.tensors[COMPONENT.value]}
+    if WITH_EMA.value:
+        if "unet" not in model.tensors:
+            raise folders.ModelError(f"--with_ema is for a run that trains a UNet; {INPUT.value} trains none")
+        model.tensors[AVERAGES] = stored_model.read_model(INPUT.value, ema=True, **how).tensors["unet"]
     digests = describe(model)
     if MERGE.value:
         merge(model)

@@ -304,6 +304,26 @@ def test_a_run_gives_its_student_or_the_target(place, arguments, step, part, wor
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_a_run_gives_both_in_one_file(workdir, model, tmp_path):
+    """As the files of a training have them: --ema reads the average, and what does not ask for it the student."""
+    both = tmp_path / "both.safetensors"
+    assert_done(convert(f"--input={workdir}", f"--output={both}", "--format=ldm", "--with_ema"))
+    keys = load_file(both).keys()
+    assert {key for key in keys if key.startswith("model_ema.")} == {
+        "model_ema." + key.removeprefix("model.").replace(".", "") for key in keys if key.startswith("model.")
+    }
+    for arguments, part in [([], "params"), (["--ema"], "ema")]:
+        target = tmp_path / part
+        done = convert(f"--input={both}", f"--output={target}", "--format=diffusers", f"--base={model}", *arguments)
+        assert_done(done)
+        assert_same(
+            {key: tensor for key, tensor in tensors_of(target).items() if key.startswith("unet/")},
+            unet_of(getattr(state_at(7, model), part)),
+        )
+    done = convert(f"--input={model}", f"--output={tmp_path / 'c.safetensors'}", "--format=ldm", "--with_ema")
+    assert done.returncode == 1 and "--with_ema writes a run" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["ldm", "orbax"])
 def test_a_run_to_the_other_formats_and_from_there_to_a_folder(name, workdir, model, tmp_path):
     for target, source in [("diffusers", workdir), (name, workdir)]:

@@ -353,11 +353,14 @@ def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Ite
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def open_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> Tensors:
+def open_ldm(
+    components: Mapping[str, Mapping[str, np.ndarray]], family: str, averages: Mapping[str, np.ndarray] | None = None
+) -> Tensors:
     """The tensors of one file, the inverse of `open_diffusers`; each is made of the components' when it is asked for.
 
     components: by name (unet, vae, text_encoder, text_encoder_2), whole or a part of them, the tensors by diffusers'
-    key. The file of an autoencoder alone gets keys without a prefix.
+    key. The file of an autoencoder alone gets keys without a prefix. averages: the UNet's averaged weights, which the
+    file then has beside the others under `model_ema.`, as files of a training have them.
     Raises ModelError, before anything is read, that names the keys which the layout cannot represent.
     """
     outlines = {component: outline_of(tensors) for component, tensors in components.items()}
@@ -367,7 +370,13 @@ def open_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) ->
         component, sources = places[old]
         return to_file(component, family, {new: tensors[component][key] for new, key in sources})
 
-    return Tensors({old: read(outlines, old) for old in places}, partial(read, components))
+    file = Tensors({old: read(outlines, old) for old in places}, partial(read, components))
+    if averages is None:
+        return file
+    beside = open_ldm({"unet": averages}, family)
+    keys = {averaged(old): old for old in beside}
+    outline = file.outline | {new: beside.outline[old] for new, old in keys.items()}
+    return Tensors(outline, lambda key: beside[keys[key]] if key in keys else file[key])
 
 
 def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> dict[str, np.ndarray]:
