@@ -5,7 +5,7 @@
 It takes the autoencoder that `configs/shapes_vae.py` leaves behind, or another (`--config.autoencoder=shapes`). Expect
 75 minutes on two cores, a few on a GPU; samples and the verifier's score are logged as it goes, and `export/` holds the
 model in diffusers layout. It predicts v, which stays exact where few-step sampling begins, at t = 999. The shipped
-weights began with 7,000 updates of AdamW; its score still rose at the end: `--config.init=shapes` goes on from it.
+weights had three such runs, each from the one before (`--config.init=shapes` goes on from them); see their model card.
 """
 
 from ml_collections import ConfigDict
