@@ -5,8 +5,8 @@
 Expect less than ten minutes on two cores, of which the distillation is six; `report.md` has the figures of both.
 The settings that differ from the published ones (batch 72, AdamW at 8e-6, EMA 0.999943, w in 2..14, 50 DDIM steps) do
 so because this run is some thousand times shorter. `own_share` is no published setting: half of each batch begins from
-what the student itself draws in one jump, as every step of a sampler but the first does. The shipped student had 4,000
-updates on 20,000 pictures: `--config.train.steps=4000 --config.data.length=20000`.
+what the student itself draws in one jump, as every step of a sampler but the first does. The shipped student is
+what this command makes.
 """
 
 from ml_collections import ConfigDict
