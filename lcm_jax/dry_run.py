@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
-from lcm_jax import recipes
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.recipes import lcd
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import check_batch_size
 from lcm_jax.training.state import create_state, make_optimizer
@@ -63,20 +63,20 @@ def figures(config) -> dict[str, Any]:
     dtype = jnp.dtype(config.train.dtype)
     configs, source = teacher_configs(config)
     teacher = StableDiffusion.from_configs(configs, dtype)
-    model = StableDiffusion.from_configs(recipes.student_configs(config, configs), dtype, remat=config.train.remat)
+    model = StableDiffusion.from_configs(lcd.student_configs(config, configs), dtype, remat=config.train.remat)
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
     local = check_batch_size(config, mesh.size)
 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     params = {"unet": model.abstract_params()["unet"]}
     state = jax.eval_shape(lambda p: create_state(p, optimizer), params)
-    frozen = recipes.lcd_frozen(config, held_abstract(teacher))
+    frozen = lcd.lcd_frozen(config, held_abstract(teacher))
     frozen["empty_ids"] = jax.ShapeDtypeStruct(batch_of(config, teacher, 1)["token_ids"].shape[1:], jnp.int32)
 
     # Traced for one device's micro-batch. Half of it must be a whole example where some are the student's own.
     traced = max(local, 2) if config.objective.own_share else local
     batch = batch_of(config, teacher, traced)
-    draw, loss = recipes.lcd_functions(config, teacher, model)
+    draw, loss = lcd.lcd_functions(config, teacher, model)
     draws = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.key(0)), batch)
     program = jax.jit(jax.grad(loss, has_aux=True)).trace(params, params, frozen, batch, draws)
     flops = program.lower().cost_analysis()["flops"] * config.train.batch_size / traced
@@ -131,8 +131,8 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
 
 
 def held_abstract(model: StableDiffusion) -> dict[str, Any]:
-    """The shapes of what `recipes.held` makes of a teacher's parameters, by network."""
-    held = lambda name: lambda x: jax.ShapeDtypeStruct(x.shape, recipes.held_dtype(x, model.dtype_of(name)))  # noqa: E731
+    """The shapes of what `lcd.held` makes of a teacher's parameters, by network."""
+    held = lambda name: lambda x: jax.ShapeDtypeStruct(x.shape, lcd.held_dtype(x, model.dtype_of(name)))  # noqa: E731
     return {name: jax.tree.map(held(name), tree) for name, tree in model.abstract_params().items()}
 
 
@@ -144,7 +144,7 @@ def batch_of(config, model: StableDiffusion, size: int) -> dict[str, jax.ShapeDt
         "token_ids": jax.ShapeDtypeStruct((size, *ids), jnp.int32),
         "time_ids": jax.ShapeDtypeStruct((size, 6), jnp.float32),
     }
-    if recipes.encodes(config):
+    if lcd.encodes(config):
         return batch | {"image": jax.ShapeDtypeStruct((size, config.data.size, config.data.size, 3), jnp.uint8)}
     side, channels = config.data.size // model.downscale, 2 * model.vae.config["latent_channels"]
     return batch | {"moments": jax.ShapeDtypeStruct((size, side, side, channels), jnp.float32)}

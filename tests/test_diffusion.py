@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.objectives import autoencoder, diffusion
-from lcm_jax.recipes import SCHEDULE
+from lcm_jax.recipes.diffusion import SCHEDULE
 
 RNG = np.random.default_rng(0)
 B, SIDE, C, LENGTH = 4, 3, 2, 5

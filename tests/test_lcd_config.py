@@ -19,7 +19,9 @@ from lcm_jax import main
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.recipes import RECIPES, captioned, encoding, held
+from lcm_jax.recipes import RECIPES
+from lcm_jax.recipes.lcd import encoding, held
+from lcm_jax.recipes.sources import captioned
 from lcm_jax.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent

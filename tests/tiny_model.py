@@ -8,7 +8,7 @@ import numpy as np
 from lcm_jax.data import shapes
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.recipes import SCHEDULE
+from lcm_jax.recipes.diffusion import SCHEDULE
 from lcm_jax.weights import diffusers_folder as folders
 
 UNET = {

@@ -195,6 +195,7 @@ def read_zip(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarray]
             members = {info.filename: info for info in archive.infolist()}
             repeated = len(members) < len(archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        # zipfile raises NotImplementedError for an archive of a newer version than it knows.
         raise ModelError(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
     roots = [name.removesuffix("data.pkl") for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1 or repeated:

@@ -1,0 +1,100 @@
+"""A KL autoencoder on the embedded pictures."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import pipeline
+from lcm_jax.data import loader
+from lcm_jax.evaluation import verifier
+from lcm_jax.models.vae import AutoencoderKL
+from lcm_jax.objectives import autoencoder
+from lcm_jax.recipes.drawing import save_grid
+from lcm_jax.recipes.sources import pictures, to_float
+from lcm_jax.training.loop import Job
+from lcm_jax.weights import diffusers_folder as folders
+
+
+class ImagesOnly:
+    """A source's pictures without their captions."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return {"image": self.source[i]["image"]}
+
+
+def autoencoder_job(config, workdir: Path) -> Job:
+    vae_config = config.vae.to_dict() | {"sample_size": config.data.size, "scaling_factor": 1.0}
+    vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
+    downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
+    size = config.data.size
+    held_out = pictures(config, "test", 512)
+    shown = np.stack([held_out[i]["image"] for i in range(config.sample.pictures)])
+    captions = [held_out[i]["caption"] for i in range(len(held_out))]
+    apply = lambda method: lambda params, x: vae.apply({"params": params}, x, method=method)  # noqa: E731
+    encode = jax.jit(apply("encode"))
+    decode_mean = jax.jit(lambda params, moments: apply("decode")(params, jnp.split(moments, 2, axis=-1)[0]))
+
+    @jax.jit
+    def init():
+        noise = jnp.zeros((1, size // downscale, size // downscale, channels))
+        return vae.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)), noise)["params"]
+
+    def preview(ema, path):
+        restored = decode_mean(ema, encode(ema, to_float(shown)))
+        half = len(shown) // 2
+        again = np.asarray(pipeline.to_uint8(restored))
+        save_grid([shown[:half], again[:half], shown[half:], again[half:]], path)
+        return {"held_out_absolute_error": float(jnp.mean(jnp.abs(restored - to_float(shown))))}
+
+    def finish(ema, seconds):
+        images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
+        moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.split(images, 8)])
+        restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.split(moments, 8)]
+        mean = jnp.split(moments, 2, axis=-1)[0]
+        exported = vae_config | {
+            "_class_name": "AutoencoderKL", "scaling_factor": round(1.0 / float(jnp.std(mean)), 5),
+            "block_out_channels": list(config.vae.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * len(config.vae.block_out_channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(config.vae.block_out_channels),
+            "in_channels": 3, "out_channels": 3, "act_fn": "silu",
+        }  # fmt: skip
+        with folders.new_folder(workdir / "export", overwrite=True) as folder:
+            folders.write_component(folder, "vae", exported, ema)
+        figures = {
+            "verifier": verifier.score(np.concatenate(restored), captions),
+            "scaling_factor": exported["scaling_factor"],
+            "seconds": seconds,
+        }
+        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(
+            f"autoencoder in {workdir / 'export' / 'vae'}; the verifier accepts {figures['verifier']['overall']:.1%} "
+            f"of held-out pictures after encoding and decoding"
+        )
+
+    return Job(
+        title="autoencoder",
+        init=init,
+        frozen={},
+        draw=partial(autoencoder.draw, downscale=downscale, channels=channels),
+        loss=partial(
+            autoencoder.loss,
+            networks=autoencoder.Networks(apply("encode"), apply("decode")),
+            kl_weight=config.objective.kl_weight,
+        ),
+        batches=lambda step: loader.batches(
+            ImagesOnly(pictures(config, "train", config.data.length)),
+            config.train.batch_size, seed=config.train.seed, first=step,
+        ),
+        preview=preview,
+        finish=finish,
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""A teacher: text encoder and UNet, trained together in the latents of a trained autoencoder."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.data import loader, shapes
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.evaluation import verifier
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.objectives import diffusion
+from lcm_jax.recipes.drawing import Sampler, save_grid
+from lcm_jax.recipes.sources import identity_of, latent_source, pictures, prompts_of
+from lcm_jax.training.loop import Job
+from lcm_jax.weights import diffusers_folder as folders
+
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False, "steps_offset": 0, "timestep_spacing": "trailing", "clip_sample": False,
+}  # fmt: skip
+
+
+def master(params):
+    """Stored parameters -> float32."""
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+
+
+def diffusion_job(config, workdir: Path) -> Job:
+    """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
+    shipped = config.autoencoder in folders.SHIPPED
+    autoencoder_folder = folders.locate(config.autoencoder) if shipped else Path(config.autoencoder)
+    vae_config, vae_tensors = folders.read_component(autoencoder_folder, "vae")
+    tokenizers.build(
+        shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
+    )
+    tokenizer = tokenizers.load(workdir / "tokenizer")
+    tokenize = partial(tokenizers.encode, tokenizer)
+    unet_config = config.unet.to_dict() | {
+        "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
+        "out_channels": vae_config["latent_channels"], "cross_attention_dim": config.text_encoder.hidden_size,
+        "sample_size": config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1),
+    }  # fmt: skip
+    text_config = config.text_encoder.to_dict() | {
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type}
+    configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
+    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
+    abstract = model.abstract_params()
+    vae_params = master(folders.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
+    source = latent_source(
+        config, workdir, model, vae_params, tokenize, pictures(config, "train", config.data.length), identity_of(config)
+    )
+    sampler = Sampler(
+        model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
+    )
+    # A model to go on from: its weights are checked against the networks of this config.
+    start = {
+        name: master(
+            folders.to_params(name, folders.read_component(folders.locate(config.init), name)[1], abstract[name])
+        )
+        for name in (("unet", "text_encoder") if config.init else ())
+    }
+
+    @jax.jit
+    def random():
+        unet, text = jax.random.split(jax.random.key(config.train.seed))
+        z = jnp.zeros((1, unet_config["sample_size"], unet_config["sample_size"], unet_config["in_channels"]))
+        context = jnp.zeros((1, 1, unet_config["cross_attention_dim"]))
+        return {
+            "unet": model.unet.init(unet, z, jnp.zeros(1, jnp.int32), context)["params"],
+            "text_encoder": model.text_encoder.init(text, jnp.zeros((1, 2), jnp.int32))["params"],
+        }
+
+    def preview(ema, path):
+        images, _ = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
+        shown = images.reshape(len(shapes.TASKS), -1, *images.shape[1:])[:, :10]
+        save_grid(list(shown), path)
+        path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n")
+        figures = verifier.score(images, sampler.prompts)
+        return {"verifier": figures["overall"]} | {f"verifier/{task}": v for task, v in figures["tasks"].items()}
+
+    def finish(ema, seconds):
+        params = ema | {"vae": vae_params}
+        with folders.new_folder(workdir / "export", overwrite=True) as folder:
+            folders.write_pipeline(folder, configs, params, workdir / "tokenizer", scheduler, dtype=config.export.dtype)
+        print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
+
+    networks = diffusion.Networks(model.denoise, model.encode_prompt, model.to_latents)
+    return Job(
+        title="diffusion",
+        init=lambda: start or random(),
+        frozen={"empty_ids": jnp.asarray(tokenize([""])[0])},
+        draw=partial(
+            diffusion.draw,
+            num_train_timesteps=len(model.schedule.alphas_cumprod),
+            empty_prompts=config.objective.empty_prompts,
+            timestep_power=config.objective.timestep_power,
+        ),
+        loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
+        batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
+        preview=preview,
+        finish=finish,
+    )

@@ -1,0 +1,230 @@
+"""A student of any latent diffusion model, by latent consistency distillation."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import pipeline, report
+from lcm_jax.data import loader, tar_shards
+from lcm_jax.diffusion.schedule import lcm_scheduler
+from lcm_jax.evaluation.frechet import moments
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.objectives import lcd
+from lcm_jax.recipes.drawing import Sampler, save_grid
+from lcm_jax.recipes.sources import captioned, latent_source, to_float
+from lcm_jax.training.loop import Job, config_digest
+from lcm_jax.weights import diffusers_folder as folders
+
+
+def held_dtype(leaf, dtype):
+    """What a network that computes in `dtype` holds of a frozen parameter: it casts matrices and kernels before each
+    use anyway, so that these lose nothing; biases and scales stay float32."""
+    return jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
+
+
+def held(params, dtype):
+    """Stored parameters -> those that a frozen network of that compute dtype holds, on the host."""
+    return jax.tree.map(lambda p: np.asarray(p).astype(held_dtype(p, dtype)), params)
+
+
+def encoding(draw: Callable, loss: Callable, model: StableDiffusion) -> tuple[Callable, Callable]:
+    """draw and loss for batches that hold pictures, "image" uint8[B, H, W, 3], instead of their moments.
+
+    The step encodes them by frozen["vae"]. Each micro-batch on its own, so that no picture waits in memory.
+    """
+
+    def draw_without_moments(rng, batch):
+        b, height, width, _ = batch["image"].shape
+        down, channels = model.downscale, model.vae.config["latent_channels"]
+        shape = (b, height // down, width // down, 2 * channels)
+        return draw(rng, {"moments": jax.ShapeDtypeStruct(shape, jnp.float32)})
+
+    def loss_of_pictures(params, target, frozen, batch, draws):
+        moments = model.encode(frozen["vae"], to_float(batch["image"]))
+        return loss(params, target, frozen, batch | {"moments": moments}, draws)
+
+    return draw_without_moments, loss_of_pictures
+
+
+def encoder_alone(vae_params):
+    """The autoencoder's parameters without those that only decoding takes."""
+    return {name: tree for name, tree in vae_params.items() if name not in ("decoder", "post_quant_conv")}
+
+
+def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The teacher's configs with an input for the guidance weight and the scheduler that samples in a few steps.
+
+    Raises ValueError for a teacher that is a student already.
+    """
+    if teacher["unet"].get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
+        )
+    return dict(teacher) | {
+        "unet": teacher["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim},
+        "scheduler": lcm_scheduler(teacher["scheduler"], config.objective.num_ddim_steps),
+    }
+
+
+def encodes(config) -> bool:
+    """Whether steps encode their pictures themselves: shards are too many to wait for, unless data.cache is given."""
+    return config.data.source == "tar" and not config.data.cache
+
+
+def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> tuple[Callable, Callable]:
+    """(draw, loss) of the distillation, for the batches of this config's data."""
+    objective = config.objective
+    draw = partial(
+        lcd.draw,
+        num_ddim_steps=objective.num_ddim_steps,
+        w_min=objective.w_min,
+        w_max=objective.w_max,
+        empty_prompts=objective.empty_prompts,
+    )
+    loss = partial(
+        lcd.loss,
+        networks=lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents),
+        schedule=model.schedule,
+        num_ddim_steps=objective.num_ddim_steps,
+        kind=objective.distance,
+        huber_c=objective.huber_c,
+        weighting=objective.weighting,
+        own_share=objective.own_share,
+    )
+    return encoding(draw, loss, model) if encodes(config) else (draw, loss)
+
+
+def lcd_frozen(config, params: Mapping) -> dict:
+    """What of the teacher's parameters, by network, a step takes."""
+    kept = dict(params)
+    vae = kept.pop("vae")
+    return kept | ({"vae": encoder_alone(vae)} if encodes(config) else {})
+
+
+def lcd_job(config, workdir: Path) -> Job:
+    """Latent consistency distillation of the model `config.teacher`."""
+    teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
+    configs = student_configs(config, teacher.configs)
+    model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
+    # On the host from here on: what the devices hold is what the loop puts there.
+    teacher.params = jax.device_get(teacher.params)
+    frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
+    data = captioned(config, workdir)
+    if encodes(config):
+        source, threads = tar_shards.Tokenized(data.train, teacher.tokenize), min(8, os.cpu_count() or 2)
+    else:
+        threads = 2
+        source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, data.train, data.identity)
+
+    shown = data.captions(config.sample)
+    preview_student = Sampler(model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
+    preview_teacher = Sampler(teacher.model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
+    few = tuple(config.sample.student_steps)
+    teacher_row: list[np.ndarray] = []
+
+    def init():
+        # The student is the teacher with one input more, whose weights are zero: at first they agree for every w.
+        unet = jax.tree.map(lambda p: np.asarray(p, np.float32), teacher.params["unet"])
+        width = configs["unet"]["block_out_channels"][0]
+        projection = np.zeros((config.objective.guidance_embedding_dim, width), np.float32)
+        return {"unet": unet | {"time_embedding": unet["time_embedding"] | {"cond_proj": {"kernel": projection}}}}
+
+    def rows_of(student):
+        if not teacher_row:
+            steps = config.sample.teacher_steps
+            teacher_row.append(preview_teacher(frozen, "ddim", steps, config.sample.guidance_scale)[0])
+        params = frozen | student
+        return teacher_row + [preview_student(params, "lcm", n, config.sample.guidance_scale)[0] for n in few]
+
+    labels = [f"teacher, {config.sample.teacher_steps} steps", *(f"student, {n} step{'s' * (n > 1)}" for n in few)]
+
+    def preview(ema, path):
+        rows = rows_of(ema)
+        save_grid(rows, path, labels)
+        path.with_suffix(".txt").write_text("\n".join(shown) + "\n")
+        if data.score is None:
+            return {}
+        names = ["teacher", *(f"{n}_steps" for n in few)]
+        return {f"verifier/{k}": data.score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
+
+    def finish(ema, seconds):
+        path = workdir / "report.json"
+        if path.exists() and (workdir / "export" / "model_index.json").exists():
+            print(f"this run is complete: {workdir / 'export'}, {path}")
+            report.show(json.loads(path.read_text()))
+            return
+        if (workdir / "export").exists():  # left by a run that was stopped between its export and its report
+            shutil.rmtree(workdir / "export")
+        student = frozen | jax.device_get(ema)
+        stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
+        with folders.new_folder(workdir / "export") as folder:
+            folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", configs["scheduler"])
+        (workdir / "samples").mkdir(exist_ok=True)
+        save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
+
+        began = time.monotonic()
+        captions = data.captions(config.report)
+        encoder = jax.jit(
+            lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
+        )
+
+        vae, most = jax.device_put(frozen["vae"]), config.report.batch_size
+
+        def features(images):
+            parts = [images[i : i + most] for i in range(0, len(images), most)]
+            return np.concatenate([np.asarray(encoder(vae, np.stack(part))) for part in parts])
+
+        reference = moments(features([data.held_out[i]["image"] for i in range(config.report.reference)]))
+        figures, composition = {}, {}
+        for who, network, params, plan in [
+            ("teacher", teacher.model, frozen, config.report.teacher),
+            ("student", model, student, config.report.student),
+        ]:
+            print(f"{who}, {len(captions)} captions:")
+            sampler = Sampler(network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2)
+            draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
+            plan = plan.to_dict()
+            if data.unseen:
+                name, steps = next(iter(plan.items()))
+                unseen = sampler.of(data.unseen)
+                composition[who] = {name: {}}
+                for n in steps if who == "student" else steps[-1:]:
+                    images, _ = unseen(params, name, n, config.report.guidance_scale)
+                    composition[who][name][str(n)] = round(data.score(images, data.unseen)["overall"], 4)
+            figures[who] = report.figures_of(draw, plan, captions, features, reference, data.score, print)
+        result = (
+            figures
+            | ({"composition": {"captions": len(data.unseen)} | composition} if data.unseen else {})
+            | report.environment()
+            | {
+                "captions": len(captions),
+                "guidance_scale": config.report.guidance_scale,
+                "config_digest": config_digest(config.to_dict()),
+                "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
+            }
+        )
+        report.write(result, workdir)
+        report.show(result)
+        print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
+
+    draw_of_step, loss = lcd_functions(config, teacher.model, model)
+    return Job(
+        title="lcd",
+        init=init,
+        frozen=lcd_frozen(config, frozen) | {"empty_ids": teacher.tokenize([""])[0]},
+        draw=draw_of_step,
+        loss=loss,
+        batches=lambda step: loader.batches(
+            source, config.train.batch_size, seed=config.train.seed, first=step, threads=threads
+        ),
+        preview=preview,
+        finish=finish,
+    )
