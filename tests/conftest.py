@@ -10,12 +10,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; process
 MADE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lcm_jax-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", MADE or "")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most time goes into compiling what runs for a moment. The commands that tests start as processes are optimised.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_unconfigure():

@@ -78,14 +78,6 @@ def shrunk(name: str, teacher: Path, shards: str, **more):
     return config
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled():
-    """Two steps are not worth an optimised program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
