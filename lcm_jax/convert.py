@@ -2,14 +2,17 @@
 
     python -m lcm_jax.convert --input=runs/sd/export --output=lcm.safetensors --format=ldm
     python -m lcm_jax.convert --input=model.ckpt --output=model --format=diffusers --base=path/to/any/sd15/folder
+    python -m lcm_jax.convert --input=path/to/a/unet --output=model --format=diffusers --base=path/to/the/rest
     python -m lcm_jax.convert --input=runs/sd --output=student --format=diffusers --noema
     python -m lcm_jax.convert --input=style.safetensors --output=peft.safetensors --format=lora-peft --base=model
     python -m lcm_jax.convert --input=model --output=merged --format=diffusers --merge=style.safetensors:0.8
 
 It says what it found, reads and writes one tensor at a time, all or nothing, and reads the result back. A single file
 has no tokenizer, and does not tell how many heads its attention has: --base names a model in diffusers layout of the
-same shape to take them from. Of a LoRA it is the model that it belongs to, which kohya's names need. --merge adds LoRAs
-to what is written; the input stays as it was, so that unmerging is to use it again.
+same family to take them from. What the file tells, or an option gives, wins over the base. Of a folder or hub id that
+is one network (an LCM's UNet, an autoencoder) the base is the rest of the model. Of a LoRA it is the model that it
+belongs to, which kohya's names need. --merge adds LoRAs to what is written; the input stays as it was, so that
+unmerging is to use it again.
 Of a run it takes the newest checkpoint (--input=runs/sd/checkpoints/300 another): the EMA target, as exports do, or the
 student itself with --noema, or both in one file with --with_ema. --dry_run only says what it found.
 """
@@ -33,12 +36,18 @@ LORA_FORMATS = ("lora-kohya", "lora-peft")
 AVERAGES = "averaged unet"  # beside the components of a model: the EMA target, where the student is written with it
 FORMATS = ("diffusers", "ldm", "orbax", *LORA_FORMATS)
 INPUT = flags.DEFINE_string(
-    "input", None, "A folder in diffusers layout, a hub id, a shipped name, a .safetensors or .ckpt, a run's workdir."
+    "input",
+    None,
+    "A folder in diffusers layout (also of one network), a hub id, a shipped name, a .safetensors or "
+    ".ckpt, a run's workdir.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers, orbax) or .safetensors file (others) to write.")
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
 BASE = flags.DEFINE_string(
-    "base", None, "A model in diffusers layout: of the same shape, for its tokenizer and configs; or a LoRA's own."
+    "base",
+    None,
+    "A model in diffusers layout that gives what the input lacks: networks, the tokenizer, what a single "
+    "file does not tell of its configs; or the model that a LoRA belongs to.",
 )
 MERGE = flags.DEFINE_list("merge", [], "LoRA files to add, each FILE or FILE:WEIGHT, with commas between them.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "By default each tensor's own.")
@@ -53,25 +62,32 @@ WITH_EMA = flags.DEFINE_bool(
     "with_ema", False, "Write a run's student with its EMA target beside it, in one file of --format=ldm."
 )
 PREDICTION = flags.DEFINE_enum(
-    "prediction_type", None, ["epsilon", "v_prediction"], "What a single file of Stable Diffusion 2 predicts."
+    "prediction_type",
+    None,
+    ["epsilon", "v_prediction"],
+    "What the model predicts, whatever its input or the base says; a single file of Stable Diffusion 2 does not.",
 )
-SCALING = flags.DEFINE_float("scaling_factor", None, "Of the latents of a single file that is an autoencoder alone.")
+SCALING = flags.DEFINE_float("scaling_factor", None, "Of the latents, whatever the input or the base says.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write nothing.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.")
 
 
 def describe(model: "Model") -> dict[str, str]:
     """Prints what the model is; the digest of each component."""
+    from lcm_jax.weights.errors import plural
     from lcm_jax.weights.stored import outline_of
 
-    predicts = model.configs.get("scheduler", {}).get("prediction_type", "epsilon")
-    print(f"{INPUT.value}: {model.family}" + (f", predicts {predicts}" if "unet" in model.tensors else ""))
+    unknown = "what it predicts is not told" if model.family == "sd2" and model.guessed else "predicts epsilon"
+    told = model.configs.get("scheduler", {}).get("prediction_type")
+    predicts = f"predicts {told}" if told else unknown
+    print(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
     digests = digests_of(model.tensors, "reading")
     for name, tensors in model.tensors.items():
         outline = outline_of(tensors).values()
         count = sum(tensor.size for tensor in outline)
         dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
-        print(f"  {name}: {len(tensors)} tensors, {count:,} parameters, {dtypes}, sha256 {digests[name][:16]}")
+        size = f"{plural(len(tensors), 'tensor')}, {count:,} parameters, {dtypes}"
+        print(f"  {name}: {size}, sha256 {digests[name][:16]}")
     return digests
 
 
@@ -117,6 +133,9 @@ def convert_lora(path: Path) -> None:
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
+    of_models = (MERGE, COMPONENT, WITH_EMA, EMA, DTYPE, PREDICTION, SCALING)
+    if given := [f"--{flag.name}" for flag in of_models if flag.present]:
+        raise folders.ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
     found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
     print(f"{path}: a LoRA")
     for component, updates in found.updates.items():
@@ -131,8 +150,6 @@ def convert_lora(path: Path) -> None:
         raise folders.ModelError(
             f"{path} is a LoRA: write it with --format=lora-kohya or lora-peft, or add it to a model with --merge"
         )
-    if DTYPE.value is not None:
-        raise folders.ModelError("--dtype is for models: a LoRA keeps its own")
     tensors, metadata = (lora.to_kohya if FORMAT.value == "lora-kohya" else lora.to_peft)(found)
     digest = stored.digest(tensors)
     check = lambda file: verify({"the LoRA": digest}, {"the LoRA": file})  # noqa: E731
@@ -176,6 +193,7 @@ def write_file(
     """One file, whole or not at all; check(its tensors) raises ModelError where what was written does not read back."""
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import stored
+    from lcm_jax.weights.errors import unwritten
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,16 +208,15 @@ def write_file(
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        raise folders.ModelError(
-            f"writing {target} failed ({error}); what was there is untouched. Free some space"
-        ) from error
+        raise unwritten(target, error) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A model in one .safetensors file."""
-    from lcm_jax.weights import single_file
+    from lcm_jax.weights import single_file, single_file_configs
+    from lcm_jax.weights.stored import Tensors
 
     averages = model.tensors.get(AVERAGES)
     others = {name: tensors for name, tensors in model.tensors.items() if name != AVERAGES}
@@ -210,27 +227,30 @@ def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
             written = written | {AVERAGES: single_file.open_diffusers(file, model.family, ema=True)["unet"]}
         verify(digests, written)
 
-    write_file(model.tensors, single_file.open_ldm(others, model.family, averages), {}, target, check)
+    file = single_file.open_ldm(others, model.family, averages)
+    marks = single_file_configs.marks_of(model.configs.get("scheduler", {})) if "unet" in others else {}
+    tensors = Tensors(file.outline | marks, lambda key: marks[key] if key in marks else file[key])
+    write_file(model.tensors, tensors, {}, target, check)
 
 
 def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A diffusers folder, whole or not at all."""
-    from lcm_jax import stored_model
     from lcm_jax.models.stable_diffusion import StableDiffusion
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights.stored import outline_of
 
     if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
-        raise folders.ModelError(f"{INPUT.value} has no {', '.join(missing)}: a folder needs every component")
+        raise folders.ModelError(
+            f"{INPUT.value} has no {', '.join(missing)}, and a folder needs every component: name a model in diffusers "
+            "layout that has them with --base"
+        )
     if model.tokenizer is None:
-        if BASE.value is None:
-            raise folders.ModelError(
-                f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base"
-            )
-        stored_model.take_base(model, stored_model.read_folder(BASE.value, VARIANT.value))
+        raise folders.ModelError(
+            f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base"
+        )
     abstract = StableDiffusion.from_configs(model.configs).abstract_params()
-    for name, tree in abstract.items():
-        folders.to_params(name, outline_of(model.tensors[name]), tree, INPUT.value)  # raises where they do not fit
+    outlines = {name: outline_of(tensors) for name, tensors in model.tensors.items()}
+    folders.all_params(outlines, abstract, INPUT.value)  # raises where they do not fit
     with folders.new_folder(target, OVERWRITE.value) as folder:
         with progress("writing", model.tensors) as advance:
             for name, tensors in model.tensors.items():
@@ -247,12 +267,15 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
     from lcm_jax import stored_model
     from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import single_file_configs
+    from lcm_jax.weights.errors import unwritten
     from lcm_jax.weights.stored import size_of
 
-    if model.tokenizer is None and BASE.value is not None:
-        stored_model.take_base(model, stored_model.read_folder(BASE.value, VARIANT.value))
+    if model.guessed:
+        single_file_configs.complete(model.configs, model.family)
+    about = {"family": model.family, "configs": model.configs, "index": model.index, "guessed": sorted(model.guessed)}
     with folders.new_folder(target, OVERWRITE.value) as folder:
-        folders.write_json(folder / stored_model.CONFIGS, {"family": model.family, "configs": model.configs})
+        folders.write_json(folder / stored_model.CONFIGS, about)
         if model.tokenizer is not None:
             for name in ("tokenizer", "tokenizer_2"):
                 if (path := model.tokenizer.with_name(name)).is_dir():
@@ -264,9 +287,7 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
                 checkpoint.write_tree(folder / "checkpoints", tree)
                 advance(sum(map(size_of, model.tensors.values())))
         except checkpoint.CheckpointError as error:
-            raise folders.ModelError(
-                f"writing {target} failed ({error}); what was there is untouched. Free some space"
-            ) from error
+            raise unwritten(target, error) from error
         del tree  # it keeps the input mapped
         verify(digests, stored_model.read_orbax(folder).tensors)
 
@@ -295,8 +316,11 @@ def convert() -> None:
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
         raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
-    if WITH_EMA.value and (FORMAT.value != "ldm" or MERGE.value or stored_model.find_run(source) is None):
-        raise folders.ModelError("--with_ema writes a run to --format=ldm, without --merge; leave it out otherwise")
+    alone = FORMAT.value != "ldm" or MERGE.value or EMA.present or stored_model.find_run(source) is None
+    if WITH_EMA.value and alone:
+        raise folders.ModelError(
+            "--with_ema writes a run to --format=ldm, without --merge and --ema; leave it out otherwise"
+        )
     how = {
         "base": BASE.value, "variant": VARIANT.value, "prediction_type": PREDICTION.value,
         "scaling_factor": SCALING.value,

@@ -211,8 +211,7 @@ class Pipeline:
             configs[name], tensors[name] = folders.read_component(folder, name, variant)
         configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         abstract = StableDiffusion.from_configs(configs).abstract_params()
-        params = {n: folders.to_params(n, tensors[n], abstract[n], str(folder)) for n in tensors}
-        return cls(folder, configs, params, index, dtype)
+        return cls(folder, configs, folders.all_params(tensors, abstract, str(folder)), index, dtype)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
         """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.

@@ -16,7 +16,11 @@ MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat it for several prompts.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder that the pictures go to.")
-STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Network evaluations a picture: 1 to 50 for an LCM.")
+STEPS = flags.DEFINE_integer(
+    "num_inference_steps",
+    4,
+    "Network evaluations a picture; an LCM makes 1 to as many as its own grid has (shapes-lcm: 8).",
+)
 GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.")
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
 COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.")

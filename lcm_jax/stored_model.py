@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.diffusion.schedule import lcm_scheduler
+from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import naming, single_file, single_file_configs
 from lcm_jax.weights.errors import ModelError
@@ -34,6 +35,7 @@ class Model:
     tensors: dict[str, Mapping[str, np.ndarray]]  # of most inputs, each is read when it is asked for
     tokenizer: Path | None = None
     index: dict[str, Any] | None = None
+    guessed: frozenset[str] = frozenset()  # the options of its configs that a base knows better
 
 
 def read_model(
@@ -42,18 +44,32 @@ def read_model(
 ) -> Model:  # fmt: skip
     """The model that `name` is: a single file, a model or a run of orbax, a diffusers folder or a hub id.
 
-    base: the model that gives a run what it does not train; ema: whether the averaged weights are taken, None for what
-    the format has first; variant: of a folder's files; prediction_type, scaling_factor: what a single file may not
-    tell. Raises ModelError.
+    base: the model that gives what the input lacks: networks, the tokenizer, what the shapes do not tell; ema: whether
+    the averaged weights are taken, None for what the format has first; variant: of a folder's files; prediction_type,
+    scaling_factor: of what is read, whatever it or the base says. Raises ModelError.
     """
     path = Path(name)
     if path.is_file():
-        return read_file(name, bool(ema), prediction_type, scaling_factor)
-    if (path / CONFIGS).is_file():
-        return read_orbax(path)
-    if run := find_run(path):
-        return read_run(*run, base, ema is not False, variant)
-    return read_folder(name, variant)
+        model = read_file(name, bool(ema), prediction_type, scaling_factor)
+    elif run := None if (path / CONFIGS).is_file() else find_run(path):
+        model = read_run(*run, base, ema is not False, variant)
+    elif ema is not None:
+        raise ModelError(f"{name} has one set of weights: --ema and --noema are for runs and single files")
+    else:
+        model = read_orbax(path) if (path / CONFIGS).is_file() else read_folder(name, variant, alone=True)
+    if model.tokenizer is None and base is not None:
+        take_base(model, read_folder(base, variant))
+    if not model.family:
+        part = next(iter(model.tensors))
+        raise ModelError(f"{name} is a {part} alone: name the model that it belongs to with --base")
+    for part, option, value in (
+        ("scheduler", "prediction_type", prediction_type), ("vae", "scaling_factor", scaling_factor),
+    ):  # fmt: skip
+        if value is not None:
+            if part not in model.configs:
+                raise ModelError(f"{option} is given, but {name} tells nothing of a {part}: leave it out")
+            model.configs[part] = model.configs[part] | {option: value}
+    return model
 
 
 def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -72,12 +88,15 @@ def read_file(name: str, ema: bool, prediction_type: str | None, scaling_factor:
     outline = outline_of(tensors)
     family = single_file.recognise(outline)
     configs = single_file_configs.configs_of(outline, family, prediction_type, scaling_factor)
-    return Model(name, family, configs, single_file.open_diffusers(tensors, family, ema))
+    parts = single_file.open_diffusers(tensors, family, ema)
+    return Model(name, family, configs, parts, guessed=single_file_configs.GUESSED)
 
 
-def read_folder(name: str, variant: str | None = None) -> Model:
-    """A diffusers folder, a shipped name or a hub id."""
-    folder = folders.locate(name, variant)
+def read_folder(name: str, variant: str | None = None, alone: bool = False) -> Model:
+    """A diffusers folder, a shipped name or a hub id. alone: one network will do, without the rest of the model."""
+    folder = folders.locate(name, variant, alone)
+    if not (folder / "model_index.json").is_file():
+        return read_network(name, folder, variant)
     index = folders.read_index(folder)
     configs, tensors = {"model_index": index}, {}
     for part in folders.networks_of(index):
@@ -85,6 +104,18 @@ def read_folder(name: str, variant: str | None = None) -> Model:
         tensors[part] = modern(part, stored)
     configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
     return Model(name, family_of(configs), configs, tensors, folder / "tokenizer", index)
+
+
+def read_network(name: str, folder: Path, variant: str | None = None) -> Model:
+    """One network that is published alone. Raises ModelError for a kind that is in no model."""
+    config = folders.read_json(folder / "config.json")
+    kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    part = next((part for part in folders.NETWORKS if kind in folders.CLASSES[part][1]), None)
+    if part is None:
+        kinds = ", ".join(kind for part in folders.NETWORKS for kind in folders.CLASSES[part][1])
+        raise ModelError(f"{folder / 'config.json'} is of the class {kind!r}; only {kinds} are supported")
+    tensors = modern(part, folders.open_tensors(folder, folders.FILES[part], variant))
+    return Model(name, "vae" if part == "vae" else "", {part: config}, {part: tensors})
 
 
 def modern(component: str, tensors: Tensors) -> Tensors:
@@ -95,24 +126,48 @@ def modern(component: str, tensors: Tensors) -> Tensors:
 
 
 def take_base(model: Model, base: Model) -> None:
-    """What a single file does not tell comes from `base`: the tokenizer, heads, groups of the norms, the scaling.
+    """What a single file or one network does not tell comes from `base`: other networks, the tokenizer, heads, ...
 
-    Raises ModelError where the two are of different families.
+    What it tells stays. Raises ModelError where the two are of different families.
     """
-    if base.family != model.family:
+    if model.family not in (base.family, "vae", ""):
         raise ModelError(
             f"--base={base.name} is {base.family} and {model.name} {model.family}; name a base of the same family"
         )
-    guided = {"time_cond_proj_dim": model.configs["unet"].get("time_cond_proj_dim")}
-    channels = {"in_channels": model.configs["unet"]["in_channels"]}
-    model.tokenizer = base.tokenizer
-    model.configs |= {name: base.configs[name] for name in model.tensors if name in base.configs}
-    model.configs["unet"] = base.configs["unet"] | guided | channels
-    kinds = {one.configs["scheduler"]["_class_name"] for one in (model, base)}
-    if "LCMScheduler" in kinds and len(kinds) > 1:  # a student beside its teacher: only the prediction is shared
-        model.configs["scheduler"]["prediction_type"] = base.configs["scheduler"].get("prediction_type", "epsilon")
+    configs = dict(base.configs)
+    for part in model.tensors:
+        theirs = base.configs.get(part, {})
+        own = model.configs.get(part, theirs)  # a run of an autoencoder has none
+        alike = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
+        told = {option: value for option, value in own.items() if option not in model.guessed}
+        configs[part] = theirs | told if model.guessed and alike else own
+    guided = configs["unet"].get("time_cond_proj_dim") is not None
+    configs["scheduler"] = scheduler_beside(model.configs.get("scheduler", {}), base.configs["scheduler"], guided)
+    classes = {
+        part: ["diffusers", configs[part]["_class_name"]] for part in ("unet", "vae") if "_class_name" in configs[part]
+    }
+    if model.family != base.family:
+        StableDiffusion.from_configs(configs)  # raises where the networks belong to different models
+    same = configs["scheduler"]["_class_name"] == base.configs["scheduler"]["_class_name"]
+    model.index = base.index | classes if same else None
+    model.family, model.configs, model.tokenizer = base.family, configs, base.tokenizer
+    model.tensors, model.guessed = base.tensors | model.tensors, frozenset()
+
+
+def scheduler_beside(own: Mapping[str, Any], theirs: Mapping[str, Any], guided: bool) -> dict[str, Any]:
+    """The scheduler of a model that tells `own` of it (nothing: {}), and of which `theirs` is the base's.
+
+    guided: the UNet takes the weight of guidance, so that it is an LCM's; the base is then its teacher, or another LCM.
+    """
+    student = theirs["_class_name"] == "LCMScheduler"
+    if guided and not student:
+        scheduler = lcm_scheduler(theirs, single_file_configs.LCM["original_inference_steps"])
+    elif student and own and not guided:
+        scheduler = own | {"prediction_type": theirs.get("prediction_type", "epsilon")}
     else:
-        model.configs["scheduler"] = base.configs["scheduler"]
+        scheduler = theirs
+    told = {option: own[option] for option in ("prediction_type", "rescale_betas_zero_snr") if option in own}
+    return {"prediction_type": "epsilon"} | dict(scheduler) | told
 
 
 # ---- orbax ----------------------------------------------------------------------------------------------------------
@@ -177,7 +232,7 @@ def read_orbax(folder: Path) -> Model:
     tokenizer = folder / "tokenizer"
     return Model(
         str(folder), described["family"], described["configs"], tensors, tokenizer if tokenizer.is_dir() else None,
-        described["configs"].get("model_index"),
+        described.get("index"), frozenset(described.get("guessed", ())),
     )  # fmt: skip
 
 

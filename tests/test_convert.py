@@ -109,11 +109,13 @@ def test_folder_to_file_to_folder_is_the_same_bits(model, single, tmp_path):
     assert_same(load_file(single), load_file(tmp_path / "again.safetensors"))
 
 
-def test_a_pickled_checkpoint_gives_the_same_bits(single, tmp_path):
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin"])
+def test_a_pickled_checkpoint_gives_the_same_bits(single, tmp_path, ending):
     torch = pytest.importorskip("torch")
     state = {key: torch.from_numpy(value) for key, value in load_file(single).items()}
-    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "model.ckpt")
-    done = convert(f"--input={tmp_path / 'model.ckpt'}", f"--output={tmp_path / 'm.safetensors'}", "--format=ldm")
+    source = tmp_path / f"model{ending}"
+    torch.save({"state_dict": state, "global_step": 3}, source)
+    done = convert(f"--input={source}", f"--output={tmp_path / 'm.safetensors'}", "--format=ldm")
     assert done.returncode == 0, done.stderr
     assert_same(load_file(single), load_file(tmp_path / "m.safetensors"))
 
@@ -123,6 +125,7 @@ def test_one_component_in_half_precision(model, tmp_path):
     done = convert(f"--input={model}", f"--output={target}", "--format=ldm", "--component=unet", "--dtype=float16")
     assert done.returncode == 0, done.stderr
     tensors = load_file(target)
+    assert tensors.pop("v_pred").size == 0
     assert {value.dtype.name for value in tensors.values()} == {"float16"}
     assert all(key.startswith("model.diffusion_model.") for key in tensors)
 
@@ -138,6 +141,9 @@ def test_what_is_there_stays(model, tmp_path):
     target.write_bytes(b"mine")
     done = convert(f"--input={model}", f"--output={target}", "--format=ldm")
     assert done.returncode == 1 and "exists already" in done.stderr and target.read_bytes() == b"mine"
+    for name in ("diffusers", "orbax"):
+        done = convert(f"--input={model}", f"--output={model}", f"--format={name}")
+        assert done.returncode == 1 and "exists already" in done.stderr and "pass --overwrite" in done.stderr
     done = convert(f"--input={model}", f"--output={target}", "--format=ldm", "--overwrite")
     assert done.returncode == 0 and len(load_file(target)) > 100
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -153,7 +159,9 @@ def test_what_is_there_stays(model, tmp_path):
         (["--input=M", "--output=W/a", "--format=onnx"], "diffusers|ldm"),
         (["--input=M", "--format=ldm"], "--output is missing"),
         (["--input=U", "--output=W/a", "--format=diffusers"], "looked for"),
-        (["--input=O", "--output=W/o.safetensors", "--format=ldm", "--dtype=float16"], "1 tensors overflow in float16"),
+        (["--input=O", "--output=W/o.safetensors", "--format=ldm", "--dtype=float16"], "1 tensor overflows in float16"),
+        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--ema"], "has one set of weights: --ema"),
+        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--noema"], "has one set of weights: --ema"),
     ],
 )
 def test_a_mistake_is_an_error_and_writes_nothing(arguments, message, model, single, tmp_path):
@@ -181,6 +189,106 @@ def test_the_guidance_input_of_a_student_survives(tmp_path):
     assert_same(tensors_of(folders.locate("shapes-lcm")), tensors_of(tmp_path / "back"))
     config = json.loads((tmp_path / "back" / "unet" / "config.json").read_text())
     assert config["time_cond_proj_dim"] == 256
+
+
+# ---- what a base gives, and what it does not ------------------------------------------------------------------------
+
+
+def json_of(folder: Path, part: str) -> dict:
+    return json.loads((folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")).read_text())
+
+
+def unmarked(file: Path, target: Path) -> Path:
+    """A file as most are: without the key that tells that it predicts velocity."""
+    tensors = load_file(file)
+    assert tensors.pop("v_pred").size == 0
+    save_file(tensors, target)
+    return target
+
+
+@pytest.mark.parametrize("first", ["ldm", "orbax"])
+def test_what_is_given_or_told_wins_over_the_base_and_the_base_over_a_guess(first, single, model, tmp_path):
+    noise = Path(shutil.copytree(model, tmp_path / "noise"))
+    scheduler = json_of(noise, "scheduler") | {"prediction_type": "epsilon"}
+    (noise / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    sources = {"told": single, "silent": unmarked(single, tmp_path / "silent.safetensors")}
+    if first == "orbax":
+        for name, source in sources.items():
+            sources[name] = tmp_path / f"{name} orbax"
+            assert_done(convert(f"--input={source}", f"--output={sources[name]}", "--format=orbax"))
+    cases = [
+        ("told", noise, [], "v_prediction", 0.5), ("silent", model, [], "v_prediction", 0.5),
+        ("told", model, ["--prediction_type=epsilon", "--scaling_factor=0.25"], "epsilon", 0.25),
+        ("silent", noise, ["--prediction_type=v_prediction"], "v_prediction", 0.5),
+    ]  # fmt: skip
+    for source, base, more, predicts, scale in cases[: 2 if first == "orbax" else 4]:
+        arguments = [f"--input={sources[source]}", f"--output={tmp_path / 'out'}", "--format=diffusers", "--overwrite"]
+        done = convert(*arguments, f"--base={base}", *more)
+        assert_done(done)
+        assert f"sd1, predicts {predicts}\n" in done.stdout, "what it says is what it writes"
+        assert json_of(tmp_path / "out", "scheduler")["prediction_type"] == predicts
+        assert json_of(tmp_path / "out", "vae")["scaling_factor"] == scale
+        assert_same(tensors_of(tmp_path / "out"), tensors_of(model))
+
+
+def test_a_file_of_stable_diffusion_2_is_told_what_it_predicts_where_it_matters(model, tmp_path):
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    text = json_of(base, "text_encoder") | {"hidden_act": "gelu"}  # which makes it one of these
+    (base / "text_encoder" / "config.json").write_text(json.dumps(text))
+    file, again, out = tmp_path / "sd2.safetensors", tmp_path / "again.safetensors", tmp_path / "out"
+    assert_done(convert(f"--input={base}", f"--output={file}", "--format=ldm"))
+    unmarked(file, file)
+    done = convert(f"--input={file}", f"--output={again}", "--format=ldm")
+    assert_done(done)
+    assert "sd2, what it predicts is not told" in done.stdout
+    assert_same(load_file(file), load_file(again))
+    assert_done(convert(f"--input={file}", f"--output={out}", "--format=diffusers", f"--base={base}"))
+    assert json_of(out, "scheduler") == json_of(base, "scheduler")
+    done = convert(f"--input={file}", f"--output={tmp_path / 'orbax'}", "--format=orbax")
+    assert done.returncode == 1 and "prediction_type is needed" in done.stderr and not (tmp_path / "orbax").exists()
+    arguments = [f"--input={file}", f"--output={tmp_path / 'orbax'}", "--format=orbax", "--prediction_type=epsilon"]
+    assert_done(convert(*arguments))
+
+
+def test_one_network_takes_the_place_of_the_bases(model, tmp_path):
+    student = state_at(7, model)
+    config = {**tiny_model.UNET, "_class_name": "UNet2DConditionModel", "time_cond_proj_dim": 24}
+    folders.write_component(tmp_path, "unet", config, student.params["unet"])
+    done = convert(f"--input={tmp_path / 'unet'}", f"--output={tmp_path / 'out'}", "--format=diffusers")
+    assert done.returncode == 1 and "is a unet alone: name the model that it belongs to with --base" in done.stderr
+    arguments = [f"--input={tmp_path / 'unet'}", f"--base={model}"]
+    assert_done(convert(*arguments, f"--output={tmp_path / 'out'}", "--format=diffusers"))
+    rest = {key: tensor for key, tensor in tensors_of(model).items() if not key.startswith("unet/")}
+    assert_same(tensors_of(tmp_path / "out"), rest | unet_of(student.params))
+    pipe = Pipeline.from_pretrained(tmp_path / "out")
+    assert pipe.sampler == "lcm" and pipe.model.guidance_embedding_dim == 24
+    assert pipe.index["_class_name"] == "LatentConsistencyModelPipeline"
+    assert json_of(tmp_path / "out", "scheduler")["prediction_type"] == "v_prediction"
+    done = convert(arguments[0], "--base=shapes", f"--output={tmp_path / 'm.safetensors'}", "--format=ldm")
+    assert done.returncode == 1 and "they belong to different models" in done.stderr
+    assert_done(convert(*arguments, f"--output={tmp_path / 'm.safetensors'}", "--format=ldm"))
+    assert any(key.startswith("cond_stage_model.") for key in load_file(tmp_path / "m.safetensors"))
+
+
+def test_an_autoencoder_alone_and_beside_a_base(model, tmp_path):
+    vae = {key: tensor + 1 for key, tensor in folders.read_component(model, "vae")[1].items()}
+    config = json_of(model, "vae") | {"_class_name": "AutoencoderKL", "scaling_factor": 0.125}
+    folders.write_tensors(tmp_path, "vae", config, vae)
+    file = tmp_path / "vae.safetensors"
+    assert_done(convert(f"--input={tmp_path / 'vae'}", f"--output={file}", "--format=ldm"))
+    assert "decoder.conv_in.weight" in load_file(file)
+    for source, scale in [(tmp_path / "vae", 0.125), (file, 0.5)]:  # the file does not tell it, and the base does
+        out = tmp_path / f"of {source.name}"
+        assert_done(convert(f"--input={source}", f"--output={out}", "--format=diffusers", f"--base={model}"))
+        rest = {key: tensor for key, tensor in tensors_of(model).items() if not key.startswith("vae/")}
+        assert_same(tensors_of(out), rest | {f"vae/{key}": tensor for key, tensor in vae.items()})
+        assert json_of(out, "vae")["scaling_factor"] == scale
+
+
+def test_a_network_of_another_kind_is_named(tmp_path):
+    folders.write_tensors(tmp_path, "unet", {"_class_name": "ControlNetModel"}, {"a": np.zeros(3, np.float32)})
+    done = convert(f"--input={tmp_path / 'unet'}", "--dry_run")
+    assert done.returncode == 1 and "is of the class 'ControlNetModel'; only UNet2DConditionModel" in done.stderr
 
 
 # ---- every pair of formats ------------------------------------------------------------------------------------------
@@ -360,6 +468,51 @@ def test_a_run_whose_teacher_is_gone_wants_a_base(workdir, model, tmp_path):
     assert_done(convert(f"--input={copy}", f"--output={tmp_path / 'o.safetensors'}", "--format=ldm", f"--base={model}"))
 
 
+# ---- in a process of its own, of which something is changed before it begins -----------------------------------------
+
+
+def alone(before: str, *arguments: str) -> subprocess.CompletedProcess:
+    code = f"import sys; {before}\nfrom lcm_jax import convert; sys.argv = {['convert', *arguments]!r}; convert.run()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+DAMAGE = """
+from lcm_jax.weights import diffusers_folder, stored
+from lcm_jax.training import checkpoint
+write, write_tree = stored.write_safetensors, checkpoint.write_tree
+
+def damaged(path, *rest, **how):
+    write(path, *rest, **how)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+def other(folder, tree):
+    tree["unet"]["conv_in"]["bias"] = tree["unet"]["conv_in"]["bias"] + 1
+    write_tree(folder, tree)
+
+stored.write_safetensors = diffusers_folder.write_safetensors = damaged
+checkpoint.write_tree = other
+"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_reads_back_as_other_numbers_is_not_kept(name, model, tmp_path):
+    target = tmp_path / ("m.safetensors" if name == "ldm" else "m")
+    done = alone(DAMAGE, f"--input={model}", f"--output={target}", f"--format={name}")
+    assert done.returncode == 1 and "reads back as other numbers than were written; nothing was kept" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_it_converts_without_torch(model, single, tmp_path):
+    done = alone(
+        "sys.modules['torch'] = None", f"--input={single}", f"--output={tmp_path / 'm'}", "--format=diffusers",
+        f"--base={model}",
+    )  # fmt: skip
+    assert_done(done)
+    assert_same(tensors_of(tmp_path / "m"), tensors_of(model))
+
+
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 
@@ -370,10 +523,8 @@ def test_a_disk_that_fills_leaves_what_was_there(name, formats, model, tmp_path)
     (shutil.copy if name == "ldm" else shutil.copytree)(formats[name], target)
     files = lambda: {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}  # noqa: E731
     before = files()
-    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from lcm_jax import convert; "
-    arguments = ["convert", f"--input={model}", f"--output={target}", f"--format={name}", "--overwrite"]
-    command = [sys.executable, "-c", f"{small}import sys; sys.argv = {arguments!r}; convert.run()"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    done = alone(small, f"--input={model}", f"--output={target}", f"--format={name}", "--overwrite")
     assert done.returncode == 1 and done.stderr.count("error:") == 1, done.stderr
     assert f"writing {target} failed" in done.stderr and "what was there is untouched. Free some space" in done.stderr
     assert files() == before and len(list(tmp_path.iterdir())) == 1
@@ -432,6 +583,10 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
         (("--input={style}", "--format=lora-peft", "--base=shapes"), "to a text of width 16, the model to 128"),
         (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA: write it with --format=lora-kohya"),
         (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--merge={style}"), "leave out --merge"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--component=unet"), "leave out --component"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--with_ema"), "leave out --with_ema"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--dtype=float16"), "leave out --dtype"),
         (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),
     ],
 )

@@ -23,7 +23,7 @@ LOCATE = """
 import sys
 from lcm_jax.weights import diffusers_folder as folders
 try:
-    print(folders.locate(sys.argv[1], *sys.argv[2:]))
+    print(folders.locate(sys.argv[1], *sys.argv[2:]))  # variant, alone
 except folders.ModelError as error:
     sys.exit(f"ModelError: {error}")
 """
@@ -46,7 +46,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(model):
-    """(address, paths asked for) of a hub with one public model, one gated, and no other."""
+    """(address, paths asked for) of a hub with one public model, its UNet alone, one gated, and no other."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -62,23 +62,24 @@ def server(model):
         def do_GET(self):
             asked.append(self.path.split("?")[0])
             path = asked[-1].removeprefix("/api/models").strip("/").split("/")
-            names = sorted(str(p.relative_to(model)) for p in model.rglob("*") if p.is_file())
+            root = model / "unet" if path[:2] == ["org", "unet"] else model
+            names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
             if path[:2] == ["org", "gated"]:
                 return self.answer(b"", 403, X_Error_Code="GatedRepo")
-            if path[:2] != ["org", "name"]:
+            if path[:2] not in (["org", "name"], ["org", "unet"]):
                 return self.answer(b"", 404, X_Error_Code="RepoNotFound")
             if path[2:3] == ["revision"] and path[3] not in ("main", COMMIT):
                 return self.answer(b"", 404, X_Error_Code="RevisionNotFound")
             if path[2:3] == ["tree"]:
                 entries = [
-                    {"type": "file", "path": n, "size": (model / n).stat().st_size, "oid": n.encode().hex()}
+                    {"type": "file", "path": n, "size": (root / n).stat().st_size, "oid": n.encode().hex()}
                     for n in names
                 ]
                 return self.answer(json.dumps(entries).encode(), Content_Type="application/json")
             if path[2:3] == ["resolve"]:
                 name = "/".join(path[4:])
-                return self.answer((model / name).read_bytes(), ETag=f'"{name.encode().hex()}"', X_Repo_Commit=COMMIT)
-            about = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                return self.answer((root / name).read_bytes(), ETag=f'"{name.encode().hex()}"', X_Repo_Commit=COMMIT)
+            about = {"id": "/".join(path[:2]), "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
             return self.answer(json.dumps(about).encode(), Content_Type="application/json")
 
         do_HEAD = do_GET
@@ -131,6 +132,27 @@ def test_only_what_is_read_is_fetched_and_then_read_without_a_network(model, ser
     assert {path.name for path in (Path(half.stdout.strip()) / "unet").glob("*.safetensors")} == {
         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
     }  # fmt: skip
+
+
+def test_one_network_is_fetched_where_it_will_do(server, tmp_path):
+    home = tmp_path / "home"
+    done = locate(home, "org/unet", HF_ENDPOINT=server[0])
+    assert done.returncode == 1 and "ModelError: org/unet is one network, and a folder" in done.stderr, done.stderr
+    assert "--input=org/unet --output=DIR --format=diffusers --base=BASE" in done.stderr
+    assert not list(home.rglob("*.safetensors"))
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = locate(home, "org/unet", "", "alone", HF_ENDPOINT=server[0], **environment)
+        assert done.returncode == 0, done.stderr
+        assert files_of(Path(done.stdout.strip())) == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_a_cache_that_cannot_be_written_is_not_a_hub_that_cannot_be_reached(server, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "hub").write_text("a file")
+    done = locate(tmp_path / "home", "org/name", HF_ENDPOINT=server[0])
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ModelError: org/name cannot be fetched into the cache {tmp_path / 'home' / 'hub'}: [Errno")
+    assert "Traceback" not in done.stderr and "reached" not in last
 
 
 @pytest.mark.parametrize(

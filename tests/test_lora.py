@@ -125,8 +125,11 @@ def test_merging_adds_every_adapter_at_its_weight_and_leaves_the_model():
     for key, tensor in model["unet"].items():
         assert tensor.tobytes() == before[key].tobytes()
     half = {"unet": {key: tensor.astype(np.float16) for key, tensor in model["unet"].items()}}
-    with pytest.raises(ModelError, match="overflows in float16"):
+    with pytest.raises(ModelError, match=r"5 tensors overflow in float16: (unet\.\S+,? ?){5}; give the LoRA a smaller"):
         loras.merge(half | {"text_encoder": model["text_encoder"]}, [(lora, 1e6)])
+    one = LoRA({"unet": {f"{CROSS}.to_q": lora.updates["unet"][f"{CROSS}.to_q"]}}, {})
+    with pytest.raises(ModelError, match=rf"1 tensor overflows in float16: unet.{CROSS}.to_q.weight; give"):
+        loras.merge(half, [(one, 1e6)])
 
 
 # ---- what cannot be read --------------------------------------------------------------------------------------------

@@ -166,11 +166,55 @@ def archive(folder, code, compression=zipfile.ZIP_STORED, **members):
     return folder / "m.pt"
 
 
-def test_a_lightning_object_is_refused_by_name(tmp_path):
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    code = b"\x80\x02}" + part("callbacks") + f"c{name}\nModelCheckpoint\n".encode() + b"s."
-    with pytest.raises(ModelError, match=f"asks for {name}.ModelCheckpoint"):
-        read_pickle(archive(tmp_path, code))
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def lightning(module, name, after=b""):
+    """A checkpoint as Lightning wrote them: {"callbacks": {the class: {"best": 1}}, "w": tensor}."""
+    callbacks = b"}" + f"c{module}\n{name}\n".encode() + after + part({"best": 1}) + b"s"
+    return b"\x80\x02}" + part("callbacks") + callbacks + b"s" + entry()[3:]
+
+
+@pytest.fixture
+def victim(tmp_path, monkeypatch):
+    """Is there when the module that a checkpoint names was imported."""
+    folder = tmp_path / "pytorch_lightning" / "callbacks"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text(f"open({str(tmp_path / 'victim')!r}, 'w').close()")
+    (folder / "model_checkpoint.py").write_text("class ModelCheckpoint: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "victim"
+
+
+def test_the_class_of_a_lightning_callback_is_read_as_its_name(tmp_path, victim):
+    path = archive(tmp_path, lightning(LIGHTNING, "ModelCheckpoint"))
+    np.testing.assert_equal(read_pickle(path), {"w": np.arange(4, dtype=np.float32)})
+    assert not victim.exists() and not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+@pytest.mark.parametrize(
+    "module, name", [(LIGHTNING, "os"), (f"{LIGHTNING}.ModelCheckpoint", "x"), ("pytorch_lightning.trainer", "Trainer"),
+                     ("pytorch_lightning.callbacks", "Callback")]
+)  # fmt: skip
+def test_other_names_of_lightning_are_refused(tmp_path, victim, module, name):
+    with pytest.raises(ModelError, match=f"asks for {module}.{name}, which is no part of a state dict"):
+        read_pickle(archive(tmp_path, lightning(module, name)))
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "after, message",
+    [
+        (b")R", "'str' object is not callable"),  # a call of the class
+        (b")\x81", "NEWOBJ"),
+        (part({"__class__": 1}) + b"b", "attribute"),
+    ],
+)
+def test_the_name_of_a_callback_cannot_be_used(tmp_path, victim, after, message):
+    with pytest.raises(ModelError, match=message):
+        read_pickle(archive(tmp_path, lightning(LIGHTNING, "ModelCheckpoint", after)))
+    assert not victim.exists()
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,12 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
         with pytest.raises(ValueError, match=message):
             lcm_jax.Pipeline.from_pretrained(changed(part, **options))
 
+    folder = changed("unet/config.json", block_out_channels=[16, 16])
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 300}))
+    with pytest.raises(ModelError, match="(?s)unet of .*another shape.*! conv_.*text_encoder of .*! text_model"):
+        lcm_jax.Pipeline.from_pretrained(folder)
+
     folder = changed("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler")
     with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; choose the sampler: lcm, ddim, dpm"):
         lcm_jax.Pipeline.from_pretrained(folder)(PROMPT)

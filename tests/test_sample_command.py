@@ -100,6 +100,7 @@ def test_help_ends_with_an_example_and_needs_no_jax():
     assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
     assert "--lora=style.safetensors:0.8,other.safetensors" in last[2]
     assert "--image=photo.png --mask_image=mask.png" in last[4]
+    assert "1 to 50" not in result.stdout and "shapes-lcm: 8" in result.stdout
     code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert imported.stdout == f"False {lcm_jax.__version__}\n"
@@ -127,6 +128,22 @@ def test_mistakes_are_one_line(arguments, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(run(*arguments), *parts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "style.safetensors", "run"])
+def test_what_is_no_folder_of_diffusers_says_how_to_make_one(tmp_path, name):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / name).touch()
+    result = run(f"--model={tmp_path / name}", "--prompt=a", f"--output={tmp_path / 'pictures'}")
+    fails(result, f"{tmp_path / name} is ", f"python -m lcm_jax.convert --input={tmp_path / name} --output=DIR")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_it_draws_without_torch(model, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from lcm_jax import sample; sample.run()"
+    command = [sys.executable, "-c", code, f"--model={model}", "--prompt=a red circle", STEPS, f"--output={tmp_path}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0 and (tmp_path / "000.png").is_file(), result.stderr
 
 
 @pytest.mark.parametrize("steps", [0, 51])

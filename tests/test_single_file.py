@@ -17,11 +17,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.stored_model import Model, read_file, take_base
 from lcm_jax.weights import single_file
-from lcm_jax.weights.diffusers_folder import ModelError, to_params
+from lcm_jax.weights.diffusers_folder import ModelError, all_params, to_params
 from lcm_jax.weights.pickles import read_pickle
 from lcm_jax.weights.single_file import open_diffusers, open_ldm, recognise, to_diffusers, to_ldm
-from lcm_jax.weights.single_file_configs import configs_of
+from lcm_jax.weights.single_file_configs import complete, configs_of
 from lcm_jax.weights.stored import Tensors
 
 CLASSES = {
@@ -339,16 +340,55 @@ def test_the_configs_of_small_models_fit_their_weights(name):
 
 def test_the_scheduler():
     scheduler = lambda name, *a, **extra: configs_of(published(name)[0] | extra, family_of(name), *a)["scheduler"]  # noqa: E731
-    assert scheduler("sd1")["_class_name"] == "DDIMScheduler" and scheduler("sd1")["prediction_type"] == "epsilon"
+    assert scheduler("sd1")["_class_name"] == "DDIMScheduler" and "prediction_type" not in scheduler("sd1")
     assert scheduler("sd1", "v_prediction")["prediction_type"] == "v_prediction"
     assert scheduler("sd1 guided")["_class_name"] == "LCMScheduler"
     assert scheduler("sdxl")["_class_name"] == "EulerDiscreteScheduler"
     marked = scheduler("sdxl", v_pred=np.zeros(0), ztsnr=np.zeros(0))
     assert marked["prediction_type"] == "v_prediction" and marked["rescale_betas_zero_snr"] is True
     with pytest.raises(ModelError, match="prediction_type is needed: .*'v_prediction' for.*'epsilon' for"):
-        scheduler("sd2")
+        complete({"scheduler": scheduler("sd2")}, "sd2")
+    for family in ("sd1", "sdxl"):
+        complete({"scheduler": scheduler(family)}, family)
     with pytest.raises(ModelError, match="prediction_type is 'velocity'; choose epsilon or v_prediction"):
         scheduler("sd2", "velocity")
+
+
+def with_base(tmp_path, name: str, base: Mapping, scheduler: Mapping, **extra) -> Model:
+    """The model of a file beside a base of these configs."""
+    save_file(to_ldm(components(name), family_of(name)) | extra, tmp_path / "m.safetensors")
+    model = read_file(str(tmp_path / "m.safetensors"), False, None, None)
+    configs = dict(base) | {"scheduler": dict(scheduler), "model_index": {}}
+    take_base(model, Model("base", family_of(name), configs, {}, tmp_path / "tokenizer", {"_class_name": "Base"}))
+    return model
+
+
+def test_what_the_file_tells_stays_and_what_it_guesses_is_the_bases(tmp_path):
+    euler, ddim = FAMILIES["sdxl"]["scheduler"], FAMILIES["sd21-768"]["scheduler"]
+    marks = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
+    found = with_base(tmp_path, "sdxl", XL, euler, **marks).configs["scheduler"]
+    assert found == euler | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert with_base(tmp_path, "sdxl", XL, euler).configs["scheduler"] == euler
+    for name, base in (("sd1", SD1), ("sd2", SD2)):  # of these two the file says nothing
+        assert with_base(tmp_path, name, base, ddim).configs["scheduler"] == ddim
+    heads = SD1 | {"unet": SD1["unet"] | {"attention_head_dim": 4, "norm_num_groups": 16, "sample_size": 40}}
+    heads["vae"] = VAE | {"scaling_factor": 0.5}
+    found = with_base(tmp_path, "sd1", heads, ddim)
+    assert found.configs["unet"].items() >= heads["unet"].items() and found.configs["vae"]["scaling_factor"] == 0.5
+    assert found.index["_class_name"] == "Base" and not found.guessed
+
+
+@pytest.mark.parametrize(
+    "name, base", [("sdxl without a middle's attention", XL), ("sdxl", SMALL["sdxl without a middle's attention"]),
+                   ("sd1 inpainting", SD1), ("sd1 guided", SD1)]
+)  # fmt: skip
+def test_the_networks_are_the_files_where_the_base_has_others(tmp_path, name, base):
+    family = family_of(name)
+    model = with_base(tmp_path, name, base, FAMILIES["sdxl" if family == "sdxl" else "sd15"]["scheduler"])
+    abstract = StableDiffusion.from_configs(model.configs).abstract_params()
+    assert all_params(model.tensors, abstract).keys() == base.keys()
+    lcm = model.configs["scheduler"]["_class_name"] == "LCMScheduler"
+    assert lcm == ("guided" in name) == (model.index is None)
 
 
 def test_a_shape_that_is_missing_or_in_no_config():
@@ -407,7 +447,7 @@ def test_an_autoencoder_alone(prefix):
     assert config.keys() == {"vae"} and config["vae"]["scaling_factor"] == 0.13025
     assert config["vae"]["block_out_channels"] == [32, 32, 64, 64]
     with pytest.raises(ModelError, match="scaling_factor is needed: .*0.18215 .*0.13025"):
-        configs_of(file, "vae")
+        complete(configs_of(file, "vae"), "vae")
 
 
 def test_a_unet_alone():

@@ -1,6 +1,8 @@
 """Files of diffusers and transformers to parameter trees and back."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 
@@ -271,6 +273,8 @@ def test_a_missing_file_a_missing_variant_and_broken_json(copy):
     shutil.rmtree(copy / "vae")
     with pytest.raises(ModelError, match="has no vae/ folder"):
         folders.read_component(copy, "vae")
+    with pytest.raises(ModelError, match="there is no folder .*copy/export: give one that has a vae/ folder"):
+        folders.read_component(copy / "export", "vae")
     (copy / "unet" / "config.json").write_text('{"sample_size": ')
     with pytest.raises(ModelError, match="unet/config.json is not valid JSON"):
         folders.read_component(copy, "unet")
@@ -285,7 +289,7 @@ def test_a_shard_is_missing_or_lacks_a_tensor(tmp_path):
 
     safetensors.numpy.save_file({"a": np.ones(2)}, tmp_path / "m-00001-of-00002.safetensors")
     index(a="m-00001-of-00002.safetensors", b="m-00001-of-00002.safetensors")
-    with pytest.raises(ModelError, match="promises 1 tensors that its shards lack: b"):
+    with pytest.raises(ModelError, match="promises 1 tensor that its shards lack: b"):
         folders.read_tensors(tmp_path, "m")
     index(a="m-00001-of-00002.safetensors", b="m-00002-of-00002.safetensors")
     with pytest.raises(ModelError, match="00002-of-00002.safetensors is missing"):
@@ -303,6 +307,18 @@ def test_locate(student, tmp_path, monkeypatch):
         folders.locate("some/where/else")
     with pytest.raises(ModelError, match="has no model_index.json: give the top folder"):
         folders.locate(student / "unet")
+    for name, what, base in [
+        ("model.ckpt", "a file", " --base=BASE"), ("unet", "one network", " --base=BASE"),
+        ("run", "orbax checkpoints", ""), ("run/checkpoints/3", "orbax checkpoints", ""),
+    ]:  # fmt: skip
+        (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model.ckpt").touch()
+        shutil.copytree(student / "unet", tmp_path / "unet", dirs_exist_ok=True)
+        with pytest.raises(ModelError) as caught:
+            folders.locate(tmp_path / name)
+        command = f"`python -m lcm_jax.convert --input={tmp_path / name} --output=DIR --format=diffusers{base}`"
+        assert str(caught.value).startswith(f"{tmp_path / name} is {what}, ") and command in str(caught.value)
+    assert folders.locate(tmp_path / "unet", alone=True) == tmp_path / "unet"
     monkeypatch.setattr(folders, "ASSETS", tmp_path)
     with pytest.raises(ModelError, match="shipped model 'shapes-lcm' is not at"):
         folders.locate("shapes-lcm")
@@ -356,6 +372,15 @@ def test_a_full_disk_leaves_what_was_there(copy, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert files_of(copy) == before
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("code, advice", [(errno.EACCES, "Choose another place"), (errno.ENOSPC, "Free some space")])
+def test_only_a_full_disk_wants_space(copy, code, advice):
+    before = files_of(copy)
+    with pytest.raises(ModelError, match=f"{os.strerror(code)}.*what was there is untouched. {advice}"):
+        with folders.new_folder(copy, overwrite=True):
+            raise OSError(code, os.strerror(code))
+    assert files_of(copy) == before
 
 
 def test_a_link_to_a_folder_stays_a_link(copy, tmp_path):

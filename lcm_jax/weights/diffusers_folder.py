@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import hub, naming, pickles
-from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.errors import ModelError, plural, unwritten
 from lcm_jax.weights.stored import (
     Advance,
     Tensors,
@@ -38,7 +38,7 @@ FILES = {
     "text_encoder_2": "model",
 }  # fmt: skip
 PICKLED = {"model": "pytorch_model"}  # transformers' name of a .bin file
-PICKLES = (".ckpt", ".pt", ".bin")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # By component: the library, and the classes that are supported, first the usual one. The last two belong to SDXL.
 CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -55,15 +55,17 @@ OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 Params = dict[str, Any]
 
 
-def locate(model: str | Path, variant: str | None = None) -> Path:
+def locate(model: str | Path, variant: str | None = None, alone: bool = False) -> Path:
     """The folder of a model: a path, one of the names that are shipped (`shapes`, `shapes-lcm`), or a hub id.
 
-    variant: of the weight files that are fetched from the hub. Raises ModelError when there is no such model, or it has
-    no model_index.json.
+    variant: of the weight files that are fetched from the hub. alone: the folder of one network will do. Raises
+    ModelError when there is no such model, or it has no model_index.json, with the command for what convert can read.
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
     if not folder.exists() and hub.ID.fullmatch(str(model)):
-        folder = hub.download(str(model), partial(needed_files, str(model), variant=variant))
+        folder = hub.download(str(model), partial(needed_files, str(model), variant=variant, alone=alone))
+    if folder.is_file():
+        raise to_convert(model, "a file")
     if not folder.is_dir():
         if str(model) in SHIPPED:
             raise ModelError(f"the shipped model {str(model)!r} is not at {folder}: install lcm_jax again")
@@ -71,14 +73,43 @@ def locate(model: str | Path, variant: str | None = None) -> Path:
         names = ", ".join(SHIPPED)
         hint = f"did you mean {near[0]!r}?" if near else f"give a folder in diffusers layout, or one of {names}"
         raise ModelError(f"there is no model {str(model)!r}: {hint}")
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
-    return folder
+    if (folder / "model_index.json").is_file() or alone and is_component(folder):
+        return folder
+    if "checkpoints" in (folder.name, folder.parent.name) or (folder / "checkpoints").is_dir():
+        raise to_convert(model, "orbax checkpoints", based=False)
+    if is_component(folder) and not (folder.parent / "model_index.json").is_file():
+        raise to_convert(model, "one network")
+    raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
 
 
-def needed_files(model: str, names: Collection[str], variant: str | None = None) -> list[str]:
-    """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError."""
+def to_convert(model: str | Path, what: str, based: bool = True) -> ModelError:
+    """The error for what is a model, but no folder in diffusers layout. based: it lacks what a base gives."""
+    base = " --base=BASE`, BASE being a folder of the same family" if based else "`"
+    return ModelError(
+        f"{model} is {what}, and a folder in diffusers layout is needed: make one with "
+        f"`python -m lcm_jax.convert --input={model} --output=DIR --format=diffusers{base}"
+    )
+
+
+def is_component(folder: Path) -> bool:
+    """Whether it is the folder of one network, as some are published: config.json beside its weights."""
+    return (folder / "config.json").is_file() and any(
+        path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
+    )
+
+
+def needed_files(model: str, names: Collection[str], variant: str | None = None, alone: bool = False) -> list[str]:
+    """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError.
+
+    alone: those of one network, which has them at the top, will do.
+    """
     if "model_index.json" not in names:
+        top = [name for name in names if "/" not in name]
+        found = next(filter(None, (component_files(top, stem, variant) for stem in FILES.values())), [])
+        if alone and "config.json" in found:
+            return found
+        if "config.json" in found:
+            raise to_convert(model, "one network")
         raise ModelError(
             f"{model} is not in diffusers layout on the hub: download the file that you want, and give that"
         )
@@ -86,19 +117,26 @@ def needed_files(model: str, names: Collection[str], variant: str | None = None)
     needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
     for part in NETWORKS:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        chosen = weight_file(inside, FILES[part], variant)
-        if chosen is None and part in folders:
+        found = component_files(inside, FILES[part], variant)
+        if not found and part in folders:
             raise ModelError(
                 f"{model} has no weights of the {part}{f' in the variant {variant}' if variant else ''}: there are "
                 f"{', '.join(inside)}"
             )
-        if chosen is not None:
-            suffix = "safetensors" if ".safetensors" in chosen else "bin"
-            whole = f"{chosen.split('.')[0]}{f'.{variant}' if variant else ''}.{suffix}"
-            wanted = {whole, chosen, "config.json"} if chosen.endswith(".json") else {chosen, "config.json"}
-            # Shards are named with the variant before or after their number.
-            needed += [f"{part}/{name}" for name in inside if re.sub(r"-\d+-of-\d+", "", name) in wanted]
+        needed += [f"{part}/{name}" for name in found]
     return needed
+
+
+def component_files(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
+    """Of a component's files its config and its weights, whole or sharded; nothing where it has no weights."""
+    chosen = weight_file(names, stem, variant)
+    if chosen is None:
+        return []
+    suffix = "safetensors" if ".safetensors" in chosen else "bin"
+    whole = f"{chosen.split('.')[0]}{f'.{variant}' if variant else ''}.{suffix}"
+    wanted = {whole, chosen, "config.json"} if chosen.endswith(".json") else {chosen, "config.json"}
+    # Shards are named with the variant before or after their number.
+    return [name for name in names if re.sub(r"-\d+-of-\d+", "", name) in wanted]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,7 +219,8 @@ def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors
         shard, _ = open_file(folder / name)
         where |= dict.fromkeys(shard, shard)
     if missing := sorted(placed.keys() - where.keys()):
-        raise ModelError(f"{index} promises {len(missing)} tensors that its shards lack: {', '.join(missing[:5])}")
+        count = plural(len(missing), "tensor")
+        raise ModelError(f"{index} promises {count} that its shards lack: {', '.join(missing[:5])}")
     return Tensors({key: shard.outline[key] for key, shard in where.items()}, lambda key: where[key][key])
 
 
@@ -193,6 +232,8 @@ def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[st
 def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], Tensors]:
     """(config.json, tensors by PyTorch name) of one network; name: unet, vae or text_encoder."""
     part = folder / name
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}: give one that has a {name}/ folder")
     if not part.is_dir():
         raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
     return read_json(part / "config.json"), open_tensors(part, FILES[name], variant)
@@ -249,6 +290,21 @@ def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, wh
     return unflatten_dict(found)
 
 
+def all_params(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], abstract: Mapping[str, Params], where: str = ""
+) -> dict[str, Params]:
+    """`to_params` of every network of `tensors`; what is wrong in any of them is in one error."""
+    params, problems = {}, []
+    for name in tensors:
+        try:
+            params[name] = to_params(name, tensors[name], abstract[name], where)
+        except ModelError as error:
+            problems.append(str(error))
+    if problems:
+        raise ModelError("\n".join(problems))
+    return params
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +327,7 @@ def check_target(target: Path, overwrite: bool) -> bool:
         raise ModelError(f"{target} is a file; give a folder")
     if filled := target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise ModelError(f"{target} exists already; choose another folder, or ask to overwrite it")
+            raise ModelError(f"{target} exists already; choose another folder, or pass --overwrite (overwrite=True)")
         if not any((target / part).exists() for part in ("model_index.json", "configs.json", *NETWORKS)):
             raise ModelError(f"{target} holds something that is no model; it is not overwritten, choose another folder")
     return filled
@@ -308,7 +364,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
     except OSError as error:
-        raise ModelError(f"writing {target} failed ({error}); what was there is untouched. Free some space") from error
+        raise unwritten(target, error) from error
     finally:
         remove(temporary)
 

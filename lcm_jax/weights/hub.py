@@ -13,12 +13,13 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
     """The folder of a model in the cache, with the files that `choose` picks of all their names.
 
     Where the hub cannot be reached, what is in the cache. Raises ModelError where there is nothing, where the hub has
-    no such model or revision, or wants to know who asks.
+    no such model or revision, or wants to know who asks, and where the cache cannot be written.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     name, _, revision = model.partition("@")
     at = revision or None  # the newest
+    reason = lambda error: (str(error).strip().splitlines() or [type(error).__name__])[0][:120]  # noqa: E731
     try:
         there = HfApi().model_info(name, revision=at, timeout=10).siblings or []
         return Path(snapshot_download(name, revision=at, allow_patterns=choose([file.rfilename for file in there])))
@@ -35,12 +36,15 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
             f"there is no model {name!r}, neither a folder here nor on the hub: check the name, or log in with "
             "`hf auth login` where it is private"
         ) from None
-    except Exception as error:  # without a network many kinds are raised, the HTTP library's among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        unreachable = reason(error)
+    except (errors.XetDownloadError, OSError) as error:
+        cache = constants.HF_HUB_CACHE
+        raise ModelError(f"{model} cannot be fetched into the cache {cache}: {reason(error)}") from error
     try:
         return Path(snapshot_download(name, revision=at, allow_patterns=["model_index.json"], local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         raise ModelError(
             f"{model!r} is no folder here and not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached "
-            f"({reason}): go online once, set HF_HOME to a cache that has it, or give a local folder"
+            f"({unreachable}): go online once, set HF_HOME to a cache that has it, or give a local folder"
         ) from None

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lcm_jax.weights.diffusers_folder import open_file
-from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.errors import ModelError, overflowing
 from lcm_jax.weights.single_file import names_in_folder, rename
 
 
@@ -321,12 +321,13 @@ def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[s
 
     What no adapter changes is the same array as before, and so is the model that was given: unmerging is to go back
     to it, exact to the bit, which a subtraction from rounded sums would not be.
-    Raises ModelError where a module is missing or of another shape, or where a sum overflows.
+    Raises ModelError where a module is missing or of another shape, and one that names every sum that overflows.
     """
     loras = list(loras)
     for lora, _ in loras:
         check(lora, components)
     merged = {component: dict(tensors) for component, tensors in components.items()}
+    bad: dict[str, list[str]] = {}  # by dtype
     for component in merged:
         for module in dict.fromkeys(m for lora, _ in loras for m in lora.updates.get(component, {})):
             key = f"{module}.weight"
@@ -338,5 +339,7 @@ def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[s
             with np.errstate(over="ignore"):
                 merged[component][key] = total.astype(tensor.dtype)
             if not np.isfinite(merged[component][key].astype(np.float32)).all():
-                raise ModelError(f"{component}.{key} overflows in {tensor.dtype.name} with the LoRA; use float32")
+                bad.setdefault(tensor.dtype.name, []).append(f"{component}.{key}")
+    for dtype, keys in bad.items():
+        raise overflowing(keys, dtype, "give the LoRA a smaller weight, or a model in bfloat16 or float32")
     return merged

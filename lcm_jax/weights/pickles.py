@@ -1,4 +1,4 @@
-"""Files of torch.save (.ckpt, .bin, .pt) read without torch, and without running anything that is in them.
+"""Files of torch.save (.ckpt, .bin, .pt, .pth) read without torch, and without running anything that is in them.
 
 A pickle is a program: it names functions, and the reader calls them. This reader knows the few names that a state dict
 is made of and puts plain data in the place of each; any other name ends the reading. The numbers are not in the pickle
@@ -32,6 +32,12 @@ DTYPES = (
     "float8_e8m0fnu",
 )  # fmt: skip
 KNOWN = {*STORAGES.values(), *DTYPES}
+# Classes that Lightning before 1.5 wrote as keys of what its callbacks remember, which is left out anyway.
+CALLBACKS = {
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+}
 BYTES = "bytes"  # the dtype of a storage whose tensors have one
 
 
@@ -106,7 +112,9 @@ class Unpickler(pickle.Unpickler):
             "torch._utils._rebuild_tensor_v2": self.rebuild_typed, "torch._utils._rebuild_tensor_v3": self.rebuild,
             "torch._utils._rebuild_parameter": self.rebuild_parameter,
         }  # fmt: skip
-        if (full := f"{module}.{name}") not in known:
+        if (full := f"{module}.{name}") in CALLBACKS:
+            return full
+        if full not in known:
             raise ModelError(
                 f"{self.path} asks for {full}, which is no part of a state dict; nothing of it was run. Give the "
                 "safetensors file of this model, or save its bare state dict with torch.save where you trust it"

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import numpy as np
+
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file import OPEN_CLIP, PROJECTION, count, first, has, locate, shape_of
 
@@ -12,6 +14,12 @@ SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
 }  # fmt: skip
+# What no file tells of its networks: the number here is that of the published models, and a base knows better.
+GUESSED = frozenset({
+    "sample_size", "norm_num_groups", "attention_head_dim", "upcast_attention", "scaling_factor", "force_upcast",
+    "num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "model_type", "bos_token_id",
+    "eos_token_id", "pad_token_id", "addition_time_embed_dim",
+})  # fmt: skip
 LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
@@ -21,14 +29,12 @@ def configs_of(
     """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
 
     tensors: arrays or shapes by key; about twenty are looked at.
-    prediction_type: what the UNet predicts, "epsilon" or "v_prediction". sd1 and sdxl predict epsilon (sdxl velocity
-    where the file has the key `v_pred`); in sd2 the models for 768 pixels are v_prediction, and the base ones for 512,
-    the inpainting one and Turbo epsilon, and the file does not say which it is.
-    scaling_factor: of the latents, which a file of an autoencoder alone does not tell: 0.18215 in 1.x and 2.x, 0.13025
-    in XL.
+    prediction_type: what the UNet predicts, "epsilon" or "v_prediction". The scheduler has it where it is given, or
+    told by the key `v_pred`; where it has none, sd1 and sdxl predict epsilon, and sd2 is not known (`complete`).
+    scaling_factor: of the latents, which a file of an autoencoder alone does not tell.
     The file does not tell either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1
     and heads of width 64 in all others; the schedule; the pixels that were trained on.
-    Raises ModelError where an argument is needed, or where a shape is missing or in no config of diffusers.
+    Raises ModelError where a shape is missing or in no config of diffusers.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ModelError(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
@@ -53,14 +59,8 @@ def configs_of(
         elif component != "unet":
             configs[component] = text_config(shape, keys, (family, component) in OPEN_CLIP)
     if "unet" in components:
-        if prediction_type is None:
-            if family == "sd2":
-                raise ModelError(
-                    "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
-                    "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
-                    "inpainting and for Turbo"
-                )
-            prediction_type = "v_prediction" if "v_pred" in tensors else "epsilon"
+        if prediction_type is None and "v_pred" in tensors:
+            prediction_type = "v_prediction"
         pooled = configs.get("text_encoder_2", {}).get("projection_dim")
         unet = unet_config(shapes("unet"), components["unet"].keys(), family, pooled)
         if family == "sd2" and prediction_type == "v_prediction":
@@ -68,10 +68,35 @@ def configs_of(
         configs["unet"] = unet
         kind = {"_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler"}
         kind |= {"timestep_spacing": "leading"} if family == "sdxl" else {}
-        kind = LCM if "time_cond_proj_dim" in unet else kind
+        kind = LCM if unet["time_cond_proj_dim"] else kind
         zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}
-        configs["scheduler"] = SCHEDULE | kind | zero | {"prediction_type": prediction_type}
+        told = {} if prediction_type is None else {"prediction_type": prediction_type}
+        configs["scheduler"] = SCHEDULE | kind | zero | told
     return configs
+
+
+def marks_of(scheduler: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors without numbers whose keys tell what the UNet predicts; ComfyUI writes and reads the same."""
+    marks = {
+        "v_pred": scheduler.get("prediction_type") == "v_prediction",
+        "ztsnr": scheduler.get("rescale_betas_zero_snr", False),
+    }
+    return {key: np.zeros(0, np.float32) for key, told in marks.items() if told}
+
+
+def complete(configs: Mapping[str, Mapping[str, Any]], family: str) -> None:
+    """Raises ModelError where the configs lack what the file does not tell, and nothing else has told."""
+    if family == "sd2" and "prediction_type" not in configs.get("scheduler", {"prediction_type": None}):
+        raise ModelError(
+            "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
+            "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
+            "inpainting and for Turbo"
+        )
+    if family == "vae" and "scaling_factor" not in configs.get("vae", {}):
+        raise ModelError(
+            "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
+            "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
+        )
 
 
 def one(values: list) -> Any:
@@ -118,6 +143,8 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
         "cross_attention_dim": shape(context)[1], "transformer_layers_per_block": one(per_level),
         "attention_head_dim": 8 if family == "sd1" else [max(1, width // 64) for width in widths],
         "use_linear_projection": len(shape(first(keys, ".proj_in.weight"))) == 2,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "reverse_transformer_layers_per_block": None,
+        "time_embedding_dim": None, "time_cond_proj_dim": None,
     }  # fmt: skip
     if not middle:
         config["mid_block_type"] = "UNetMidBlock2D" if has(keys, "mid_block.") else None
@@ -138,11 +165,6 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
 
 
 def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: float | None) -> dict[str, Any]:
-    if scaling_factor is None and family not in SCALING_FACTORS:
-        raise ModelError(
-            "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
-            "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
-        )
     levels = count(keys, "encoder.down_blocks.")
     config = {
         "_class_name": "AutoencoderKL", "sample_size": 1024 if family == "sdxl" else 512, "norm_num_groups": 32,
@@ -152,14 +174,15 @@ def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: flo
             shape(f"encoder.down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(levels)
         ],
         "layers_per_block": count(keys, "encoder.down_blocks.0.resnets."),
-        "scaling_factor": SCALING_FACTORS[family] if scaling_factor is None else scaling_factor,
         "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
     }  # fmt: skip
-    absent = {
+    parts = {
         "use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv.",
         "mid_block_add_attention": "decoder.mid_block.attentions.",
     }  # fmt: skip
-    config |= {option: False for option, prefix in absent.items() if not has(keys, prefix)}
+    config |= {option: has(keys, prefix) for option, prefix in parts.items()}
+    if (scale := SCALING_FACTORS.get(family) if scaling_factor is None else scaling_factor) is not None:
+        config["scaling_factor"] = scale
     return config | ({"force_upcast": True} if family == "sdxl" else {})
 
 

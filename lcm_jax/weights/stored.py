@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.errors import ModelError, overflowing
 
 # safetensors' names of dtypes.
 DTYPES = {
@@ -151,6 +151,5 @@ def narrow(tensors: Mapping[str, np.ndarray], dtype: str) -> Tensors:
     finite = lambda tensor: np.isfinite(tensor.astype(np.float32, copy=False)).all()  # noqa: E731
     changed = [key for key in tensors if outline[key].dtype != wanted]
     if bad := [key for key in changed if not finite(cast(key)) and finite(tensors[key])]:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ModelError(f"{len(bad)} tensors overflow in {dtype}: {', '.join(bad[:5])}{more}; use bfloat16 or float32")
+        raise overflowing(bad, dtype, "use bfloat16 or float32")
     return Tensors({key: hollow(wanted, like.shape) for key, like in outline.items()}, cast)
