@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from lcm_jax import dry_run
     from lcm_jax.recipes import RECIPES
     from lcm_jax.training.checkpoint import CheckpointError
-    from lcm_jax.training.loop import RunError, check_workdir, train
+    from lcm_jax.training.loop import RunError, check_run, train
 
     config = CONFIG.value
     if config.objective.name not in RECIPES:
@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
             dry_run.show(dry_run.figures(config))
             return 0
         workdir = Path(WORKDIR.value)
-        check_workdir(workdir, config.to_dict())
+        check_run(workdir, config)
         train(RECIPES[config.objective.name](config, workdir), config, workdir)
-    except (RunError, CheckpointError, ValueError) as error:
+    except (RunError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

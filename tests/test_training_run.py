@@ -17,10 +17,13 @@ import pytest
 import tiny_model
 import torch
 from diffusers import LatentConsistencyModelPipeline
+from tensorboardX.proto import event_pb2
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.training.loop import RunError, check_workdir, train
+from lcm_jax.training import loop
+from lcm_jax.training.logging import ProgressReport
+from lcm_jax.training.loop import RunError, check_run, check_workdir, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +60,7 @@ def shrunk_lcd(teacher: Path, **more):
 
 
 def run(config, workdir: Path) -> bool:
-    check_workdir(workdir, config.to_dict())
+    check_run(workdir, config)
     return train(RECIPES[config.objective.name](config, workdir), config, workdir)
 
 
@@ -96,6 +99,19 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 def final_state(workdir: Path, step: int):
     tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def board(folder: Path) -> dict[tuple[int, str], float]:
+    """The scalars of TensorBoard's event files, by step and name."""
+    found = {}
+    for file in folder.iterdir():
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # a record: its length, a checksum of four bytes, itself, another checksum
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            at += 16 + length
+    return found
 
 
 def test_killed_and_stopped_runs_end_with_the_same_bits(teacher, tmp_path):
@@ -147,7 +163,11 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
     for name in ("000001.png", "000002.png", "final.png"):
         assert (tmp_path / "run" / "samples" / name).stat().st_size > 1000
-    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    scalars = board(tmp_path / "run" / "tensorboard")
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        for name in line.keys() - {"step"}:
+            np.testing.assert_allclose(scalars[line["step"], name], line[name], rtol=1e-5)
+    assert {"loss", "pictures_per_second", "verifier/teacher"} <= {name for _, name in scalars}
 
     student = Pipeline.from_pretrained(tmp_path / "run" / "export")
     assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
@@ -231,10 +251,69 @@ def test_a_workdir_of_another_config_is_refused(teacher, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_batches_that_do_not_fit_the_devices_are_refused(teacher, tmp_path):
-    config = shrunk_lcd(teacher, **{"train.batch_size": 12, "mesh.data": 8})
-    with pytest.raises(RunError, match="train.batch_size 12 is not a multiple"):
-        run(config, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"train.batch_size": 12, "mesh.data": 8}, "train.batch_size 12 is not a multiple"),
+        ({"train.batch_size": 64}, "the data has 32 records, fewer than train.batch_size 64"),
+        ({"objective.distance": "l3"}, "objective.distance is 'l3'; choose l2 or huber"),
+        ({"objective.own_share": 0.01}, "objective.own_share is 0.01"),
+        ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
+        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
+        ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),
+    ],
+)
+def test_a_mistake_in_a_config_does_not_claim_the_workdir(mistake, message, teacher, tmp_path):
+    with pytest.raises((RunError, ValueError), match=message):
+        run(shrunk_lcd(teacher, **mistake), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
+    job = RECIPES["lcd"](shrunk_lcd(teacher, **{"objective.guidance_embedding_dim": 64}), tmp_path / "run")
+    params, batch = jax.eval_shape(job.init), next(job.batches(0))
+    assert params["unet"]["time_embedding"]["cond_proj"]["kernel"].shape[0] == 64
+    draws = jax.eval_shape(job.draw, jax.random.key(0), batch)
+    assert jax.eval_shape(job.loss, params, params, job.frozen, batch, draws)[0].shape == ()
+
+
+@pytest.mark.parametrize("moment", ["while it reads the losses", "while it draws samples"])
+def test_a_signal_at_any_moment_is_followed_by_a_checkpoint(moment, teacher, tmp_path, monkeypatch):
+    config = shrunk_lcd(teacher, **{"train.steps": 4, "checkpoint.every_steps": 100, "sample.every_steps": 2})
+    job = RECIPES["lcd"](config, tmp_path / "run")
+    raise_signal = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    if moment == "while it draws samples":
+        job = replace(job, preview=lambda ema, path: raise_signal() or {})
+        stops_at = 2
+    else:
+        read, stops_at = loop._read, 1
+        monkeypatch.setattr(loop, "_read", lambda *a: raise_signal() or read(*a))
+    assert not train(job, config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == [str(stops_at)]
+
+
+def test_a_finished_run_knows_its_seconds_and_its_teacher(teacher, tmp_path):
+    config = shrunk_lcd(teacher)
+    taken = []
+    job = replace(RECIPES["lcd"](config, tmp_path / "run"), finish=lambda ema, seconds: taken.append(seconds))
+    for _ in range(2):
+        assert train(job, config, tmp_path / "run")
+    assert 0 < taken[0] <= taken[1], "what earlier processes of the run have taken counts"
+    with pytest.raises(RunError, match="was begun with other weights: teacher changed since"):
+        train(replace(job, origin={"teacher": "0" * 64}), config, tmp_path / "run")
+
+
+def test_progress_tells_speed_loss_and_time_left(capsys):
+    progress = ProgressReport(total=100, done=0, batch_size=8, title="lcd")
+    progress.update(40, {"loss": 0.25, "steps_per_second": 0.5})
+    progress.close()
+    assert capsys.readouterr().out == "lcd 40/100  loss 0.25  0.50 steps/s  4 pictures/s  2:00 left\n"
+
+
+def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():
+    report = load_config("shapes").report.to_dict()
+    assert report["teacher"] == {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)}
+    assert report["student"] == {"lcm": (1, 2, 4, 8)}
 
 
 def main(*arguments: str) -> subprocess.CompletedProcess:

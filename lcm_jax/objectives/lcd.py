@@ -92,21 +92,22 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0,
+    weighting: str = "uniform", own_share: float = 0.0, embedding_dim: int = 256,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
     params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and
     "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
-    data (published: 0); they begin from draws.posterior, which they leave free. Returns (float32[], metrics).
+    data (published: 0); they begin from draws.posterior, which they leave free. embedding_dim: the width of the
+    student's input for w. Returns (float32[], metrics).
     """
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
     keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
     time_ids = batch.get("time_ids")
     context = networks.encode_prompt(frozen, jnp.where(keep, batch["token_ids"], empty_ids), time_ids)
     empty = networks.encode_prompt(frozen, empty_ids, time_ids)
-    w_embedding = guidance_embedding(draws.w)
+    w_embedding = guidance_embedding(draws.w, embedding_dim)
 
     # 1. A point z_s on the data's trajectory, and the step t that comes one skipping step before s.
     s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))

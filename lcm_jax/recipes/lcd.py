@@ -19,7 +19,7 @@ from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import captioned, latent_source, to_float
+from lcm_jax.recipes.sources import captioned, digest, latent_source, to_float
 from lcm_jax.training.loop import Job, config_digest
 from lcm_jax.weights import diffusers_folder as folders
 
@@ -98,6 +98,7 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         huber_c=objective.huber_c,
         weighting=objective.weighting,
         own_share=objective.own_share,
+        embedding_dim=objective.guidance_embedding_dim,
     )
     return encoding(draw, loss, model) if encodes(config) else (draw, loss)
 
@@ -227,4 +228,5 @@ def lcd_job(config, workdir: Path) -> Job:
         ),
         preview=preview,
         finish=finish,
+        origin={"teacher": digest(teacher.params)},
     )

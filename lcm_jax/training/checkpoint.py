@@ -107,6 +107,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
         self._keep = keep
+        self._aside = self.folder.with_name(self.folder.name + "-unreadable")
         # orbax tells its steps by absl at level INFO, which absl commands print.
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._manager = self._open()
@@ -138,15 +139,17 @@ class Checkpoints:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
                 self._compare(step, state)
             except Exception as error:  # orbax and tensorstore raise many kinds; every one of them is reported
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # the checkpoint is not to blame
                 aside = self._set_aside(step)
                 reason = first_line(error)
                 say(f"checkpoint {step} cannot be read ({reason}); moved to {aside}, trying the one before it")
                 continue
             return state
-        if steps:
+        if aside := sorted(path.name for path in self._aside.glob("*")):
             raise CheckpointError(
-                f"none of the checkpoints {steps} in {self.folder} could be read; "
-                f"they are kept in {self.folder}-unreadable: start in another --workdir to train from the beginning"
+                f"none of the checkpoints in {self.folder} could be read; {', '.join(aside)} are kept in "
+                f"{self._aside}: start in another --workdir to train from the beginning"
             )
         return None
 
@@ -160,9 +163,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         self._manager.close()
-        aside = self.folder.with_name(self.folder.name + "-unreadable")
-        aside.mkdir(exist_ok=True)
-        target = aside / str(step)
+        self._aside.mkdir(exist_ok=True)
+        target = self._aside / str(step)
         while target.exists():
             target = target.with_name(target.name + "_")
         shutil.move(self.folder / str(step), target)

@@ -16,16 +16,17 @@ class Recorder:
     """Scalars by step into `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
     Opened at step N, it drops the lines after N that a killed run had written ahead of its last checkpoint, so that
-    every step stands in the file once.
+    nothing stands in the file twice. `seconds`: how long the run had taken by N, as last written, or 0.
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._path = Path(workdir) / "metrics.jsonl"
+        self._path, self.seconds = Path(workdir) / "metrics.jsonl", 0.0
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             temporary = self._path.with_suffix(".part")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self._path)
+            self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Job:
     init() -> parameters to optimise. frozen: parameters that never change (teacher, text encoder), an argument of
     `loss`. draw, loss: see `training.step`. batches(step) -> endless batches of numpy arrays, beginning with that of
     `step` (0-based). preview(ema, path) writes a PNG to `path`, returns scalars. finish(ema, seconds) writes what the
-    run leaves behind.
+    run leaves behind. origin: digests of the weights that it starts from, by name.
     """
 
     title: str
@@ -45,6 +45,7 @@ class Job:
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     preview: Callable[[Params, Path], Mapping[str, float]]
     finish: Callable[[Params, float], None]
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -73,12 +74,34 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     )
 
 
+def check_run(workdir: Path, config) -> None:
+    """All that can be refused before any work is done. Raises RunError or ValueError. Writes nothing."""
+    check_workdir(workdir, config.to_dict())
+    check_batch_size(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp).size)
+
+
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes `config.json`, by which `check_workdir` knows the run again."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.part"
-    temporary.write_text(json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, workdir / "config.json")
+    write_whole(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
+
+
+def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
+    """Keeps what a run was begun from in `origin.json`. Raises RunError where that has changed since."""
+    path = workdir / "origin.json"
+    if not path.exists():
+        write_whole(path, json.dumps(dict(origin), indent=1) + "\n")
+    elif changed := [name for name, before in json.loads(path.read_text()).items() if origin.get(name) != before]:
+        raise RunError(
+            f"workdir {workdir} was begun with other weights: {', '.join(changed)} changed since. "
+            f"Put them back to continue that run, or choose another --workdir."
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def check_batch_size(config, devices: int) -> int:
@@ -106,11 +129,9 @@ def train(job: Job, config, workdir: Path) -> bool:
     Raises RunError on a loss that is not finite; the last good checkpoint stays.
     """
     began = time.monotonic()
-    check_workdir(workdir, config.to_dict())
-    claim_workdir(workdir, config.to_dict())
+    check_run(workdir, config)
     steps, batch_size = config.train.steps, config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch_size(config, mesh.size)
 
     optimizer = make_optimizer(config.optimizer, steps)
     create = lambda params: create_state(params, optimizer)  # noqa: E731
@@ -132,6 +153,12 @@ def train(job: Job, config, workdir: Path) -> bool:
         donate_argnums=0,
     )
 
+    # Traced before anything is written: a mistake that shows only here must not claim the workdir for its config.
+    jax.eval_shape(train_step, abstract, frozen, sharding.put_batch(mesh, next(job.batches(0))))
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_origin(workdir, job.origin)
+    claim_workdir(workdir, config.to_dict())
+
     # Resume, in this order:
     # 1. the newest checkpoint of this workdir that can be read;
     # 2. where there is none, the job's initial parameters;
@@ -147,6 +174,7 @@ def train(job: Job, config, workdir: Path) -> bool:
     if step:
         progress.say(f"resumed {workdir} at step {step}")
     recorder = Recorder(workdir, step)
+    began -= recorder.seconds  # what earlier processes of this run have taken
     batches = job.batches(step)
 
     stop = _StopSignal()
@@ -165,6 +193,7 @@ def train(job: Job, config, workdir: Path) -> bool:
                 now = time.monotonic()
                 scalars["steps_per_second"] = (step - clocked) / (now - clock)
                 scalars["pictures_per_second"] = scalars["steps_per_second"] * batch_size
+                scalars["seconds"] = now - began
                 clock, clocked = now, step
                 recorder.write(step, scalars)
                 progress.update(step, scalars)
@@ -180,7 +209,7 @@ def train(job: Job, config, workdir: Path) -> bool:
                 clock, clocked = time.monotonic(), step
         if pending:  # the signal came after this step had been looked at
             _read(pending, workdir)
-            checkpoints.save(state)
+        checkpoints.save(state)  # which does nothing where the loop has saved this step
         checkpoints.wait()
     finally:
         stop.restore()
@@ -204,7 +233,7 @@ def _read(pending: list[tuple[int, dict]], workdir: Path) -> dict[str, float]:
             named = ", ".join(f"{name} is {value}" for name, value in bad.items())
             raise RunError(
                 f"step {step}: {named}. The last good checkpoint in {workdir / 'checkpoints'} stands; "
-                f"lower optimizer.learning_rate or train in float32 (train.dtype), then start again."
+                f"start in another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)."
             )
     return {name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]}
 
