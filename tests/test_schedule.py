@@ -25,7 +25,7 @@ CONFIGS = [
     {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000},
     {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000},
     {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
-    SD | {"rescale_betas_zero_snr": True},
+    SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
 ]
 
 
@@ -44,6 +44,8 @@ def test_a_config_that_is_not_supported_is_an_error():
         make_schedule({"beta_schedule": "sigmoid"})
     with pytest.raises(ValueError, match="prediction_type is 'flow'; choose epsilon, sample, v_prediction"):
         make_schedule(SD | {"prediction_type": "flow"})
+    with pytest.raises(ValueError, match="'epsilon', which says nothing .* choose sample or v_prediction"):
+        make_schedule(SD | {"rescale_betas_zero_snr": True})
 
 
 def test_alpha_and_sigma():

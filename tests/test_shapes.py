@@ -206,6 +206,11 @@ def test_unknown_split_is_an_error():
 def test_a_task_that_is_named_twice_comes_twice_as_often():
     data = Shapes("train", 60, tasks=("position", "counting", "position"))
     assert [data.scene(i).specification.task for i in range(6)] == ["position", "counting", "position"] * 2
+    half = Shapes("train", 60, tasks=("position", "counting"), relations=("left", "above"))
+    assert {half.scene(i).specification.relation for i in range(60)} == {"left", "above", None}
+    for wrong in (("behind",), ()):
+        with pytest.raises(ValueError, match="data.relations is .*; choose among left, right, above, below"):
+            Shapes("train", 60, relations=wrong)
     with pytest.raises(ValueError, match="data.tasks has 'texture'; choose among single_object"):
         Shapes("train", 60, tasks=("texture",))
     with pytest.raises(ValueError, match="split 'composition' has no caption of these"):

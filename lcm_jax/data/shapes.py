@@ -295,13 +295,19 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
 class Shapes:
     """Random access to {"image": uint8[size,size,3], "caption": str}; record i depends on (seed, split, i) alone."""
 
-    def __init__(self, split: str, length: int, size: int = BASE, seed: int = 0, tasks: Sequence[str] = TASKS):
-        """tasks: those that scenes are of, in turn; one that is named twice comes twice as often."""
+    def __init__(
+        self, split: str, length: int, size: int = BASE, seed: int = 0, tasks: Sequence[str] = TASKS,
+        relations: Sequence[str] = tuple(RELATIONS),
+    ):  # fmt: skip
+        """tasks: those that scenes are of, in turn; one that is named twice comes twice as often. relations: those that
+        scenes of the task position have."""
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
         if unknown := [task for task in tasks if task not in TASKS]:
             raise ValueError(f"data.tasks has {unknown[0]!r}; choose among {', '.join(TASKS)}")
-        self.split, self.length, self.size, self.seed = split, length, size, seed
+        if not relations or (unknown := [relation for relation in relations if relation not in RELATIONS]):
+            raise ValueError(f"data.relations is {list(relations)}; choose among {', '.join(RELATIONS)}")
+        self.split, self.length, self.size, self.seed, self._relations = split, length, size, seed, tuple(relations)
         self._tasks = [task for task in tasks if _captions(split, task)]
         if not self._tasks:
             raise ValueError(f"data.tasks is {list(tasks)}, and split {split!r} has no caption of these")
@@ -318,7 +324,11 @@ class Shapes:
         options = _captions(self.split, task)
         if task == "position" and self.split != "composition":
             coloured = bool(rng.integers(2))  # the coloured captions far outnumber the others
-            options = [option for option in options if bool(option[1].things[0].color) == coloured]
+            options = [
+                option
+                for option in options
+                if bool(option[1].things[0].color) == coloured and option[1].relation in self._relations
+            ]
         caption, specification = options[rng.integers(len(options))]
         return compose(caption, specification, rng)
 

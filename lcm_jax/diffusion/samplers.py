@@ -65,6 +65,11 @@ def sample_ddim(
     return jax.lax.scan(step, z, (jnp.asarray(timesteps), alpha, sigma))[0]
 
 
+def _positive(bar: np.ndarray) -> np.ndarray:
+    """A zero-SNR table ends in 0, where sigma / alpha is infinite: 2^-24 stands in for it, as in diffusers."""
+    return np.maximum(bar, 2.0**-24)
+
+
 def sample_euler(
     network: Network, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, noise: jax.Array | None = None
 ) -> jax.Array:
@@ -73,7 +78,7 @@ def sample_euler(
     z: float32[B, h, w, c], standard normal; timesteps: int32[n] descending. noise: float32[n - 1 or more, B, h, w, c]
     makes the steps ancestral: each goes down further and adds noise, as SDXL-Turbo samples.
     """
-    bar = schedule.alphas_cumprod.astype(np.float64)[timesteps]
+    bar = _positive(schedule.alphas_cumprod.astype(np.float64)[timesteps])
     sigma = np.append(np.sqrt((1.0 - bar) / bar), 0.0)
     ahead, up = sigma[1:], np.zeros(len(timesteps))
     if noise is not None:
@@ -102,7 +107,7 @@ def dpm_solver_pp_coefficients(timesteps: np.ndarray, schedule: Schedule) -> np.
     first = alpha_next (1 - e^-h), second = first h / (2 h_before).
     The first step is of first order; so is the last, since it ends at sigma = 0.
     """
-    bar = schedule.alphas_cumprod.astype(np.float64)[timesteps]
+    bar = _positive(schedule.alphas_cumprod.astype(np.float64)[timesteps])
     alpha, sigma = np.append(np.sqrt(bar), 1.0), np.append(np.sqrt(1.0 - bar), 0.0)
     with np.errstate(divide="ignore"):
         lam = np.log(alpha) - np.log(sigma)

@@ -24,6 +24,11 @@ class Schedule:
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {self.prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] <= 0:
+            raise ValueError(
+                "prediction_type is 'epsilon', which says nothing of the picture at the last step of a zero-SNR table "
+                "(rescale_betas_zero_snr); choose sample or v_prediction"
+            )
 
 
 def make_schedule(config: Mapping[str, Any]) -> Schedule:

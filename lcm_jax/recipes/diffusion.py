@@ -12,7 +12,7 @@ from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import identity_of, latent_source, pictures, prompts_of
+from lcm_jax.recipes.sources import digest, identity_of, latent_source, pictures, prompts_of
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 
@@ -47,7 +47,10 @@ def diffusion_job(config, workdir: Path) -> Job:
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type}
+    scheduler = SCHEDULE | {
+        "_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type,
+        "rescale_betas_zero_snr": config.objective.zero_terminal_snr,
+    }  # fmt: skip
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
@@ -105,4 +108,5 @@ def diffusion_job(config, workdir: Path) -> Job:
         batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,
         finish=finish,
+        origin={"autoencoder": digest(vae_params)} | ({"init": digest(start)} if start else {}),
     )

@@ -21,17 +21,19 @@ def to_float(images: np.ndarray) -> jax.Array:
 
 
 def pictures(config, split: str, length: int) -> shapes.Shapes:
-    """A split of the embedded set; the training pictures are of config.data.tasks, where it names some."""
+    """A split of the embedded set; what config.data names of `tasks` and `relations` is for training pictures."""
     if config.data.source != "shapes":
         raise ValueError(f"data.source is {config.data.source!r}; this objective takes shapes")
-    tasks = config.data.get("tasks", shapes.TASKS) if split == "train" else shapes.TASKS
-    return shapes.Shapes(split, length, config.data.size, tasks=tasks)
+    chosen = {name: config.data[name] for name in ("tasks", "relations") if name in config.data and split == "train"}
+    return shapes.Shapes(split, length, config.data.size, **chosen)
 
 
 def identity_of(config) -> str:
     """What tells the training pictures of the embedded set from those of another config."""
     data = config.data
-    return " ".join([data.source, str(data.size), str(data.length), *data.get("tasks", ())])
+    relations = data.get("relations", tuple(shapes.RELATIONS))
+    some = [] if set(relations) == set(shapes.RELATIONS) else relations
+    return " ".join([data.source, str(data.size), str(data.length), *data.get("tasks", ()), *some])
 
 
 def prompts_of(split: str, per_task: int) -> list[str]:
