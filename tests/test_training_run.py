@@ -21,6 +21,7 @@ from tensorboardX.proto import event_pb2
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
+from lcm_jax.recipes.lcd import student_configs
 from lcm_jax.training import loop
 from lcm_jax.training.logging import ProgressReport
 from lcm_jax.training.loop import RunError, check_run, check_workdir, train
@@ -53,7 +54,8 @@ SHRUNK_LCD = SHRUNK | {
 
 def shrunk_lcd(teacher: Path, **more):
     config = load_config("shapes")
-    config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher)} | more)
+    cache = str(Path(teacher).parent / "latents")  # encoded once for all these runs
+    config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher), "data.cache": cache} | more)
     config.report.teacher = {"ddim": (1, 2), "dpmsolver++": (2,)}
     config.report.student = {"lcm": (1, 2)}
     return config
@@ -301,6 +303,18 @@ def test_a_finished_run_knows_its_seconds_and_its_teacher(teacher, tmp_path):
     assert 0 < taken[0] <= taken[1], "what earlier processes of the run have taken counts"
     with pytest.raises(RunError, match="was begun with other weights: teacher changed since"):
         train(replace(job, origin={"teacher": "0" * 64}), config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"time_cond_proj_dim": 256}, "is a latent consistency model already"),
+        ({"in_channels": 9, "out_channels": 4}, "takes 9 channels and makes 4: models that inpaint"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused(unet, message):
+    with pytest.raises(ValueError, match=message):
+        student_configs(load_config("shapes"), {"unet": unet, "scheduler": {}})
 
 
 def test_progress_tells_speed_loss_and_time_left(capsys):

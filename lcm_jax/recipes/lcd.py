@@ -62,11 +62,18 @@ def encoder_alone(vae_params):
 def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping]:
     """The teacher's configs with an input for the guidance weight and the scheduler that samples in a few steps.
 
-    Raises ValueError for a teacher that is a student already.
+    Raises ValueError for a teacher that is a student already, or one that inpaints: its mask and picture are no part of
+    the objective.
     """
     if teacher["unet"].get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
+        )
+    given, made = teacher["unet"].get("in_channels", 4), teacher["unet"].get("out_channels", 4)
+    if given != made:
+        raise ValueError(
+            f"teacher {config.teacher!r} takes {given} channels and makes {made}: models that inpaint cannot be "
+            "distilled; give the text-to-image model that it came from"
         )
     return dict(teacher) | {
         "unet": teacher["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim},
