@@ -1,6 +1,7 @@
 """`python -m lcm_jax.sample`, as a process of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import reference_pipeline
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 
@@ -91,6 +92,21 @@ def test_pictures_with_loras(model, tmp_path):
     ]:
         fails(run(*arguments, "--overwrite", f"--lora={lora}"), *parts)
     assert (output / "000.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [("cut short", ["unet", "truncated"]), ("another shape", ["conv_in.bias: [3] in the file, [8] by the config"])],
+)
+def test_a_damaged_model_is_named(damage, parts, model, tmp_path):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    file = next((broken / "unet").glob("*.safetensors"))
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file(load_file(file) | {"conv_in.bias": np.zeros(3, np.float32)}, file)
+    fails(run(f"--model={broken}", "--prompt=a red circle", STEPS, f"--output={tmp_path / 'new'}"), *parts)
+    assert not (tmp_path / "new").exists()
 
 
 def test_help_ends_with_an_example_and_needs_no_jax():

@@ -147,6 +147,21 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(teacher, tmp_path):
     lines = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, steps + 1)), "each step stands in the log once"
 
+    refused = command(teacher, tmp_path / "whole", steps + 1, cache)
+    output = refused.communicate(timeout=240)[0]
+    assert refused.returncode == 1 and "Traceback" not in output
+    assert "belongs to a run with another config; different: train.steps (60 there, 61 here)" in output
+
+    newest = tmp_path / "whole" / "checkpoints" / str(steps)
+    arrays = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    arrays.write_bytes(arrays.read_bytes()[: arrays.stat().st_size // 2])
+    mended = command(teacher, tmp_path / "whole", steps, cache)
+    output = mended.communicate(timeout=240)[0]
+    assert mended.returncode == 0, output
+    assert f"checkpoint {steps} cannot be read" in output and f"at step {steps - 5}" in output
+    found = final_state(tmp_path / "whole", steps)
+    assert all(value.tobytes() == found[name].tobytes() for name, value in expected.items())
+
 
 def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys):
     config = shrunk_lcd(teacher)
