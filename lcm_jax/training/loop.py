@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def train(job: Job, config, workdir: Path) -> bool:
     )
 
     # Traced before anything is written: a mistake that shows only here must not claim the workdir for its config.
-    jax.eval_shape(train_step, abstract, frozen, sharding.put_batch(mesh, next(job.batches(0))))
+    batches = job.batches(0)
+    first = next(batches)
+    jax.eval_shape(train_step, abstract, frozen, sharding.put_batch(mesh, first))
     workdir.mkdir(parents=True, exist_ok=True)
     check_origin(workdir, job.origin)
     claim_workdir(workdir, config.to_dict())
@@ -175,7 +178,7 @@ def train(job: Job, config, workdir: Path) -> bool:
         progress.say(f"resumed {workdir} at step {step}")
     recorder = Recorder(workdir, step)
     began -= recorder.seconds  # what earlier processes of this run have taken
-    batches = job.batches(step)
+    batches = job.batches(step) if step else chain([first], batches)
 
     stop = _StopSignal()
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
