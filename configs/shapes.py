@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         {
             "name": "lcd",
             "num_ddim_steps": 8,  # the skipping step k is 1000 / 8 = 125: what is known near t = 0 travels faster
-            "w_min": 6.0,
+            "w_min": 5.0,
             "w_max": 8.0,
             "distance": "huber",
             "huber_c": 1e-3,
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 6000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 1100, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 700, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
             "remat": False,
         }
     )  # fmt: skip
@@ -43,11 +43,11 @@ def get_config() -> ConfigDict:
         }
     )  # fmt: skip
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 275, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 175, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
-            "every_steps": 550, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
+            "every_steps": 350, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
             "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
         }
     )  # fmt: skip
