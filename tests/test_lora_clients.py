@@ -111,7 +111,8 @@ def test_we_load_what_diffusers_saves(models, tmp_path):
     for name in sorted({"unet", "text_encoder", "text_encoder_2"} & set(theirs.components)):
         network = getattr(theirs, name)
         chosen = ["to_q", "to_v", "conv1"] if name == "unet" else ["q_proj", "fc1"]
-        network.add_adapter(peft.LoraConfig(r=2, lora_alpha=5, target_modules=chosen, init_lora_weights=False))
+        config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=chosen, init_lora_weights=False)
+        peft.inject_adapter_in_model(config, network)  # transformers' add_adapter wants a peft that is not out yet
         layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(network)
         metadata[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
     try:
