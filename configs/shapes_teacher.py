@@ -10,8 +10,10 @@ table is pure noise (arXiv 2305.08891), as sampling begins with: nothing but the
 Which of two things is left, a caption says by its order and its relation together, and by neither alone. Training on
 all four relations never found that in 34,000 updates; 600 on two of them did, and all four after that:
 
-    python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/two_relations --config.init=shapes \
-        --config.data.relations="('left','above')" --config.objective.timestep_power=0.1 --config.train.steps=600
+    python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/two_relations \\
+        --config.autoencoder=shapes --config.init=path/to/a/model --config.train.steps=600 \\
+        --config.objective.timestep_power=0.1 \\
+        --config.data.relations="('left','above')" --config.data.tasks="('position','position','color_attribution')"
 
 The shipped weights had several such runs, each from the one before (`--config.init`); see their model card.
 """
