@@ -26,14 +26,21 @@ TEXT = {
 }  # fmt: skip
 
 
-def write(folder: Path, prediction_type: str = "v_prediction") -> Path:
+# Of one level: half the time to trace and to compile, where many whole runs are tested.
+SHALLOW = UNET | {
+    "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}  # fmt: skip
+
+
+def write(folder: Path, prediction_type: str = "v_prediction", unet=UNET) -> Path:
     """Writes a teacher (DDIMScheduler) to `folder` and returns it."""
     tokens = folder.with_name(folder.name + "-tokenizer")
     tokenizers.build(shapes.words(), tokens, model_max_length=20)
     tokenizer = tokenizers.load(tokens)
     text = TEXT | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
     scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": prediction_type}
-    configs = {"unet": UNET, "vae": VAE, "text_encoder": text, "scheduler": scheduler}
+    configs = {"unet": unet, "vae": VAE, "text_encoder": text, "scheduler": scheduler}
     abstract = StableDiffusion.from_configs(configs).abstract_params()
     rng = np.random.default_rng(0)
     random = lambda leaf: np.asarray(rng.standard_normal(leaf.shape) * (0.2 if leaf.ndim > 1 else 0.05), np.float32)  # noqa: E731
