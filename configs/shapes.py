@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 6000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 700, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 650, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
             "remat": False,
         }
     )  # fmt: skip
@@ -43,11 +43,11 @@ def get_config() -> ConfigDict:
         }
     )  # fmt: skip
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 175, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 130, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
-            "every_steps": 350, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
+            "every_steps": 325, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
             "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
         }
     )  # fmt: skip

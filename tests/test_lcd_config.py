@@ -75,6 +75,7 @@ def shrunk(name: str, teacher: Path, shards: str, **more):
     config.update_from_flattened_dict({"teacher": str(teacher), "data.shards": shards} | SHRUNK | more)
     config.report.teacher = {"ddim": (2,)}
     config.report.student = {"lcm": (1,)}
+    config.train.remat = name == "sd15"  # which takes longer to compile; once is enough
     return config
 
 

@@ -221,6 +221,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     vae = load_config("shapes_vae")
     vae.update_from_flattened_dict(
         SHRUNK
+        | QUICK
         | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.pictures": 4}
     )
     assert run(vae, tmp_path / "vae")
@@ -230,6 +231,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     config = load_config("shapes_teacher")
     config.update_from_flattened_dict(
         SHRUNK
+        | QUICK
         | {
             "autoencoder": str(tmp_path / "vae" / "export"), "unet.block_out_channels": (16,),
             "unet.down_block_types": ("CrossAttnDownBlock2D",), "unet.up_block_types": ("CrossAttnUpBlock2D",),
