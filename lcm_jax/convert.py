@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import app, flags, logging
 
+from lcm_jax.weights.errors import ModelError, plural, unwritten
+
 if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped option answer at once
     from lcm_jax.stored_model import Model
 
@@ -74,7 +76,6 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is t
 
 def describe(model: "Model") -> dict[str, str]:
     """Prints what the model is; the digest of each component."""
-    from lcm_jax.weights.errors import plural
     from lcm_jax.weights.stored import outline_of
 
     unknown = "what it predicts is not told" if model.family == "sd2" and model.guessed else "predicts epsilon"
@@ -130,12 +131,11 @@ def read_lora(path: Path, base: "Model | None"):
 def convert_lora(path: Path) -> None:
     """A LoRA in one naming to the other."""
     from lcm_jax import stored_model
-    from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
     of_models = (MERGE, COMPONENT, WITH_EMA, EMA, DTYPE, PREDICTION, SCALING)
     if given := [f"--{flag.name}" for flag in of_models if flag.present]:
-        raise folders.ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
+        raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
     found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
     print(f"{path}: a LoRA")
     for component, updates in found.updates.items():
@@ -147,7 +147,7 @@ def convert_lora(path: Path) -> None:
     if DRY_RUN.value:
         return
     if FORMAT.value not in LORA_FORMATS:
-        raise folders.ModelError(
+        raise ModelError(
             f"{path} is a LoRA: write it with --format=lora-kohya or lora-peft, or add it to a model with --merge"
         )
     tensors, metadata = (lora.to_kohya if FORMAT.value == "lora-kohya" else lora.to_peft)(found)
@@ -179,11 +179,11 @@ def check_target() -> None:
     if FORMAT.value in ("diffusers", "orbax"):
         folders.check_target(target, OVERWRITE.value)
     elif target.exists() and not OVERWRITE.value:
-        raise folders.ModelError(f"{target} exists already; choose another --output, or pass --overwrite")
+        raise ModelError(f"{target} exists already; choose another --output, or pass --overwrite")
     elif target.is_dir():
-        raise folders.ModelError(f"--output={target} is a folder; give a file")
+        raise ModelError(f"--output={target} is a folder; give a file")
     elif target.suffix != ".safetensors":
-        raise folders.ModelError(f"--output={target} must end in .safetensors: pickles are read, never written")
+        raise ModelError(f"--output={target} must end in .safetensors: pickles are read, never written")
 
 
 def write_file(
@@ -191,16 +191,14 @@ def write_file(
     metadata: Mapping[str, str], target: Path, check: Callable[[Mapping[str, np.ndarray]], None],
 ) -> None:  # fmt: skip
     """One file, whole or not at all; check(its tensors) raises ModelError where what was written does not read back."""
-    from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import stored
-    from lcm_jax.weights.errors import unwritten
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        raise folders.ModelError(f"{target} cannot be written ({error}); choose another place") from None
+        raise ModelError(f"{target} cannot be written ({error}); choose another place") from None
     try:
         with progress("writing", components) as advance:
             stored.write_safetensors(Path(temporary), tensors, metadata, advance)
@@ -237,20 +235,19 @@ def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> No
     """A diffusers folder, whole or not at all."""
     from lcm_jax.models.stable_diffusion import StableDiffusion
     from lcm_jax.weights import diffusers_folder as folders
+    from lcm_jax.weights import trees
     from lcm_jax.weights.stored import outline_of
 
     if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
-        raise folders.ModelError(
+        raise ModelError(
             f"{INPUT.value} has no {', '.join(missing)}, and a folder needs every component: name a model in diffusers "
             "layout that has them with --base"
         )
     if model.tokenizer is None:
-        raise folders.ModelError(
-            f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base"
-        )
+        raise ModelError(f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base")
     abstract = StableDiffusion.from_configs(model.configs).abstract_params()
     outlines = {name: outline_of(tensors) for name, tensors in model.tensors.items()}
-    folders.all_params(outlines, abstract, INPUT.value)  # raises where they do not fit
+    trees.all_params(outlines, abstract, INPUT.value)  # raises where they do not fit
     with folders.new_folder(target, OVERWRITE.value) as folder:
         with progress("writing", model.tensors) as advance:
             for name, tensors in model.tensors.items():
@@ -268,7 +265,6 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
     from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import single_file_configs
-    from lcm_jax.weights.errors import unwritten
     from lcm_jax.weights.stored import size_of
 
     if model.guessed:
@@ -294,8 +290,6 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
 
 def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Raises ModelError where what was read back is not what was to be written."""
-    from lcm_jax.weights.errors import ModelError
-
     found = digests_of({name: written.get(name, {}) for name in digests}, "checking")
     if wrong := [name for name in digests if found[name] != digests[name]]:
         raise ModelError(
@@ -315,12 +309,10 @@ def convert() -> None:
     if source.is_file() and lora.is_lora(folders.open_file(source)[0]):
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
-        raise folders.ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
+        raise ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
     alone = FORMAT.value != "ldm" or MERGE.value or EMA.present or stored_model.find_run(source) is None
     if WITH_EMA.value and alone:
-        raise folders.ModelError(
-            "--with_ema writes a run to --format=ldm, without --merge and --ema; leave it out otherwise"
-        )
+        raise ModelError("--with_ema writes a run to --format=ldm, without --merge and --ema; leave it out otherwise")
     how = {
         "base": BASE.value, "variant": VARIANT.value, "prediction_type": PREDICTION.value,
         "scaling_factor": SCALING.value,
@@ -329,13 +321,13 @@ def convert() -> None:
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
             there = ", ".join(model.tensors)
-            raise folders.ModelError(f"--component={COMPONENT.value} is not in {INPUT.value}; it has {there}")
+            raise ModelError(f"--component={COMPONENT.value} is not in {INPUT.value}; it has {there}")
         if FORMAT.value == "diffusers":
-            raise folders.ModelError("--component works with ldm and orbax: a folder needs every component")
+            raise ModelError("--component works with ldm and orbax: a folder needs every component")
         model.tensors = {COMPONENT.value: model.tensors[COMPONENT.value]}
     if WITH_EMA.value:
         if "unet" not in model.tensors:
-            raise folders.ModelError(f"--with_ema is for a run that trains a UNet; {INPUT.value} trains none")
+            raise ModelError(f"--with_ema is for a run that trains a UNet; {INPUT.value} trains none")
         model.tensors[AVERAGES] = stored_model.read_model(INPUT.value, ema=True, **how).tensors["unet"]
     digests = describe(model)
     if MERGE.value:

@@ -22,7 +22,7 @@ from lcm_jax.recipes import lcd
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import check_batch_size
 from lcm_jax.training.state import create_state, make_optimizer
-from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout
 
 # Published by their makers: dense bfloat16 TFLOP/s, and GB of memory.
 ACCELERATORS = {
@@ -38,11 +38,11 @@ def teacher_configs(config) -> tuple[dict[str, Any], str]:
     Raises ValueError where there is neither.
     """
     name = str(config.teacher)
-    if name in folders.SHIPPED or Path(name).is_dir():
-        folder = folders.locate(name)
-        index = folders.read_index(folder)
-        parts = {part: folders.read_json(folder / part / "config.json") for part in folders.networks_of(index)}
-        scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    if name in layout.SHIPPED or Path(name).is_dir():
+        folder = layout.locate(name)
+        index = layout.read_index(folder)
+        parts = {part: layout.read_json(folder / part / "config.json") for part in layout.networks_of(index)}
+        scheduler = layout.read_json(folder / "scheduler" / "scheduler_config.json")
         return parts | {"model_index": index, "scheduler": scheduler}, str(folder)
     if (family := config.get("family")) not in FAMILIES:
         raise ValueError(

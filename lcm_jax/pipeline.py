@@ -20,8 +20,9 @@ from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_d
 from lcm_jax.diffusion.schedule import lcm_timesteps, solver_timesteps
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout, naming, trees
 from lcm_jax.weights import lora as loras
-from lcm_jax.weights import naming
+from lcm_jax.weights.errors import ModelError
 
 SAMPLERS = {
     "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
@@ -189,7 +190,7 @@ class Pipeline:
                 ("vocabulary", len(tokenizer), "vocab_size", text.vocab_size),
             ]:
                 if value > limit:
-                    raise folders.ModelError(
+                    raise ModelError(
                         f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
                         "give it the tokenizer that it was trained with"
                     )
@@ -204,14 +205,14 @@ class Pipeline:
 
         dtype: what the networks compute in. variant: the file variant, such as `fp16`. Raises ModelError.
         """
-        folder = folders.locate(path, variant)
-        index = folders.read_index(folder)
+        folder = layout.locate(path, variant)
+        index = layout.read_index(folder)
         configs, tensors = {"model_index": index}, {}
-        for name in folders.networks_of(index):
+        for name in layout.networks_of(index):
             configs[name], tensors[name] = folders.read_component(folder, name, variant)
-        configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+        configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
         abstract = StableDiffusion.from_configs(configs).abstract_params()
-        return cls(folder, configs, folders.all_params(tensors, abstract, str(folder)), index, dtype)
+        return cls(folder, configs, trees.all_params(tensors, abstract, str(folder)), index, dtype)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
         """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.
@@ -238,7 +239,7 @@ class Pipeline:
         """
         name = Path(path).stem if name is None else name
         if name in self._adapters:
-            raise folders.ModelError(
+            raise ModelError(
                 f"a LoRA named {name!r} is loaded already; give this one another name, or use set_lora_weight"
             )
         base = {
@@ -269,14 +270,14 @@ class Pipeline:
     def _adapter(self, name: str) -> loras.LoRA:
         if name not in self._adapters:
             there = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
-            raise folders.ModelError(f"there is no LoRA named {name!r}: {there}")
+            raise ModelError(f"there is no LoRA named {name!r}: {there}")
         return self._adapters[name][0]
 
     def _adapt(self, adapters: dict[str, tuple[loras.LoRA, float]]) -> None:
         """Parameters = those that were read, plus every adapter at its weight."""
         for name, (_, weight) in adapters.items():
             if not np.isfinite(weight):
-                raise folders.ModelError(f"the weight of LoRA {name!r} is {weight}; give a finite number")
+                raise ModelError(f"the weight of LoRA {name!r} is {weight}; give a finite number")
         flat = flatten_dict(self.params) | self._originals
         keys = {
             (component, f"{module}.weight")

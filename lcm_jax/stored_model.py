@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import naming, single_file, single_file_configs
+from lcm_jax.weights import layout, naming, single_file, single_file_configs
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.stored import Tensors, hollow, outline_of
 
@@ -94,33 +94,33 @@ def read_file(name: str, ema: bool, prediction_type: str | None, scaling_factor:
 
 def read_folder(name: str, variant: str | None = None, alone: bool = False) -> Model:
     """A diffusers folder, a shipped name or a hub id. alone: one network will do, without the rest of the model."""
-    folder = folders.locate(name, variant, alone)
+    folder = layout.locate(name, variant, alone)
     if not (folder / "model_index.json").is_file():
         return read_network(name, folder, variant)
-    index = folders.read_index(folder)
+    index = layout.read_index(folder)
     configs, tensors = {"model_index": index}, {}
-    for part in folders.networks_of(index):
+    for part in layout.networks_of(index):
         configs[part], stored = folders.open_component(folder, part, variant)
         tensors[part] = modern(part, stored)
-    configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
     return Model(name, family_of(configs), configs, tensors, folder / "tokenizer", index)
 
 
 def read_network(name: str, folder: Path, variant: str | None = None) -> Model:
     """One network that is published alone. Raises ModelError for a kind that is in no model."""
-    config = folders.read_json(folder / "config.json")
+    config = layout.read_json(folder / "config.json")
     kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
-    part = next((part for part in folders.NETWORKS if kind in folders.CLASSES[part][1]), None)
+    part = next((part for part in layout.NETWORKS if kind in layout.CLASSES[part][1]), None)
     if part is None:
-        kinds = ", ".join(kind for part in folders.NETWORKS for kind in folders.CLASSES[part][1])
+        kinds = ", ".join(kind for part in layout.NETWORKS for kind in layout.CLASSES[part][1])
         raise ModelError(f"{folder / 'config.json'} is of the class {kind!r}; only {kinds} are supported")
-    tensors = modern(part, folders.open_tensors(folder, folders.FILES[part], variant))
+    tensors = modern(part, folders.open_tensors(folder, layout.FILES[part], variant))
     return Model(name, "vae" if part == "vae" else "", {part: config}, {part: tensors})
 
 
 def modern(component: str, tensors: Tensors) -> Tensors:
     """`tensors` under their present names, without what is no parameter."""
-    keys = {folders.modern_key(component, key): key for key in tensors}
+    keys = {naming.modern_key(component, key): key for key in tensors}
     keys.pop(None, None)
     return Tensors({new: tensors.outline[key] for new, key in keys.items()}, lambda new: tensors[keys[new]])
 
@@ -191,12 +191,12 @@ def read_run(workdir: Path, step: int | None, base: str | None, ema: bool, varia
 
     That is `base`, else the run's export, else the teacher that its config names. Raises ModelError.
     """
-    config = folders.read_json(workdir / "config.json")
+    config = layout.read_json(workdir / "config.json")
     step, tree = read_checkpoint(workdir / "checkpoints", step, "ema" if ema else "params")
     print(f"{workdir}: the {'EMA target' if ema else 'student'} at step {step}")
     if config["objective"]["name"] == "autoencoder":
         return Model(str(workdir), "vae", {}, {"vae": by_key(tree)})
-    if other := sorted(tree.keys() - set(folders.NETWORKS)):
+    if other := sorted(tree.keys() - set(layout.NETWORKS)):
         raise ModelError(f"{workdir} trains {', '.join(other)}, which are no networks of a model")
     export = workdir / "export"
     began = str(export) if (export / "model_index.json").is_file() else config.get("teacher")
@@ -218,7 +218,7 @@ def read_run(workdir: Path, step: int | None, base: str | None, ema: bool, varia
 
 def read_orbax(folder: Path) -> Model:
     """A model as an orbax checkpoint, of which one component is held at a time. Raises ModelError."""
-    described = folders.read_json(folder / CONFIGS)
+    described = layout.read_json(folder / CONFIGS)
     step, outline = checkpointed(lambda checkpoint: checkpoint.read_outline(folder / "checkpoints"))
 
     @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.training.checkpoint import Checkpoints
 from lcm_jax.training.state import create_state
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,7 +90,7 @@ def convert(*arguments: str) -> SimpleNamespace:
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    networks = folders.networks_of(folders.read_index(folder))
+    networks = layout.networks_of(layout.read_index(folder))
     return {f"{n}/{k}": v for n in networks for k, v in folders.read_component(folder, n)[1].items()}
 
 
@@ -186,7 +187,7 @@ def test_the_guidance_input_of_a_student_survives(tmp_path):
     assert done.returncode == 0, done.stderr
     done = convert(f"--input={student}", f"--output={tmp_path / 'back'}", "--format=diffusers", "--base=shapes-lcm")
     assert done.returncode == 0, done.stderr
-    assert_same(tensors_of(folders.locate("shapes-lcm")), tensors_of(tmp_path / "back"))
+    assert_same(tensors_of(layout.locate("shapes-lcm")), tensors_of(tmp_path / "back"))
     config = json.loads((tmp_path / "back" / "unet" / "config.json").read_text())
     assert config["time_cond_proj_dim"] == 256
 
@@ -303,7 +304,7 @@ def formats(model, tmp_path_factory) -> dict[str, Path]:
     source = shutil.copytree(model, folder / "diffusers")
     rng = np.random.default_rng(0)
     for part, dtype in [("unet", np.float16), ("vae", ml_dtypes.bfloat16)]:
-        path = source / part / f"{folders.FILES[part]}.safetensors"
+        path = source / part / f"{layout.FILES[part]}.safetensors"
         tensors = load_file(path)
         bits = {key: rng.integers(0, 2**16, value.shape, np.uint16).view(dtype) for key, value in tensors.items()}
         save_file(bits, path)
@@ -386,7 +387,7 @@ def state_at(step: int, model: Path):
 
 
 def unet_of(tree) -> dict[str, np.ndarray]:
-    return {f"unet/{key}": tensor for key, tensor in folders.from_params(tree["unet"]).items()}
+    return {f"unet/{key}": tensor for key, tensor in trees.from_params(tree["unet"]).items()}
 
 
 @pytest.mark.parametrize(

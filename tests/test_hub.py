@@ -15,16 +15,19 @@ import tiny_model
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights.diffusers_folder import ModelError, needed_files
+from lcm_jax.weights import layout
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.layout import needed_files
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOCATE = """
 import sys
-from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout
+from lcm_jax.weights.errors import ModelError
 try:
-    print(folders.locate(sys.argv[1], *sys.argv[2:]))  # variant, alone
-except folders.ModelError as error:
+    print(layout.locate(sys.argv[1], *sys.argv[2:]))  # variant, alone
+except ModelError as error:
     sys.exit(f"ModelError: {error}")
 """
 
@@ -33,7 +36,7 @@ except folders.ModelError as error:
 def model(tmp_path_factory) -> Path:
     folder = tiny_model.write(tmp_path_factory.mktemp("models") / "model")
     for part in ("unet", "vae", "text_encoder"):
-        stem = folders.FILES[part]
+        stem = layout.FILES[part]
         half = {k: v.astype(np.float16) for k, v in load_file(folder / part / f"{stem}.safetensors").items()}
         save_file(half, folder / part / f"{stem}.fp16.safetensors")
         (folder / part / f"{stem}.bin").write_bytes(b"not wanted")
@@ -116,7 +119,7 @@ def test_only_what_is_read_is_fetched_and_then_read_without_a_network(model, ser
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.strip())
     tokenizer = {f"tokenizer/{path.name}" for path in (model / "tokenizer").iterdir()}
-    weights = {f"{part}/{folders.FILES[part]}.safetensors" for part in ("unet", "vae", "text_encoder")}
+    weights = {f"{part}/{layout.FILES[part]}.safetensors" for part in ("unet", "vae", "text_encoder")}
     assert files_of(folder) == COMMON | tokenizer | weights
     for name, tensor in folders.read_component(model, "unet")[1].items():
         assert folders.read_component(folder, "unet")[1][name].tobytes() == tensor.tobytes()
@@ -188,7 +191,7 @@ def test_without_a_network_the_cache_is_read_or_the_id_is_named(model, tmp_path)
 def test_a_local_folder_of_this_name_wins(model, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    assert folders.locate("org/name") == Path("org/name")
+    assert layout.locate("org/name") == Path("org/name")
 
 
 def test_the_files_of_each_kind():

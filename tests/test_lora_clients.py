@@ -138,7 +138,7 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}
     both = jax.device_get(ours.params["unet"])
     expected = loras.merge(tensors, [(adapter(tensors, 1), 0.5), (adapter(tensors, 2), -0.25)])["unet"]
-    for key, tensor in lcm_jax.pipeline.folders.from_params(both).items():
+    for key, tensor in lcm_jax.pipeline.trees.from_params(both).items():
         np.testing.assert_array_equal(tensor, expected[key], err_msg=key)
 
     same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, jax.device_get(b))  # noqa: E731

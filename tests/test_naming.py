@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import naming
-from lcm_jax.weights.diffusers_folder import modern_key
+from lcm_jax.weights.naming import modern_key
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lcm_jax.weights import pickles
-from lcm_jax.weights.diffusers_folder import ModelError
+from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.pickles import read_pickle
 
 DTYPES = [

@@ -15,7 +15,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.weights.diffusers_folder import ModelError
+from lcm_jax.weights.errors import ModelError
 
 PROMPT = "a red circle above a blue square"
 

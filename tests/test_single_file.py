@@ -19,11 +19,12 @@ from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.stored_model import Model, read_file, take_base
 from lcm_jax.weights import single_file
-from lcm_jax.weights.diffusers_folder import ModelError, all_params, to_params
+from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.pickles import read_pickle
 from lcm_jax.weights.single_file import open_diffusers, open_ldm, recognise, to_diffusers, to_ldm
 from lcm_jax.weights.single_file_configs import complete, configs_of
 from lcm_jax.weights.stored import Tensors
+from lcm_jax.weights.trees import all_params, to_params
 
 CLASSES = {
     "UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextModel,

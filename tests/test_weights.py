@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import naming
-from lcm_jax.weights.diffusers_folder import ModelError
+from lcm_jax.weights import layout, naming, trees
+from lcm_jax.weights.errors import ModelError
 
 NETWORKS = ("unet", "vae", "text_encoder")  # of the Stable Diffusion 1.x shape; SDXL's are in test_family_pipelines.py
 
@@ -46,7 +46,7 @@ def read_all(folder, variant=None):
     configs, tensors = {}, {}
     for name in NETWORKS:
         configs[name], tensors[name] = folders.read_component(folder, name, variant)
-    configs["scheduler"] = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
     return configs, tensors
 
 
@@ -64,11 +64,11 @@ def assert_same_tensors(a, b):
 def round_trip(folder, abstract, target, variant=None, **how):
     """Reads `folder`, writes `target`, and returns the tensors of both as they are in the files."""
     configs, tensors = read_all(folder, variant)
-    params = {name: folders.to_params(name, tensors[name], abstract[name]) for name in NETWORKS}
+    params = {name: trees.to_params(name, tensors[name], abstract[name]) for name in NETWORKS}
     with folders.new_folder(target) as temporary:
         folders.write_pipeline(
             temporary, configs, params, folder / "tokenizer", configs["scheduler"],
-            index=folders.read_index(folder), variant=variant, **how,
+            index=layout.read_index(folder), variant=variant, **how,
         )  # fmt: skip
     again_configs, again = read_all(target, variant)
     assert again_configs == configs
@@ -89,7 +89,7 @@ def test_read_then_write_is_bit_identical(student, abstract, tmp_path, dtype, va
     theirs, again = round_trip(folder, abstract, mine, variant)
     for name in NETWORKS:
         assert {str(tensor.dtype) for tensor in theirs[name].values()} == {dtype}
-        expected = {folders.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
+        expected = {naming.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
         assert_same_tensors(expected, again[name])
     suffix = f".{variant}" if variant else ""
     assert (mine / "unet" / f"diffusion_pytorch_model{suffix}.safetensors").is_file()
@@ -110,7 +110,7 @@ def test_sharded_files_both_ways(student, abstract, tmp_path, variant):
     mine = tmp_path / "mine"
     theirs, again = round_trip(folder, abstract, mine, variant, max_shard_bytes=20_000)
     for name in NETWORKS:
-        expected = {folders.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
+        expected = {naming.modern_key(name, key): tensor for key, tensor in theirs[name].items()}
         assert_same_tensors(expected, again[name])
     shards = list((mine / "unet").glob("*-of-*"))
     assert len(shards) > 2 and all(path.stat().st_size < 40_000 for path in shards)
@@ -129,7 +129,7 @@ def test_bin_files_are_read_where_there_are_no_safetensors(copy, tmp_path, varia
     expected = read_all(copy)[1]
     for name in NETWORKS:
         stem = "pytorch_model" if name == "text_encoder" else "diffusion_pytorch_model"
-        (copy / name / f"{folders.FILES[name]}.safetensors").unlink()
+        (copy / name / f"{layout.FILES[name]}.safetensors").unlink()
         state = {key: torch.from_numpy(tensor) for key, tensor in expected[name].items()}
         if shards == 1:
             torch.save(state, copy / name / f"{stem}{middle}.bin")
@@ -159,7 +159,7 @@ def test_bfloat16_and_not_a_numbers_keep_their_bits(tmp_path):
     tensors = folders.read_component(tmp_path, "unet")[1]
     assert tensors["layer.weight"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(tensors["layer.weight"].view(np.uint16), bits.T)
-    again = folders.to_params("unet", tensors, params)
+    again = trees.to_params("unet", tensors, params)
     np.testing.assert_array_equal(again["layer"]["kernel"].view(np.uint16), bits)
     np.testing.assert_array_equal(again["layer"]["bias"].view(np.uint16), bits[0])
 
@@ -197,15 +197,15 @@ def test_old_names_are_read_and_the_present_ones_written(student, abstract, tmp_
             key = key.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{name}.")
         old[key] = tensor
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in old
-    params = folders.to_params("vae", old, abstract["vae"])
-    assert_same_tensors(folders.from_params(params), tensors["vae"])
+    params = trees.to_params("vae", old, abstract["vae"])
+    assert_same_tensors(trees.from_params(params), tensors["vae"])
 
     bare = {key.removeprefix("text_model."): tensor for key, tensor in tensors["text_encoder"].items()}
     full = {f"text_model.{key}": tensor for key, tensor in bare.items()}
     for stored in (bare, full):
         stored = stored | {"text_model.embeddings.position_ids": np.arange(12)[None]}
-        params = folders.to_params("text_encoder", stored, abstract["text_encoder"])
-        assert_same_tensors(folders.from_params(params), full)
+        params = trees.to_params("text_encoder", stored, abstract["text_encoder"])
+        assert_same_tensors(trees.from_params(params), full)
 
 
 def test_all_wrong_keys_in_one_error(student, abstract):
@@ -218,7 +218,7 @@ def test_all_wrong_keys_in_one_error(student, abstract):
     broken["mid_block.resnets.0.norm1.weight"] = np.zeros(5, np.float32)
     broken["mid_block.resnets.0.norm1.bias"] = broken["mid_block.resnets.0.norm1.bias"].astype(np.float64)
     with pytest.raises(ModelError) as caught:
-        folders.to_params("unet", broken, abstract["unet"], "some/folder")
+        trees.to_params("unet", broken, abstract["unet"], "some/folder")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("unet of some/folder") and "3 keys missing" in lines[0]
     assert set(lines[1:]) == {
@@ -237,7 +237,7 @@ def test_a_key_twice_under_two_names_is_extra(student, abstract):
     name = "encoder.mid_block.attentions.0.query.weight"
     twice = tensors | {name: np.ones((16, 16), np.float32)}
     with pytest.raises(ModelError, match=f"1 extra(.|\n)*{name}"):
-        folders.to_params("vae", twice, abstract["vae"])
+        trees.to_params("vae", twice, abstract["vae"])
 
 
 def test_a_narrower_type_is_written_on_request(student, tmp_path):
@@ -249,9 +249,9 @@ def test_a_narrower_type_is_written_on_request(student, tmp_path):
     np.testing.assert_array_equal(stored, tensors["unet"]["conv_in.bias"].astype(ml_dtypes.bfloat16))
     huge = {"norm": {"bias": np.full(3, 1e6, np.float32)}}
     with pytest.raises(ModelError, match="norm.bias; use bfloat16"):
-        folders.from_params(huge, "float16")
+        trees.from_params(huge, "float16")
     with pytest.raises(ModelError, match="dtype is 'int8'; choose"):
-        folders.from_params(huge, "int8")
+        trees.from_params(huge, "int8")
 
 
 # --- files that cannot be read ---
@@ -300,13 +300,13 @@ def test_a_shard_is_missing_or_lacks_a_tensor(tmp_path):
 
 
 def test_locate(student, tmp_path, monkeypatch):
-    assert folders.locate(student) == folders.locate(str(student)) == student
+    assert layout.locate(student) == layout.locate(str(student)) == student
     with pytest.raises(ModelError, match="no model 'shape-lcm': did you mean 'shapes-lcm'"):
-        folders.locate("shape-lcm")
+        layout.locate("shape-lcm")
     with pytest.raises(ModelError, match="no model 'some/where/else': give a folder"):
-        folders.locate("some/where/else")
+        layout.locate("some/where/else")
     with pytest.raises(ModelError, match="has no model_index.json: give the top folder"):
-        folders.locate(student / "unet")
+        layout.locate(student / "unet")
     for name, what, base in [
         ("model.ckpt", "a file", " --base=BASE"), ("unet", "one network", " --base=BASE"),
         ("run", "orbax checkpoints", ""), ("run/checkpoints/3", "orbax checkpoints", ""),
@@ -315,13 +315,13 @@ def test_locate(student, tmp_path, monkeypatch):
         (tmp_path / "model.ckpt").touch()
         shutil.copytree(student / "unet", tmp_path / "unet", dirs_exist_ok=True)
         with pytest.raises(ModelError) as caught:
-            folders.locate(tmp_path / name)
+            layout.locate(tmp_path / name)
         command = f"`python -m lcm_jax.convert --input={tmp_path / name} --output=DIR --format=diffusers{base}`"
         assert str(caught.value).startswith(f"{tmp_path / name} is {what}, ") and command in str(caught.value)
-    assert folders.locate(tmp_path / "unet", alone=True) == tmp_path / "unet"
-    monkeypatch.setattr(folders, "ASSETS", tmp_path)
+    assert layout.locate(tmp_path / "unet", alone=True) == tmp_path / "unet"
+    monkeypatch.setattr(layout, "ASSETS", tmp_path)
     with pytest.raises(ModelError, match="shipped model 'shapes-lcm' is not at"):
-        folders.locate("shapes-lcm")
+        layout.locate("shapes-lcm")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_another_kind_of_model_is_refused(copy, name, entry, message):
     path = copy / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: entry}))
     with pytest.raises(ModelError, match=message):
-        folders.read_index(copy)
+        layout.read_index(copy)
 
 
 # --- writing ---

@@ -15,6 +15,7 @@ from lcm_jax.recipes.drawing import Sampler, save_grid
 from lcm_jax.recipes.sources import digest, identity_of, latent_source, pictures, prompts_of
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout, trees
 
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -29,8 +30,8 @@ def master(params):
 
 def diffusion_job(config, workdir: Path) -> Job:
     """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
-    shipped = config.autoencoder in folders.SHIPPED
-    autoencoder_folder = folders.locate(config.autoencoder) if shipped else Path(config.autoencoder)
+    shipped = config.autoencoder in layout.SHIPPED
+    autoencoder_folder = layout.locate(config.autoencoder) if shipped else Path(config.autoencoder)
     vae_config, vae_tensors = folders.read_component(autoencoder_folder, "vae")
     tokenizers.build(
         shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
@@ -54,7 +55,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
-    vae_params = master(folders.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
+    vae_params = master(trees.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
     source = latent_source(
         config, workdir, model, vae_params, tokenize, pictures(config, "train", config.data.length), identity_of(config)
     )
@@ -63,9 +64,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
-        name: master(
-            folders.to_params(name, folders.read_component(folders.locate(config.init), name)[1], abstract[name])
-        )
+        name: master(trees.to_params(name, folders.read_component(layout.locate(config.init), name)[1], abstract[name]))
         for name in (("unet", "text_encoder") if config.init else ())
     }
 

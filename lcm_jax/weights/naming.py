@@ -1,7 +1,7 @@
 """The one naming rule between PyTorch's keys and parameter trees, for every network of diffusers and transformers here.
 
 1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (4-D, 2-D), `scale` (1-D) or `embedding` (tables).
-3. Kernels are transposed: OIHW -> HWIO, OI -> IO.
+3. Kernels are transposed: OIHW -> HWIO, OI -> IO. Before these, `modern_key` for what was published under other names.
 """
 
 import re
@@ -11,6 +11,20 @@ import numpy as np
 # Names that end in a number of their own, which is no list index.
 NUMBERED = re.compile(r"linear_\d+")
 INDEXED = re.compile(r"(.+)_(\d+)")
+# The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
+OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_key(name: str, key: str) -> str | None:
+    """The present name of a published key, or None for what is no parameter."""
+    if name.startswith("text_encoder"):
+        if key.endswith("position_ids"):
+            return None
+        return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+    if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
+        block, layer, leaf = match.groups()
+        return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
+    return key
 
 
 def is_table(parent: str) -> bool:

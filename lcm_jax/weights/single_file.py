@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.naming import modern_key
 from lcm_jax.weights.stored import Tensors, outline_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -386,8 +387,6 @@ def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> d
 
 def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
     """(component, key in the file) -> the one or three tensors that it is made of, (diffusers' key, the key here)."""
-    from lcm_jax.weights.diffusers_folder import modern_key
-
     places: dict[tuple[str, str], list[tuple[str, str]]] = {}
     wrong = []
     for component, tensors in components.items():

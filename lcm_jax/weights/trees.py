@@ -1,0 +1,75 @@
+"""Tensors by PyTorch name, as every format stores them, to and from the parameter trees of our networks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lcm_jax.weights import naming
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.stored import narrow
+
+DTYPES = ("float32", "bfloat16", "float16")
+Params = dict[str, Any]
+
+
+def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, where: str = "") -> Params:
+    """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs), in the stored dtypes.
+
+    Raises ModelError that lists every key that is missing, extra or of another shape.
+    """
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    extra = []
+    for key, tensor in tensors.items():
+        modern = naming.modern_key(name, key)
+        if modern is None:
+            continue
+        path = naming.to_path(modern, tensor.ndim)
+        if path in wanted and path not in found and tensor.dtype.name in DTYPES:
+            found[path] = naming.to_array(path, tensor)
+        else:
+            extra.append(f"+ {key} {tensor.dtype.name}{list(tensor.shape)}")
+    missing = [f"- {naming.to_key(path)}" for path in wanted if path not in found]
+    shapes = [
+        f"! {naming.to_key(path)}: {naming.tensor_shape(path, found[path].shape)} in the file, "
+        f"{naming.tensor_shape(path, shape)} by the config"
+        for path, shape in wanted.items()
+        if path in found and found[path].shape != shape
+    ]
+    if problems := [*sorted(missing), *sorted(extra), *sorted(shapes)]:
+        raise ModelError(
+            f"{name}{f' of {where}' if where else ''}: weights and config.json disagree "
+            f"({len(missing)} keys missing -, {len(extra)} extra +, {len(shapes)} of another shape !); "
+            "use the config that belongs to these weights\n" + "\n".join(problems)
+        )
+    return unflatten_dict(found)
+
+
+def all_params(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], abstract: Mapping[str, Params], where: str = ""
+) -> dict[str, Params]:
+    """`to_params` of every network of `tensors`; what is wrong in any of them is in one error."""
+    params, problems = {}, []
+    for name in tensors:
+        try:
+            params[name] = to_params(name, tensors[name], abstract[name], where)
+        except ModelError as error:
+            problems.append(str(error))
+    if problems:
+        raise ModelError("\n".join(problems))
+    return params
+
+
+def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: tensors by PyTorch name, in their own dtype or cast to `dtype`.
+
+    Raises ModelError for another dtype than float32, bfloat16, float16, or where a finite number overflows in it.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    tensors = {
+        naming.to_key(path): naming.to_tensor(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items()
+    }
+    return tensors if dtype is None else dict(narrow(tensors, dtype))
