@@ -92,15 +92,16 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0, embedding_dim: int = 256,
+    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, embedding_dim: int = 256,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
     params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and
     "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
-    data (published: 0); they begin from draws.posterior, which they leave free. embedding_dim: the width of the
-    student's input for w. Returns (float32[], metrics).
+    data (published: 0); they begin from draws.posterior, which they leave free. guided_from: the t from which on the
+    teacher is guided, below it w counts as 0 (published: 0, guided everywhere; a limited interval is arXiv
+    2404.07724's). embedding_dim: the width of the student's input for w. Returns (float32[], metrics).
     """
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
     keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
@@ -125,7 +126,7 @@ def loss(
     output = networks.teacher(frozen["unet"], twice(z_s), twice(s), both)
     x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
     noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
-    w = draws.w[:, None, None, None]
+    w = jnp.where(s >= guided_from, draws.w, 0.0)[:, None, None, None]
     x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
     z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
 

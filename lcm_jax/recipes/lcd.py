@@ -105,6 +105,7 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         huber_c=objective.huber_c,
         weighting=objective.weighting,
         own_share=objective.own_share,
+        guided_from=objective.guided_from,
         embedding_dim=objective.guidance_embedding_dim,
     )
     return encoding(draw, loss, model) if encodes(config) else (draw, loss)
