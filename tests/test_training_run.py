@@ -269,10 +269,11 @@ def test_a_workdir_of_another_config_is_refused(teacher, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict(), default=list))
     before = (tmp_path / "run" / "config.json").read_bytes()
+    rate = config.optimizer.learning_rate
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(RunError, match=r"optimizer.learning_rate \(0.0005 there, 0.5 here\)"):
+    with pytest.raises(RunError, match=rf"optimizer.learning_rate \({rate} there, 0.5 here\)"):
         run(config, tmp_path / "run")
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = rate
     config.log.every_steps = 7
     check_workdir(tmp_path / "run", config.to_dict())  # how often it logs is free
     assert (tmp_path / "run" / "config.json").read_bytes() == before
