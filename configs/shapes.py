@@ -6,7 +6,7 @@ Expect less than ten minutes on two cores, of which the distillation is six; `re
 The settings that differ from the published ones (batch 72, AdamW at 8e-6, EMA 0.999943, w in 2..14, 50 DDIM steps) do
 so because this run is some thousand times shorter. `own_share` is no published setting: half of each batch begins from
 what the student itself draws in one jump, as every step of a sampler but the first does. Nor is `guided_from`: in steps
-of 125, guidance near the picture spoils colours (arXiv 2404.07724 limits it too). The shipped student had 800 updates.
+of 125, guidance near the picture costs more than it gives (arXiv 2404.07724). The shipped student had 800 updates.
 """
 
 from ml_collections import ConfigDict

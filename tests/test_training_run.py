@@ -286,6 +286,7 @@ def test_a_workdir_of_another_config_is_refused(teacher, tmp_path):
         ({"train.batch_size": 64}, "the data has 32 records, fewer than train.batch_size 64"),
         ({"objective.distance": "l3"}, "objective.distance is 'l3'; choose l2 or huber"),
         ({"objective.own_share": 0.01}, "objective.own_share is 0.01"),
+        ({"objective.guided_from": 1000}, "objective.guided_from is 1000; choose a timestep, 0"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),

@@ -102,7 +102,11 @@ def loss(
     data (published: 0); they begin from draws.posterior, which they leave free. guided_from: the t from which on the
     teacher is guided, below it w counts as 0 (published: 0, guided everywhere; a limited interval is arXiv
     2404.07724's). embedding_dim: the width of the student's input for w. Returns (float32[], metrics).
+    Raises ValueError for a setting out of its range.
     """
+    last = len(schedule.alphas_cumprod) - 1
+    if not 0 <= guided_from <= last:
+        raise ValueError(f"objective.guided_from is {guided_from}; choose a timestep, 0 (guided everywhere) to {last}")
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
     keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
     time_ids = batch.get("time_ids")
