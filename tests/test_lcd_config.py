@@ -72,10 +72,13 @@ SHRUNK = {
 
 def shrunk(name: str, teacher: Path, shards: str, **more):
     config = load_config(name)
+    assert config.train.dtype == "bfloat16"
     config.update_from_flattened_dict({"teacher": str(teacher), "data.shards": shards} | SHRUNK | more)
     config.report.teacher = {"ddim": (2,)}
     config.report.student = {"lcm": (1,)}
-    config.train.remat = name == "sd15"  # which takes longer to compile; once is enough
+    config.train.remat = name == "sd15"  # this and bfloat16 take longer to compile; once each is enough
+    if name not in ("sd15", "ssd1b"):
+        config.train.dtype = "float32"
     return config
 
 
@@ -124,12 +127,17 @@ def ddim(**more):
     return DDIMScheduler(**reference_families.SCHEDULE, **shared, **more)
 
 
+SMALL_XL = reference_families.XL | SMALL | {"cross_attention_dim": 16 + 24, "transformer_layers_per_block": (2,)}
+SMALL_SSD = SMALL_XL | {
+    "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": ((2,),),
+    "reverse_transformer_layers_per_block": ((1, 2),),
+}  # fmt: skip
 TINY = {
     "sd15": (SMALL | {"use_linear_projection": False}, ddim, False),
     "sd21": (SMALL, ddim, False),
     "sd21-768": (SMALL, lambda: ddim(prediction_type="v_prediction"), False),
-    "sdxl": reference_families.FAMILIES["sdxl"],
-    "ssd1b": reference_families.FAMILIES["ssd1b"],
+    "sdxl": (SMALL_XL, *reference_families.FAMILIES["sdxl"][1:]),
+    "ssd1b": (SMALL_SSD, *reference_families.FAMILIES["ssd1b"][1:]),
 }
 
 

@@ -63,9 +63,7 @@ def follow_lcm(scheduler, n, strength, monkeypatch):
     scheduler.set_timesteps(n, strength=strength)
     noise = np.random.default_rng(n).standard_normal((n, *Z.shape)).astype(np.float32)
     drawn = iter(noise)
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: torch.tensor(next(drawn))
-    )
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: torch.tensor(next(drawn)))
     z = torch.tensor(Z)
     for t in scheduler.timesteps:
         result = scheduler.step(torch_network(z, t), t, z)

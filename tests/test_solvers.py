@@ -18,9 +18,7 @@ def test_a_ddim_step_stays_on_a_straight_trajectory():
     schedule = make_schedule(SD)
     x0, noise = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 1)).astype(np.float32)
     t = jnp.array([0, 259, 979])
-    np.testing.assert_array_equal(
-        ddim_step(x0, noise, *alpha_sigma(schedule, t)), add_noise(schedule, x0, noise, t)
-    )
+    np.testing.assert_array_equal(ddim_step(x0, noise, *alpha_sigma(schedule, t)), add_noise(schedule, x0, noise, t))
 
 
 def test_the_multistep_update_is_first_order_ddim_without_its_second_term():

@@ -1,23 +1,21 @@
 """Whole runs: the real command in real processes, and the loop in this one."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny_model
 import torch
 from diffusers import LatentConsistencyModelPipeline
 from tensorboardX.proto import event_pb2
+from whole_runs import QUICK, ROOT, SHRUNK, checkpoints_of, load_config, shrunk_lcd
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
@@ -26,94 +24,15 @@ from lcm_jax.training import loop
 from lcm_jax.training.logging import ProgressReport
 from lcm_jax.training.loop import RunError, check_run, check_workdir, train
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher", unet=tiny_model.SHALLOW)
 
 
-def load_config(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
-SHRUNK = {
-    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1,
-    "log.every_steps": 1,
-}  # fmt: skip
-SHRUNK_LCD = SHRUNK | {
-    "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
-    "sample.teacher_steps": 2, "sample.student_steps": (1, 2), "report.per_task": 1, "report.reference": 32,
-    "report.batch_size": 6,
-}  # fmt: skip
-QUICK = {"optimizer.name": "adamw"}  # half the time to compile, where the optimizer is beside the point
-
-
-def shrunk_lcd(teacher: Path, **more):
-    config = load_config("shapes")
-    cache = str(Path(teacher).parent / "latents")  # encoded once for all these runs
-    config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher), "data.cache": cache} | more)
-    config.report.teacher = {"ddim": (1, 2), "dpmsolver++": (2,)}
-    config.report.student = {"lcm": (1, 2)}
-    return config
-
-
 def run(config, workdir: Path) -> bool:
     check_run(workdir, config)
     return train(RECIPES[config.objective.name](config, workdir), config, workdir)
-
-
-def shrunk_command(teacher: Path):
-    few = {"train.batch_size": 2, "checkpoint.every_steps": 5, "sample.teacher_steps": 1, "sample.student_steps": (1,)}
-    config = shrunk_lcd(teacher, **few)
-    config.report.teacher, config.report.student = {"ddim": (1,)}, {"lcm": (1,)}
-    return config
-
-
-def command(teacher: Path, workdir: Path, steps: int, cache: Path) -> subprocess.Popen:
-    """The real command on the shrunk config, in a process of its own."""
-    file = workdir.parent / "shrunk.py"
-    file.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_training_run as test\n"
-        f"get_config = lambda: test.shrunk_command({str(teacher)!r})\n"
-    )
-    # Twice as quick to compile without optimisation, and no less a program whose bits must come out the same.
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    arguments = [f"--config={file}", f"--workdir={workdir}", f"--config.train.steps={steps}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "lcm_jax.main", *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for_step(workdir: Path, step: int, saved: int, process: subprocess.Popen) -> None:
-    """Until the log has `step` and a checkpoint of step `saved` or later is whole, which takes a moment longer."""
-    deadline = time.monotonic() + 240
-    metrics = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        logged = metrics.exists() and f'"step": {step},' in metrics.read_text()
-        if logged and any(done >= saved for done in checkpoints_of(workdir)):
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def checkpoints_of(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def final_state(workdir: Path, step: int):
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def board(folder: Path) -> dict[tuple[int, str], float]:
@@ -127,48 +46,6 @@ def board(folder: Path) -> dict[tuple[int, str], float]:
             found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
             at += 16 + length
     return found
-
-
-def test_killed_and_stopped_runs_end_with_the_same_bits(teacher, tmp_path):
-    """kill -9, then SIGTERM, then a damaged checkpoint: parameters, target and optimizer equal an unbroken run's."""
-    cache, steps = tmp_path / "cache", 30
-    whole = command(teacher, tmp_path / "whole", steps, cache)
-    output = whole.communicate(timeout=500)[0]
-    assert whole.returncode == 0, output
-
-    broken = command(teacher, tmp_path / "broken", steps, cache)
-    wait_for_step(tmp_path / "broken", 8, 5, broken)
-    broken.send_signal(signal.SIGKILL)
-    broken.communicate()
-    assert broken.returncode == -signal.SIGKILL
-
-    stopped = command(teacher, tmp_path / "broken", steps, cache)
-    wait_for_step(tmp_path / "broken", 16, 15, stopped)
-    stopped.send_signal(signal.SIGTERM)
-    output = stopped.communicate(timeout=240)[0]
-    assert stopped.returncode == 0, output
-    assert "resumed" in output and "stopped at step" in output
-    assert not (tmp_path / "broken" / "export").exists()
-
-    before, newest = checkpoints_of(tmp_path / "broken")
-    files = (tmp_path / "broken" / "checkpoints" / str(newest)).rglob("*")
-    arrays = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
-    arrays.write_bytes(arrays.read_bytes()[: arrays.stat().st_size // 2])
-    last = command(teacher, tmp_path / "broken", steps, cache)
-    output = last.communicate(timeout=500)[0]
-    assert last.returncode == 0, output
-    assert f"checkpoint {newest} cannot be read" in output and f"at step {before}" in output
-    expected, found = final_state(tmp_path / "whole", steps), final_state(tmp_path / "broken", steps)
-    assert expected.keys() == found.keys() and len(expected) > 300
-    for name, value in expected.items():
-        assert value.tobytes() == found[name].tobytes(), name
-    lines = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, steps + 1)), "each step stands in the log once"
-
-    refused = command(teacher, tmp_path / "whole", steps + 1, cache)
-    output = refused.communicate(timeout=240)[0]
-    assert refused.returncode == 1 and "Traceback" not in output
-    assert "belongs to a run with another config; different: train.steps (30 there, 31 here)" in output
 
 
 def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys):

@@ -1,0 +1,96 @@
+"""Runs that are killed, stopped and damaged, by the real command in real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tiny_model
+from whole_runs import ROOT, checkpoints_of
+
+
+def command(teacher: Path, workdir: Path, steps: int, cache: Path) -> subprocess.Popen:
+    """The real command on the shrunk config, in a process of its own."""
+    file = workdir.parent / "shrunk.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom whole_runs import killed\n"
+        f"get_config = lambda: killed({str(teacher)!r})\n"
+    )
+    # Twice as quick to compile without optimisation, and no less a program whose bits must come out the same.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    arguments = [f"--config={file}", f"--workdir={workdir}", f"--config.train.steps={steps}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lcm_jax.main", *arguments], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int, saved: int, process: subprocess.Popen) -> None:
+    """Until the log has `step` and a checkpoint of step `saved` or later is whole, which takes a moment longer."""
+    deadline = time.monotonic() + 240
+    metrics = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        logged = metrics.exists() and f'"step": {step},' in metrics.read_text()
+        if logged and any(done >= saved for done in checkpoints_of(workdir)):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def final_state(workdir: Path, step: int):
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_killed_and_stopped_runs_end_with_the_same_bits(tmp_path):
+    """kill -9, then SIGTERM, then a damaged checkpoint: parameters, target and optimizer equal an unbroken run's."""
+    teacher = tiny_model.write(tmp_path / "teacher", unet=tiny_model.SHALLOW)
+    cache, steps = tmp_path / "cache", 20
+    whole = command(teacher, tmp_path / "whole", steps, cache)
+    output = whole.communicate(timeout=500)[0]
+    assert whole.returncode == 0, output
+
+    broken = command(teacher, tmp_path / "broken", steps, cache)
+    wait_for_step(tmp_path / "broken", 6, 4, broken)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert broken.returncode == -signal.SIGKILL
+
+    stopped = command(teacher, tmp_path / "broken", steps, cache)
+    wait_for_step(tmp_path / "broken", 10, 8, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=240)[0]
+    assert stopped.returncode == 0, output
+    assert "resumed" in output and "stopped at step" in output
+    assert not (tmp_path / "broken" / "export").exists()
+
+    before, newest = checkpoints_of(tmp_path / "broken")
+    files = (tmp_path / "broken" / "checkpoints" / str(newest)).rglob("*")
+    arrays = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    arrays.write_bytes(arrays.read_bytes()[: arrays.stat().st_size // 2])
+    last = command(teacher, tmp_path / "broken", steps, cache)
+    output = last.communicate(timeout=500)[0]
+    assert last.returncode == 0, output
+    assert f"checkpoint {newest} cannot be read" in output and f"at step {before}" in output
+    expected, found = final_state(tmp_path / "whole", steps), final_state(tmp_path / "broken", steps)
+    assert expected.keys() == found.keys() and len(expected) > 300
+    for name, value in expected.items():
+        assert value.tobytes() == found[name].tobytes(), name
+    lines = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, steps + 1)), "each step stands in the log once"
+
+    refused = command(teacher, tmp_path / "whole", steps + 1, cache)
+    output = refused.communicate(timeout=240)[0]
+    assert refused.returncode == 1 and "Traceback" not in output
+    assert "belongs to a run with another config; different: train.steps (20 there, 21 here)" in output

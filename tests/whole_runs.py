@@ -1,0 +1,46 @@
+"""The shipped configs in small, for tests of whole runs."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_config(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+SHRUNK = {
+    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1,
+    "log.every_steps": 1,
+}  # fmt: skip
+SHRUNK_LCD = SHRUNK | {
+    "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
+    "sample.teacher_steps": 2, "sample.student_steps": (1, 2), "report.per_task": 1, "report.reference": 32,
+    "report.batch_size": 6,
+}  # fmt: skip
+QUICK = {"optimizer.name": "adamw"}  # half the time to compile, where the optimizer is beside the point
+
+
+def shrunk_lcd(teacher: Path, **more):
+    config = load_config("shapes")
+    cache = str(Path(teacher).parent / "latents")  # encoded once for all these runs
+    config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher), "data.cache": cache} | more)
+    config.report.teacher = {"ddim": (1, 2), "dpmsolver++": (2,)}
+    config.report.student = {"lcm": (1, 2)}
+    return config
+
+
+def killed(teacher: Path):
+    """For processes that are killed: imported there without torch, and few pictures are drawn."""
+    few = {"train.batch_size": 2, "checkpoint.every_steps": 4, "sample.teacher_steps": 1, "sample.student_steps": (1,)}
+    config = shrunk_lcd(teacher, **few)
+    config.report.teacher, config.report.student = {"ddim": (1,)}, {"lcm": (1,)}
+    return config
+
+
+def checkpoints_of(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
