@@ -47,6 +47,7 @@ FAMILIES = {
     "sdxl-turbo": (XL, lambda: EulerAncestralDiscreteScheduler(**SCHEDULE, **TRAILING), False),
     "lcm-sdxl": (XL | {"time_cond_proj_dim": 32}, lambda: LCMScheduler(**SCHEDULE), False),
     "ssd1b": (SSD, lambda: EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1), False),
+    "lcm-ssd1b-taesdxl": (SSD | {"time_cond_proj_dim": 32}, lambda: LCMScheduler(**SCHEDULE), True),
 }  # fmt: skip
 
 

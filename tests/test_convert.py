@@ -514,6 +514,40 @@ def test_it_converts_without_torch(model, single, tmp_path):
     assert_same(tensors_of(tmp_path / "m"), tensors_of(model))
 
 
+KILL = """
+import os
+from lcm_jax.weights import diffusers_folder, stored
+from lcm_jax.training import checkpoint
+write, write_tree = stored.write_safetensors, checkpoint.write_tree
+
+def half(path, *rest, **how):
+    write(path, *rest, **how)
+    os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), 9)
+
+def whole(folder, tree):
+    write_tree(folder, tree)
+    os.kill(os.getpid(), 9)
+
+stored.write_safetensors = diffusers_folder.write_safetensors = half
+checkpoint.write_tree = whole
+"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kill_while_it_writes_leaves_what_was_there(name, formats, model, tmp_path):
+    target = tmp_path / ("m.safetensors" if name == "ldm" else "m")
+    (shutil.copy if name == "ldm" else shutil.copytree)(formats[name], target)
+    before = stored(target)
+    arguments = [f"--input={model}", f"--output={target}", f"--format={name}", "--overwrite"]
+    assert alone(KILL, *arguments).returncode == -9
+    assert_same(before, stored(target))
+    assert_done(convert(*arguments))
+    again = tmp_path / f"again{target.suffix}"
+    assert_done(convert(f"--input={target}", f"--output={again}", f"--format={name}", f"--base={model}"))
+    assert_same(stored(target), stored(again))
+
+
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 

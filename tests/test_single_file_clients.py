@@ -74,8 +74,8 @@ def model(request, tmp_path_factory):
     return theirs, folder / "model", folder / "configs", file
 
 
-def convert(folder: Path, file: Path, *more: str) -> None:
-    command = ["-m", "lcm_jax.convert", f"--input={folder}", f"--output={file}", "--format=ldm", *more]
+def convert(source: Path, target: Path, *more: str, to: str = "ldm") -> None:
+    command = ["-m", "lcm_jax.convert", f"--input={source}", f"--output={target}", f"--format={to}", *more]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -112,6 +112,17 @@ def test_diffusers_loads_the_whole_file(model, warnings_of_diffusers):
     found = lcm_jax.Pipeline.from_pretrained(folder)(PROMPTS, latents=np.asarray(latents), **arguments).images
     assert found.shape == expected.shape == (2, 64, 96, 3) and np.std(found) > 0.01
     assert np.abs(expected - found).max() * 255 <= 2
+
+
+def test_diffusers_loads_the_folder_that_a_file_became(model, tmp_path, warnings_of_diffusers):
+    theirs, folder, _, file = model
+    convert(file, tmp_path / "folder", f"--base={folder}", to="diffusers")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert warnings_of_diffusers() == []
+    public = lambda pipe: {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}  # noqa: E731
+    assert type(loaded) is type(theirs) and public(loaded) == public(theirs)
+    for name in {"unet", "vae", "text_encoder", "text_encoder_2"} & set(theirs.components):
+        assert_same_weights(getattr(loaded, name), getattr(theirs, name))
 
 
 @pytest.mark.parametrize("component", KINDS)
