@@ -1,5 +1,7 @@
 """The published models at full size, without their weights: counts and names, against diffusers and transformers."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -39,33 +41,41 @@ def torch_shapes(component: str, config: dict) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if "position_ids" not in key}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_full_size_counts_names_and_shapes(name, shapes_of):
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WITHOUT_SHAPES = ("sample_size", "scaling_factor", "force_upcast")
+
+
+def alike(config: dict) -> str:
+    """The same for networks of the same parameters, which families share."""
+    return repr(sorted((name, value) for name, value in config.items() if name not in WITHOUT_SHAPES))
+
+
+UNIQUE: dict[str, tuple[str, str]] = {}  # alike -> the family named first that has it, and where
+for family, configs in FAMILIES.items():
+    for network in configs.keys() & set(NETWORKS):
+        UNIQUE.setdefault(alike(configs[network]), (family, network))
+
+
+@cache
+def abstract_of(name: str):
     abstract = StableDiffusion.from_configs(FAMILIES[name]).abstract_params()
-    networks = {c for c in FAMILIES[name] if c in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    assert set(abstract) == networks
-    for component in networks:
-        leaves = flatten_dict(abstract[component])
-        ours = {naming.to_key(path): tuple(naming.tensor_shape(path, leaf.shape)) for path, leaf in leaves.items()}
-        theirs = {
-            key if not component.startswith("text") or key.startswith("text_") else f"text_model.{key}": shape
-            for key, shape in shapes_of(component, FAMILIES[name][component]).items()
-        }
-        assert ours == theirs
-        total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract[component]))
-        assert total == COUNTS.get((name, component), total)
+    assert set(abstract) == {c for c in FAMILIES[name] if c in NETWORKS}
+    return abstract
 
 
-@pytest.fixture(scope="module")
-def shapes_of():
-    """`torch_shapes`, built once for components that families share."""
-    built: dict[str, dict] = {}
+@pytest.mark.parametrize(("name", "component"), UNIQUE.values())
+def test_full_size_names_and_shapes(name, component):
+    leaves = flatten_dict(abstract_of(name)[component])
+    ours = {naming.to_key(path): tuple(naming.tensor_shape(path, leaf.shape)) for path, leaf in leaves.items()}
+    theirs = {
+        key if not component.startswith("text") or key.startswith("text_") else f"text_model.{key}": shape
+        for key, shape in torch_shapes(component, FAMILIES[name][component]).items()
+    }
+    assert ours == theirs
 
-    def cached(component, config):
-        return built.setdefault(f"{component} {sorted(config.items())!r}", torch_shapes(component, config))
 
-    return cached
-
-
-def test_every_published_count_was_compared():
-    assert {name for name, _ in COUNTS} <= set(FAMILIES)
+@pytest.mark.parametrize(("name", "component"), COUNTS)
+def test_full_size_counts(name, component):
+    family, network = UNIQUE[alike(FAMILIES[name][component])]
+    leaves = jax.tree.leaves(abstract_of(family)[network])
+    assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == COUNTS[name, component]
