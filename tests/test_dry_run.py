@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_model
 from test_lcd_config import load_config
-from test_training_run import load_config as load_named
+from whole_runs import load_config as load_named
 
 from lcm_jax import dry_run
 from lcm_jax.recipes import RECIPES
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher")
+    return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher", unet=tiny_model.SHALLOW)
 
 
 def small(teacher: Path, **more):
@@ -81,8 +81,9 @@ def products(jaxpr, times: int = 1) -> int:
     return total * times
 
 
-def test_work_is_that_of_an_independent_count(teacher, tmp_path):
+def test_work_is_that_of_an_independent_count(tmp_path):
     """Every matrix product and convolution of the traced step; XLA's count adds the element-wise work."""
+    teacher = tiny_model.write(tmp_path / "teacher")
     config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
     job = RECIPES["lcd"](config, tmp_path)
     batch = next(job.batches(0))

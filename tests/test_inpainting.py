@@ -17,7 +17,7 @@ from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 import lcm_jax
 from lcm_jax import pipeline
 
-FAMILIES = ("sd15-taesd", "sd21-768", "sdxl")
+FAMILIES = ("sd15-taesd", "sd21-768", "lcm-sdxl")
 
 
 def build(folder, family):
