@@ -52,7 +52,7 @@ def alike(config: dict) -> str:
 
 UNIQUE: dict[str, tuple[str, str]] = {}  # alike -> the family named first that has it, and where
 for family, configs in FAMILIES.items():
-    for network in configs.keys() & set(NETWORKS):
+    for network in (name for name in NETWORKS if name in configs):
         UNIQUE.setdefault(alike(configs[network]), (family, network))
 
 

@@ -87,6 +87,9 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     capsys.readouterr()
     assert run(config, tmp_path / "run"), "a finished run may be started again"
     assert "this run is complete" in capsys.readouterr().out
+    refused = main("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}")
+    assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) <= 2
+    assert "belongs to a run with another config; different: data.cache" in refused.stderr
 
 
 def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
