@@ -25,6 +25,10 @@ def pytest_unconfigure():
         shutil.rmtree(MADE, ignore_errors=True)  # a process that a test has killed may still be writing to it
 
 
+LONG = ("lcd_config", "training_run", "killed_runs", "convert", "family_pipelines", "inpainting", "dry_run", "sharding")
+
+
 def pytest_collection_modifyitems(items):
-    """The file that takes longest goes first: two processes, each with a file at a time, then end together."""
-    items.sort(key=lambda item: item.path.name != "test_training_run.py")
+    """The files that take longest go first: two processes, each with a file at a time, then end together."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
