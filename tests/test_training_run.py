@@ -1,4 +1,4 @@
-"""Whole runs: the real command in real processes, and the loop in this one."""
+"""Whole runs of small models to what they leave behind, and mistakes in the command."""
 
 import json
 import subprocess
