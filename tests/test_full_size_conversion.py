@@ -49,18 +49,29 @@ def write_sdxl(folder: Path) -> Path:
     return folder
 
 
+# A process begins with the peak of the one that starts it: between this one and the command stands a small one.
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
 def convert(source: Path, target: Path, name: str, *more: str) -> tuple[float, float]:
     """(GB of memory at its peak, seconds) of the command."""
     command = [sys.executable, "-m", "lcm_jax.convert", f"--input={source}", f"--output={target}", f"--format={name}"]
     began = time.monotonic()
-    process = subprocess.Popen([*command, *more], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    _, status, used = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return used.ru_maxrss * 1024 / GB, time.monotonic() - began
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command, *more], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    return int(done.stdout) * 1024 / GB, time.monotonic() - began
 
 
 @pytest.mark.slow
-def test_a_model_takes_no_more_memory_than_its_own_size_and_a_tensor(tmp_path, capfd):
+def test_memory_stays_below_the_size_of_the_model_and_for_orbax_below_twice_that(tmp_path, capfd):
     source = write_sdxl(tmp_path / "sdxl")
     tensors = {name: folders.open_component(source, name)[1] for name in layout.networks_of(layout.read_index(source))}
     size = sum(map(stored.size_of, tensors.values())) / GB
@@ -72,6 +83,7 @@ def test_a_model_takes_no_more_memory_than_its_own_size_and_a_tensor(tmp_path, c
         peak, seconds = convert(start, target, name, *more)
         with capfd.disabled():
             print(f"\nSDXL, float16, {size:.2f} GB, to {name}: {peak:.2f} GB at its peak, {seconds:.0f} s")
-        assert peak <= size + 1
+        # For orbax the whole model is mapped, and what is encoded at once stays beside it until it is written.
+        assert peak < (2 * size if name == "orbax" else 1)
     found = {name: stored.digest(folders.open_component(again, name)[1]) for name in tensors}
     assert found == digests

@@ -19,8 +19,8 @@ def command(teacher: Path, workdir: Path, steps: int, cache: Path) -> subprocess
     """The real command on the shrunk config, in a process of its own."""
     file = workdir.parent / "shrunk.py"
     file.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom whole_runs import killed\n"
-        f"get_config = lambda: killed({str(teacher)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom whole_runs import shrunk_for_processes\n"
+        f"get_config = lambda: shrunk_for_processes({str(teacher)!r})\n"
     )
     # Twice as quick to compile without optimisation, and no less a program whose bits must come out the same.
     environment = os.environ | {

@@ -34,8 +34,8 @@ def shrunk_lcd(teacher: Path, **more):
     return config
 
 
-def killed(teacher: Path):
-    """For processes that are killed: imported there without torch, and few pictures are drawn."""
+def shrunk_for_processes(teacher: Path):
+    """For runs in processes of their own, which import it without torch: few pictures are drawn."""
     few = {"train.batch_size": 2, "checkpoint.every_steps": 4, "sample.teacher_steps": 1, "sample.student_steps": (1,)}
     config = shrunk_lcd(teacher, **few)
     config.report.teacher, config.report.student = {"ddim": (1,)}, {"lcm": (1,)}

@@ -40,7 +40,10 @@ def first_line(error: Exception) -> str:
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
     """A tree of arrays as checkpoint 0 of `folder`, with its checksums. Raises CheckpointError."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=IN_FLIGHT)
+    # orbax copies numpy arrays first, against changes while it writes: here nothing else runs meanwhile.
+    numpy = (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    registry = ocp.type_handlers.create_type_handler_registry(numpy)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=IN_FLIGHT, type_handler_registry=registry)
     try:
         with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
             manager.save(0, args=ocp.args.PyTreeSave(tree), custom_metadata={"crc32": checksums(tree)})
