@@ -92,6 +92,33 @@ def test_a_file_of_torch_is_mapped_and_not_read(save):
     assert type(base).__name__ == "mmap"
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_scalars_beside_the_state_dict_are_left_out_as_in_sd_1_4(save, protocol):
+    scalars = [np.float64(0.25), np.float32(1), np.int64(3), np.bool_(True), np.float16(2)]
+    content = {
+        "epoch": 1, "callbacks": {"best": scalars[0]}, "lr_schedulers": [{"last": scalars}],
+        "state_dict": {"w": torch.ones(2), "scale": np.float32(1)},
+    }  # fmt: skip
+    np.testing.assert_equal(read_pickle(save(content, pickle_protocol=protocol)), {"w": np.ones(2, np.float32)})
+
+
+def test_a_numpy_scalar_as_torch_of_its_time_wrote_it(tmp_path):
+    """{"best": scalar, "w": tensor}, the scalar's module under the name that numpy 1 gave it."""
+    dtype = b"cnumpy\ndtype\n(" + part("f8") + part(0) + part(1) + b"tR("  # then the state that it is given
+    dtype += b"".join(map(part, (3, "<", None, None, None, -1, -1, 0))) + b"tb"
+    numbers = b"c_codecs\nencode\n(" + part("\0\0\0\0\0\0\xf0?") + part("latin1") + b"tR"
+    scalar = b"cnumpy.core.multiarray\nscalar\n(" + dtype + numbers + b"tR"
+    path = archive(tmp_path, b"\x80\x02}" + part("best") + scalar + b"s" + entry()[3:])
+    np.testing.assert_equal(read_pickle(path), {"w": np.arange(4, dtype=np.float32)})
+
+
+def test_what_stands_for_a_numpy_scalar_cannot_be_changed(tmp_path):
+    change = b"cnumpy\ndtype\n" + part({"__setstate__": 1}) + b"b"
+    with pytest.raises(ModelError, match="truncated or no file of torch.save"):
+        read_pickle(archive(tmp_path, b"\x80\x02}" + part("best") + change + b"s" + entry()[3:]))
+    assert "__setstate__" in vars(pickles.LeftOut) and callable(pickles.LeftOut.__setstate__)
+
+
 # --- what is refused ---
 
 
@@ -109,7 +136,7 @@ def touch(path):
     open(path, "w").close()
 
 
-@pytest.mark.parametrize("kind", ["system", "eval", "own", "getattr", "numpy", "size"])
+@pytest.mark.parametrize("kind", ["system", "eval", "own", "getattr", "array", "size"])
 def test_a_pickle_that_runs_something_is_refused_by_name(save, tmp_path, kind):
     victim = tmp_path / "victim"
     call, name = {
@@ -117,7 +144,7 @@ def test_a_pickle_that_runs_something_is_refused_by_name(save, tmp_path, kind):
         "eval": (Runs(eval, f"open({str(victim)!r}, 'w')"), r"(builtins|__builtin__)\.eval"),
         "own": (Runs(touch, str(victim)), r"test_pickles\.touch"),
         "getattr": (Runs(getattr, 1, "real"), r"(builtins|__builtin__)\.getattr"),
-        "numpy": (np.float64(1.0), r"numpy\.\S*multiarray\.scalar"),
+        "array": (np.ones(2), r"numpy\.\S*multiarray\._reconstruct"),
         "size": (torch.Size([1]), r"torch\.Size"),
     }[kind]
     for content in ({"w": torch.ones(2), "x": call}, {"epoch": call, "state_dict": {"w": torch.ones(2)}}, call):

@@ -38,7 +38,19 @@ CALLBACKS = {
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
 }
+# A numpy scalar, as SD 1.4's checkpoint has beside its state dict (a best score, a learning rate), is made of these.
+SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode"}
 BYTES = "bytes"  # the dtype of a storage whose tensors have one
+
+
+class LeftOut:
+    """Stands for what a pickle makes of `SCALARS`: nothing is made, whatever it is given."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 class Storage(NamedTuple):
@@ -94,7 +106,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
 class Unpickler(pickle.Unpickler):
     """Builds dicts, lists and numbers, and a Tensor where the file has one; `storages` are those that it mentions.
 
-    A name gives a string, a method of this object or OrderedDict, whose attributes a pickle cannot set.
+    A name gives a string, a method of this object, OrderedDict or LeftOut, whose attributes a pickle cannot set.
     """
 
     def __init__(self, file: io.BufferedIOBase, path: Path):
@@ -114,6 +126,8 @@ class Unpickler(pickle.Unpickler):
         }  # fmt: skip
         if (full := f"{module}.{name}") in CALLBACKS:
             return full
+        if full in SCALARS:
+            return LeftOut
         if full not in known:
             raise ModelError(
                 f"{self.path} asks for {full}, which is no part of a state dict; nothing of it was run. Give the "
