@@ -261,11 +261,12 @@ def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> No
 
 def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
     """A model as an orbax checkpoint with its configs, whole or not at all."""
+    from flax.traverse_util import unflatten_dict
+
     from lcm_jax import stored_model
     from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import single_file_configs
-    from lcm_jax.weights.stored import size_of
 
     if model.guessed:
         single_file_configs.complete(model.configs, model.family)
@@ -276,15 +277,19 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
             for name in ("tokenizer", "tokenizer_2"):
                 if (path := model.tokenizer.with_name(name)).is_dir():
                     shutil.copytree(path, folder / name)
-        tree = {name: stored_model.by_path(tensors) for name, tensors in model.tensors.items()}
+        parts = {name: stored_model.by_path(tensors) for name, tensors in model.tensors.items()}
+        outline = {name: unflatten_dict(part.outline, sep=".") for name, part in parts.items()}
+
+        def read(name):
+            component, _, rest = name.partition(".")
+            return parts[component][rest]
+
         logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
         try:
             with progress("writing", model.tensors) as advance:
-                checkpoint.write_tree(folder / "checkpoints", tree)
-                advance(sum(map(size_of, model.tensors.values())))
+                checkpoint.write_tree(folder / "checkpoints", outline, read, advance)
         except checkpoint.CheckpointError as error:
             raise unwritten(target, error) from error
-        del tree  # it keeps the input mapped
         verify(digests, stored_model.read_orbax(folder).tensors)
 
 

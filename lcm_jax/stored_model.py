@@ -7,13 +7,12 @@ networks' configs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -221,9 +220,13 @@ def read_orbax(folder: Path) -> Model:
     described = layout.read_json(folder / CONFIGS)
     step, outline = checkpointed(lambda checkpoint: checkpoint.read_outline(folder / "checkpoints"))
 
-    @lru_cache(maxsize=1)
+    held: dict[str, Tensors] = {}
+
     def component(name: str) -> Tensors:
-        return by_key(read_checkpoint(folder / "checkpoints", step, name)[1])
+        if name not in held:
+            held.clear()  # before the next is read
+            held[name] = by_key(read_checkpoint(folder / "checkpoints", step, name)[1])
+        return held[name]
 
     tensors = {
         name: Tensors(by_key(tree).outline, lambda key, name=name: component(name)[key])
@@ -251,10 +254,12 @@ def checkpointed(read: Callable[[ModuleType], Any]) -> Any:
         raise ModelError(str(error)) from error
 
 
-def by_path(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Tensors by key -> a tree of parameters."""
-    paths = {key: naming.to_path(key, tensor.ndim) for key, tensor in outline_of(tensors).items()}
-    return unflatten_dict({path: naming.to_array(path, tensors[key]) for key, path in paths.items()})
+def by_path(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Tensors by key -> parameters by the names of their path with dots between, read when they are asked for."""
+    paths = {key: naming.to_path(key, like.ndim) for key, like in outline_of(tensors).items()}
+    keys = {".".join(path): key for key, path in paths.items()}
+    outline = {name: naming.to_array(paths[key], outline_of(tensors)[key]) for name, key in keys.items()}
+    return Tensors(outline, lambda name: naming.to_array(paths[keys[name]], tensors[keys[name]]))
 
 
 def by_key(tree: Mapping[str, Any]) -> Tensors:

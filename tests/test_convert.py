@@ -488,9 +488,8 @@ def damaged(path, *rest, **how):
     content[-1] ^= 1
     path.write_bytes(content)
 
-def other(folder, tree):
-    tree["unet"]["conv_in"]["bias"] = tree["unet"]["conv_in"]["bias"] + 1
-    write_tree(folder, tree)
+def other(folder, outline, read, advance):
+    write_tree(folder, outline, lambda name: read(name) + (name == "unet.conv_in.bias"), advance)
 
 stored.write_safetensors = diffusers_folder.write_safetensors = damaged
 checkpoint.write_tree = other
@@ -525,8 +524,8 @@ def half(path, *rest, **how):
     os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), 9)
 
-def whole(folder, tree):
-    write_tree(folder, tree)
+def whole(*arguments):
+    write_tree(*arguments)
     os.kill(os.getpid(), 9)
 
 stored.write_safetensors = diffusers_folder.write_safetensors = half

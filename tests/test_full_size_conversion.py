@@ -71,19 +71,18 @@ def convert(source: Path, target: Path, name: str, *more: str) -> tuple[float, f
 
 
 @pytest.mark.slow
-def test_memory_stays_below_the_size_of_the_model_and_for_orbax_below_twice_that(tmp_path, capfd):
+def test_memory_stays_below_the_size_of_the_model(tmp_path, capfd):
     source = write_sdxl(tmp_path / "sdxl")
     tensors = {name: folders.open_component(source, name)[1] for name in layout.networks_of(layout.read_index(source))}
     size = sum(map(stored.size_of, tensors.values())) / GB
     digests = {name: stored.digest(each) for name, each in tensors.items()}
     file, orbax, again = tmp_path / "sdxl.safetensors", tmp_path / "orbax", tmp_path / "again"
     for start, target, name, more in [
-        (source, file, "ldm", []), (file, again, "diffusers", [f"--base={source}"]), (source, orbax, "orbax", []),
+        (source, file, "ldm", []), (file, orbax, "orbax", []), (orbax, again, "diffusers", [f"--base={source}"]),
     ]:  # fmt: skip
         peak, seconds = convert(start, target, name, *more)
         with capfd.disabled():
             print(f"\nSDXL, float16, {size:.2f} GB, to {name}: {peak:.2f} GB at its peak, {seconds:.0f} s")
-        # For orbax the whole model is mapped, and what is encoded at once stays beside it until it is written.
-        assert peak < (2 * size if name == "orbax" else 1)
+        assert peak < (size if orbax in (start, target) else 1)  # of orbax's, one component is held at a time
     found = {name: stored.digest(folders.open_component(again, name)[1]) for name in tensors}
     assert found == digests

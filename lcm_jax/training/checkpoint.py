@@ -1,9 +1,12 @@
 """Checkpoints of a run: written asynchronously, committed atomically, kept by a policy (the only importer of orbax)."""
 
+import asyncio
 import logging
+import math
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,20 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.training.state import TrainState
 
-IN_FLIGHT = 2  # GB that orbax copies at once while it reads or writes a model, so that it is not held twice
+GROUP = 2**28  # bytes of a model that are read or written at once, so that it is not held twice
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written, or none of a folder that has some can."""
+
+
+def checksum(array: np.ndarray) -> int:
+    """The crc32 of its bytes in C order."""
+    return zlib.crc32(np.ascontiguousarray(array))
 
 
 def checksums(state) -> dict[str, int]:
@@ -27,7 +36,7 @@ def checksums(state) -> dict[str, int]:
     A leaf of which this process does not hold every value (FSDP over several hosts) has none.
     """
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        jax.tree_util.keystr(path): checksum(jax.device_get(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
     }
@@ -37,33 +46,82 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def write_tree(folder: Path, tree: dict[str, Any]) -> None:
-    """A tree of arrays as checkpoint 0 of `folder`, with its checksums. Raises CheckpointError."""
+def groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """The indices of `sizes` in order, in groups of GROUP bytes or a little more."""
+    group, total = [], 0
+    for i, size in enumerate(sizes):
+        group, total = [*group, i], total + size
+        if total >= GROUP:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+class Streamed(ocp.type_handlers.NumpyHandler):
+    """Writes arrays that are read when it is their turn, a group at a time: orbax's own handler holds all at once."""
+
+    def __init__(self, read: Callable[[str], np.ndarray], advance: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._read, self._advance = read, advance
+
+    async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+
+        def write_all():
+            for group in groups([value.nbytes for value in values]):
+                arrays = [self._read(infos[i].name) for i in group]
+                write = super(Streamed, self).serialize(arrays, [infos[i] for i in group], [args[i] for i in group])
+                for written in asyncio.run(write):
+                    written.result()
+                self._advance(sum(values[i].nbytes for i in group))
+
+        with ThreadPoolExecutor(1) as thread:  # this one runs a loop already
+            return [thread.submit(write_all)]
+
+
+def write_tree(
+    folder: Path, outline: dict[str, Any], read: Callable[[str], np.ndarray], advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    """A tree of arrays as checkpoint 0 of `folder`, with its checksums; a few are held at a time.
+
+    outline: arrays whose numbers do not matter. read: that at a.b.c in the tree, by this name; each is read twice.
+    advance is told how many bytes were written. Raises CheckpointError.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(outline)
+    sums = {
+        jax.tree_util.keystr(path): checksum(read(jax.tree_util.keystr(path, simple=True, separator=".")))
+        for path, _ in leaves
+    }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    # orbax copies numpy arrays first, against changes while it writes: here nothing else runs meanwhile.
-    numpy = (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
-    registry = ocp.type_handlers.create_type_handler_registry(numpy)
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=IN_FLIGHT, type_handler_registry=registry)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, Streamed(read, advance)))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     try:
         with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
-            manager.save(0, args=ocp.args.PyTreeSave(tree), custom_metadata={"crc32": checksums(tree)})
+            manager.save(0, args=ocp.args.PyTreeSave(outline), custom_metadata={"crc32": sums})
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(first_line(error)) from error
 
 
-def read_tree(folder: Path, step: int | None = None, part: str | None = None) -> tuple[int, dict[str, Any]]:
-    """(step, tree of numpy arrays) of the newest checkpoint in `folder`, or that of `step`: its subtree `part` alone.
+def read_tree(folder: Path, step: int | None, part: str) -> tuple[int, dict[str, Any]]:
+    """(step, tree of numpy arrays): what `part` is of the newest checkpoint in `folder`, or of that of `step`.
 
     Nothing is changed there. Raises CheckpointError where there is none, or it is not what was saved.
     """
     with _opened(folder, step) as (manager, step, tree):
-        item = jax.tree.map(lambda _: 0, tree if part is None else {part: tree[part]})
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        found = manager.restore(step, args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True))
         saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
-    found = found if part is None else found[part]
-    prefixes = [""] if part is None else [f".{part}", f"[{part!r}]"]  # the state of a run is no dict
+        leaves = flatten_dict({part: tree[part]})
+        found = {}
+        # A group at a time: what orbax reads at once it holds twice, as it was stored and as it is.
+        for group in groups([leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves.values()]):
+            paths = [list(leaves)[i] for i in group]
+            how = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
+            item = jax.tree.map(lambda _: 0, how)
+            restore = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+            found |= flatten_dict(manager.restore(step, args=restore))
+    found = unflatten_dict(found)[part]
     sums = checksums(found)
+    prefixes = [f".{part}", f"[{part!r}]"]  # the state of a run is no dict
     known = {key: saved[prefix + key] for key in sums for prefix in prefixes if prefix + key in saved}
     changed = [key for key, value in known.items() if sums[key] != value]
     if changed:
@@ -84,7 +142,7 @@ def read_outline(folder: Path, step: int | None = None) -> tuple[int, dict[str, 
 def _opened(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
     """(manager, step, what its metadata tell of its tree); whatever fails inside is a CheckpointError."""
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=IN_FLIGHT)
+    handler = ocp.PyTreeCheckpointHandler()
     with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
