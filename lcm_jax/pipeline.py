@@ -44,15 +44,15 @@ def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
 
 
 class Inpainting(NamedTuple):
-    """What an inpainting model begins from. One for all pictures of a call."""
+    """What an inpainting model begins from; one for all pictures, or one for each: N is 1 or B."""
 
-    image: jax.Array  # float32[1, H, W, 3] in -1..1
-    mask: jax.Array  # float32[1, H, W, 1], 1 where to paint and 0 where to keep
-    noise: jax.Array  # float32[1, h, w, c], for the autoencoder's draw
+    image: jax.Array  # float32[N, H, W, 3] in -1..1
+    mask: jax.Array  # float32[N, H, W, 1], 1 where to paint and 0 where to keep
+    noise: jax.Array  # float32[N, h, w, c], for the autoencoder's draw
 
 
 def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> jax.Array:
-    """What an inpainting UNet takes behind the latents, float32[1, h, w, 1 + c]: the mask at the first pixel
+    """What an inpainting UNet takes behind the latents, float32[N, h, w, 1 + c]: the mask at the first pixel
     of each, and the scaled latents of the picture with grey where it is to paint."""
     kept = inpainting.image * (1.0 - inpainting.mask)
     encoded = model.to_latents(model.encode(params["vae"], kept), inpainting.noise)
@@ -76,7 +76,8 @@ def sample_latents(
 
     def denoise(z, *rest):
         if masked is not None:
-            z = jnp.concatenate([z, jnp.broadcast_to(masked, (*z.shape[:-1], masked.shape[-1]))], axis=-1)
+            # Twice as many where guidance makes pairs; one for all is repeated.
+            z = jnp.concatenate([z, jnp.tile(masked, (len(z) // len(masked), 1, 1, 1))], axis=-1)
         return model.denoise(params["unet"], z, *rest)
 
     context = model.encode_prompt(params, token_ids, time_ids)

@@ -155,7 +155,7 @@ def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
     ("unet", "message"),
     [
         ({"time_cond_proj_dim": 256}, "is a latent consistency model already"),
-        ({"in_channels": 9, "out_channels": 4}, "takes 9 channels and makes 4: models that inpaint"),
+        ({"in_channels": 9, "out_channels": 4}, "takes 9 channels and makes 4: it inpaints"),
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused(unet, message):

@@ -62,7 +62,7 @@ def lcm_scheduler(config: Mapping[str, Any], num_ddim_steps: int) -> dict[str, A
     """The LCMScheduler of a student whose teacher has this scheduler_config.json: it samples on the grid of
     `num_ddim_steps` timesteps that it was trained on."""
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-            "rescale_betas_zero_snr")  # fmt: skip
+            "rescale_betas_zero_snr", "steps_offset")  # fmt: skip
     return {name: config[name] for name in kept if name in config} | {
         "_class_name": "LCMScheduler", "original_inference_steps": num_ddim_steps, "timestep_scaling": 10.0,
         "set_alpha_to_one": False, "clip_sample": False,

@@ -15,15 +15,22 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 
 
 class Sampler:
-    """Pictures for fixed prompts from fixed noise; each (sampler, steps) is compiled once."""
+    """Pictures for fixed prompts from fixed noise; each (sampler, steps) is compiled once.
 
-    def __init__(self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int, seed: int = 1):
+    inpainting: for a model that takes it, a picture and a mask for each prompt.
+    """
+
+    def __init__(
+        self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int, seed: int = 1,
+        inpainting: pipeline.Inpainting | None = None,
+    ):  # fmt: skip
         self.prompts, self._batch = prompts, min(batch, len(prompts))
         self._model, self._tokenize, self._seed = model, tokenize, seed
         side = size // model.downscale
         self._shape = (side, side, model.vae.config["latent_channels"])
         self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
         self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
+        self._inpainting = inpainting
         self._compiled: dict = {}
 
     def of(self, prompts: list[str]) -> "Sampler":
@@ -44,10 +51,10 @@ class Sampler:
         return np.concatenate(parts)[: len(self.prompts)], time.monotonic() - began
 
     def _inputs(self, steps: int, first: int, guidance_scale: float):
-        ids = self._ids[first : first + self._batch]
-        ids = np.concatenate([ids, np.repeat(ids[-1:], self._batch - len(ids), axis=0)])
+        chosen = np.minimum(first + np.arange(self._batch), len(self.prompts) - 1)
         z, noise = pipeline.draw_noise(self._seed, self._batch, steps, self._shape, first)
-        return ids, self._empty, z, noise, jnp.float32(guidance_scale), self._time_ids
+        to_paint = jax.tree.map(lambda each: each[chosen], self._inpainting)
+        return self._ids[chosen], self._empty, z, noise, jnp.float32(guidance_scale), self._time_ids, to_paint
 
 
 def save_grid(rows: list[np.ndarray], path: Path, labels: list[str] | None = None) -> None:

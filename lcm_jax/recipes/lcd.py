@@ -18,6 +18,7 @@ from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
+from lcm_jax.recipes import inpainting
 from lcm_jax.recipes.drawing import Sampler, save_grid
 from lcm_jax.recipes.sources import captioned, digest, latent_source, to_float
 from lcm_jax.training.loop import Job, config_digest
@@ -62,18 +63,17 @@ def encoder_alone(vae_params):
 def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping]:
     """The teacher's configs with an input for the guidance weight and the scheduler that samples in a few steps.
 
-    Raises ValueError for a teacher that is a student already, or one that inpaints: its mask and picture are no part of
-    the objective.
+    Raises ValueError for a teacher that is a student already, or one that inpaints where steps do not see pictures.
     """
     if teacher["unet"].get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"teacher {config.teacher!r} is a latent consistency model already; give the model it came from"
         )
     given, made = teacher["unet"].get("in_channels", 4), teacher["unet"].get("out_channels", 4)
-    if given != made:
+    if given != made and not encodes(config):
         raise ValueError(
-            f"teacher {config.teacher!r} takes {given} channels and makes {made}: models that inpaint cannot be "
-            "distilled; give the text-to-image model that it came from"
+            f"teacher {config.teacher!r} takes {given} channels and makes {made}: it inpaints, for which each step "
+            "masks pictures anew; give data.source=tar, and no data.cache"
         )
     return dict(teacher) | {
         "unet": teacher["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim},
@@ -96,9 +96,9 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         w_max=objective.w_max,
         empty_prompts=objective.empty_prompts,
     )
+    networks = lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents)
     loss = partial(
         lcd.loss,
-        networks=lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents),
         schedule=model.schedule,
         num_ddim_steps=objective.num_ddim_steps,
         kind=objective.distance,
@@ -108,6 +108,10 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         guided_from=objective.guided_from,
         embedding_dim=objective.guidance_embedding_dim,
     )
+    if model.inpaints:
+        draw, loss = inpainting.masking(draw, loss, networks, model)
+    else:
+        loss = partial(loss, networks=networks)
     return encoding(draw, loss, model) if encodes(config) else (draw, loss)
 
 
@@ -134,8 +138,11 @@ def lcd_job(config, workdir: Path) -> Job:
         source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, data.train, data.identity)
 
     shown = data.captions(config.sample)
-    preview_student = Sampler(model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
-    preview_teacher = Sampler(teacher.model, teacher.tokenize, shown, config.data.size, config.sample.batch_size)
+    to_paint = inpainting.to_paint(model, data.held_out, len(shown))
+    preview_student, preview_teacher = (
+        Sampler(each, teacher.tokenize, shown, config.data.size, config.sample.batch_size, inpainting=to_paint)
+        for each in (model, teacher.model)
+    )
     few = tuple(config.sample.student_steps)
     teacher_row: list[np.ndarray] = []
 
@@ -198,7 +205,10 @@ def lcd_job(config, workdir: Path) -> Job:
             ("student", model, student, config.report.student),
         ]:
             print(f"{who}, {len(captions)} captions:")
-            sampler = Sampler(network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2)
+            sampler = Sampler(
+                network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2,
+                inpainting=inpainting.to_paint(network, data.held_out, len(captions)),
+            )  # fmt: skip
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
             plan = plan.to_dict()
             if data.unseen:

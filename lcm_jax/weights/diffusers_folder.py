@@ -225,6 +225,9 @@ def write_surroundings(
         return
     kind = "LatentConsistencyModelPipeline" if scheduler["_class_name"] == "LCMScheduler" else "StableDiffusionPipeline"
     kind = "StableDiffusionXLPipeline" if xl else kind
+    unet = configs.get("unet", {})
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):  # LCMs that inpaint have no class of their own
+        kind = "StableDiffusionXLInpaintPipeline" if xl else "StableDiffusionInpaintPipeline"
     made = {"_class_name": kind, "_diffusers_version": "0.42.0"}
     for name, (library, classes) in CLASSES.items():
         if xl or name not in SECOND:

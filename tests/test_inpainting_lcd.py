@@ -1,0 +1,135 @@
+"""Distilling a model that inpaints: its step against the PyTorch reference, its student in diffusers' own client."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import reference_families
+import reference_lcd
+import torch
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+from test_inpainting import build, image, mask
+from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
+from test_lcd_config import SMALL, ddim, shrunk, write_shards
+
+from lcm_jax import pipeline
+from lcm_jax.diffusion.consistency import guidance_embedding
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.objectives import lcd
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.recipes import RECIPES
+from lcm_jax.recipes.inpainting import EVERYWHERE, Draws, draw_masks, masking
+from lcm_jax.training.loop import train
+
+
+def test_masks_are_rectangles_or_everywhere():
+    masks = np.array(draw_masks(jax.random.key(0), 400, 16, 24))[..., 0]
+    assert masks.shape == (400, 16, 24) and set(np.unique(masks)) == {0.0, 1.0}
+    rows, columns = masks.max(2), masks.max(1)
+    np.testing.assert_array_equal(masks, rows[:, :, None] * columns[:, None, :])
+    for edges, size in ((rows, 16), (columns, 24)):
+        assert (np.abs(np.diff(edges, axis=1)).sum(1) <= 2).all(), "one stretch, without a gap"
+        assert edges.sum(1).min() >= size // 4 - 1
+        assert (edges.mean(0) > 0.3).all() and edges[:, 0].mean() < 0.5, "anywhere, and most at the middle"
+    assert abs((masks.mean((1, 2)) == 1).mean() - EVERYWHERE) < 0.06
+
+
+class Beside(torch.nn.Module):
+    """diffusers' UNet with what is kept behind its latents, for the reference."""
+
+    def __init__(self, unet, masked):
+        super().__init__()
+        self.unet, self.masked = unet, torch.from_numpy(np.array(masked, np.float64)).permute(0, 3, 1, 2)
+
+    def forward(self, z, t, **more):
+        return self.unet(torch.cat([z, self.masked], dim=1), t, **more)
+
+
+def test_loss_and_every_gradient_equal_the_pytorch_reference():
+    """Of one whole Stable Diffusion, so that the mask, the autoencoder and the text encoder are those of a run."""
+    vae = {"block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": C,
+           "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}  # fmt: skip
+    text = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": L, "eos_token_id": 1}  # fmt: skip
+    unet = UNET | {"in_channels": 2 * C + 1}
+    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": reference_families.SCHEDULE}
+    model = StableDiffusion.from_configs(configs | {"unet": unet | {"time_cond_proj_dim": 256}})
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32) * 0.3, model.abstract_params())
+
+    unets = []
+    for seed, config in enumerate([model.unet.config, model.unet.config, unet]):
+        torch.manual_seed(seed)
+        unets.append(UNet2DConditionModel(**{k: v for k, v in config.items() if v is not None}).double())
+    student, target, teacher = (tree_from_torch({k: v.numpy() for k, v in u.state_dict().items()}) for u in unets)
+    frozen, batch, draws = example()
+    frozen = tree | {"unet": teacher, "empty_ids": frozen["empty_ids"]}
+    batch["image"] = rng.integers(0, 256, (B, 2 * H, 2 * W, 3)).astype(np.uint8)
+    draws = Draws(draws, np.array(draw_masks(jax.random.key(1), B, 2 * H, 2 * W)), draws.noise[::-1])
+
+    kept = pipeline.Inpainting(batch["image"] / np.float32(127.5) - 1, draws.mask, draws.posterior)
+    masked = pipeline.masked_channels(model, tree, kept)
+    ids = np.where(draws.step.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"])
+    encode = lambda ids: np.array(model.encode_prompt(tree, ids))  # noqa: E731
+    embedding = guidance_embedding(draws.step.w)
+    z = model.to_latents(batch["moments"], draws.step.posterior)
+    expected = reference_lcd.distil(
+        *(Beside(u, masked) for u in unets), z, encode(ids), encode(frozen["empty_ids"][None]),
+        draws.step.noise, draws.step.index, draws.step.w, embedding,
+        abar=reference_lcd.alphas_cumprod(0.00085, 0.012), prediction_type="epsilon", distance="huber",
+    )  # fmt: skip
+
+    plain = StableDiffusion.from_configs(configs)
+    networks = lcd.Networks(model.denoise, plain.denoise, model.encode_prompt, model.to_latents)
+    loss = partial(lcd.loss, schedule=model.schedule, num_ddim_steps=50)
+    _, loss = masking(None, loss, networks, model)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, _), gradients = step({"unet": student}, {"unet": target}, frozen, batch, draws)
+    assert total == pytest.approx(expected.loss, rel=1e-4)
+    theirs = tree_from_torch({k.removeprefix("unet."): v for k, v in expected.gradients.items()})
+    assert theirs["conv_in"]["kernel"].shape[2] == 2 * C + 1
+
+    def close(ours, reference):
+        assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max() and np.abs(reference).max() > 0
+
+    jax.tree.map(close, gradients["unet"], theirs)
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setitem(reference_families.FAMILIES, "sd15", (SMALL | {"use_linear_projection": False}, ddim, False))
+    (tmp_path / "tokenizers").mkdir()
+    build(tmp_path / "tokenizers", "sd15")
+    return tmp_path / "tokenizers" / "model"
+
+
+def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, monkeypatch):
+    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"))
+    config.train.dtype, config.train.remat = "float32", False
+    assert train(RECIPES["lcd"](config, tmp_path / "run"), config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["student"]["lcm"]["1"]["frechet"] >= 0
+
+    client = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "run" / "export")
+    client.set_progress_bar_config(disable=True)
+    ours = Pipeline.from_pretrained(tmp_path / "run" / "export")
+    latents, _ = pipeline.draw_noise(3, 1, 1, (8, 8, 4))
+    own = torch.from_numpy(np.array(pipeline.draw_image_noise(3, (8, 8, 4)))).permute(0, 3, 1, 2)
+    monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: own)
+    arguments = {"num_inference_steps": 1, "guidance_scale": 4.0, "image": image(), "mask_image": mask(),
+                 "output_type": "np", "height": 16, "width": 16}  # fmt: skip
+    theirs = client(
+        "a red circle", latents=torch.from_numpy(np.array(latents)).permute(0, 3, 1, 2), strength=1.0, **arguments
+    ).images
+    found = ours("a red circle", seed=3, **arguments).images
+    assert np.abs(theirs - found).max() * 255 <= 2 and np.std(found) > 0.01
+
+
+def test_a_run_that_does_not_see_its_pictures_is_refused(teacher, tmp_path):
+    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.cache": str(tmp_path / "cache")})
+    with pytest.raises(ValueError, match="takes 9 channels and makes 4: it inpaints.*tar, and no data.cache"):
+        RECIPES["lcd"](config, tmp_path / "run")
