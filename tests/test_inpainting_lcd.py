@@ -54,7 +54,10 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
            "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}  # fmt: skip
     text = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
             "num_attention_heads": 2, "max_position_embeddings": L, "eos_token_id": 1}  # fmt: skip
-    unet = UNET | {"in_channels": 2 * C + 1}
+    unet = UNET | {
+        "in_channels": 2 * C + 1, "block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    }  # fmt: skip
     configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": reference_families.SCHEDULE}
     model = StableDiffusion.from_configs(configs | {"unet": unet | {"time_cond_proj_dim": 256}})
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def shrunk(name: str, teacher: Path, shards: str, **more):
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
-    monkeypatch.setenv("XLA_FLAGS", "")  # which it sets for a process of its own
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # to which it adds, for a process of its own
 
     def call(name: str, teacher: Path, shards: str, workdir: Path) -> int:
         (tmp_path / "shrunk.py").write_text(
