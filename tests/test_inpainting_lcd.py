@@ -103,7 +103,8 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
 
 @pytest.fixture
 def teacher(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setitem(reference_families.FAMILIES, "sd15", (SMALL | {"use_linear_projection": False}, ddim, False))
+    """With a tiny autoencoder, so that a run with one is seen as well."""
+    monkeypatch.setitem(reference_families.FAMILIES, "sd15", (SMALL | {"use_linear_projection": False}, ddim, True))
     (tmp_path / "tokenizers").mkdir()
     build(tmp_path / "tokenizers", "sd15")
     return tmp_path / "tokenizers" / "model"
