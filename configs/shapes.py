@@ -22,11 +22,10 @@ def get_config() -> ConfigDict:
             "w_min": 3.0,
             "w_max": 7.0,
             "distance": "huber",
-            "huber_c": 0.1,  # published: 1e-3
+            "huber_c": 1e-3,
             "weighting": "inverse_sigma",  # published: uniform
             "own_share": 0.5,  # of each batch, the student's own first jump in place of data; published: 0
             "guided_from": 300,  # t; steps nearer to the picture are better unguided; published: 0
-            "guided_mean": False,  # the channels' means are left as they are: no picture burns to white; published: True
             "empty_prompts": 0.0,
             "guidance_embedding_dim": 256,
         }

@@ -112,12 +112,11 @@ def unet_networks():
 
 
 @pytest.mark.parametrize(
-    "distance, weighting, own_share, guided_from, guided_mean",
-    [("l2", "uniform", 0.0, 0, True), ("huber", "inverse_sigma", 0.5, 160, False)],
+    "distance, weighting, own_share, guided_from", [("l2", "uniform", 0.0, 0), ("huber", "inverse_sigma", 0.5, 160)]
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_loss_and_every_gradient_equal_the_pytorch_reference(
-    prediction_type, distance, weighting, own_share, guided_from, guided_mean
+    prediction_type, distance, weighting, own_share, guided_from
 ):  # fmt: skip
     pytest.importorskip("torch")
     import reference_lcd
@@ -140,12 +139,11 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(
         *unets, z, table[token_ids], table[frozen["empty_ids"]][None],
         draws.noise, draws.index, draws.w, embedding, abar=abar,
         prediction_type=prediction_type, distance=distance, weighting=weighting, guided_from=guided_from,
-        guided_mean=guided_mean,
     )  # fmt: skip
 
     loss = partial(
         lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
-        weighting=weighting, own_share=own_share, guided_from=guided_from, guided_mean=guided_mean,
+        weighting=weighting, own_share=own_share, guided_from=guided_from,
     )  # fmt: skip
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)

@@ -1,7 +1,6 @@
 """Latent consistency distillation: Algorithm 1 of arXiv 2310.04378."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -93,8 +92,7 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, guided_mean: bool = True,
-    embedding_dim: int = 256,
+    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, embedding_dim: int = 256,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
@@ -103,8 +101,7 @@ def loss(
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
     data (published: 0); they begin from draws.posterior, which they leave free. guided_from: the t from which on the
     teacher is guided, below it w counts as 0 (published: 0, guided everywhere; a limited interval is arXiv
-    2404.07724's). guided_mean: False leaves the channels' means unguided, see `classifier_free` (published: True).
-    embedding_dim: the width of the student's input for w. Returns (float32[], metrics).
+    2404.07724's). embedding_dim: the width of the student's input for w. Returns (float32[], metrics).
     Raises ValueError for a setting out of its range.
     """
     last = len(schedule.alphas_cumprod) - 1
@@ -134,8 +131,7 @@ def loss(
     x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
     noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
     w = jnp.where(s >= guided_from, draws.w, 0.0)[:, None, None, None]
-    guided = partial(classifier_free, w=w, mean=guided_mean)
-    x0, noise = guided(x0_empty, x0_cond), guided(noise_empty, noise_cond)
+    x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
     z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
 
     # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.

@@ -106,7 +106,6 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         weighting=objective.weighting,
         own_share=objective.own_share,
         guided_from=objective.guided_from,
-        guided_mean=objective.guided_mean,
         embedding_dim=objective.guidance_embedding_dim,
     )
     if model.inpaints:
