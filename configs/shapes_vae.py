@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.init = ""  # a folder with vae/ to go on from, `shapes` for the shipped one; from scratch where empty
     config.objective = ConfigDict({"name": "autoencoder", "kl_weight": 1e-5})
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 200_000})
     config.vae = ConfigDict(

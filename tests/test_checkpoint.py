@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import optax
 import pytest
 
 from lcm_jax.training import sharding
-from lcm_jax.training.checkpoint import CheckpointError, Checkpoints
+from lcm_jax.training.checkpoint import CheckpointError, Checkpoints, read_tree, write_tree
 from lcm_jax.training.state import create_state
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -132,6 +134,25 @@ def test_a_checkpoint_from_before_there_were_checksums_is_read(three):
     path = three / "30" / "_CHECKPOINT_METADATA"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
     assert_same_bits(restore(three)[0], state_at(30))
+
+
+def test_what_is_read_beside_a_damaged_array_ends_unheard(tmp_path, monkeypatch):
+    heard: list[BaseException] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_value))
+    rng = np.random.default_rng(0)
+    tree = {"unet": {f"kernel_{i}": rng.standard_normal((300, 300)).astype(np.float32) for i in range(40)}}
+    write_tree(tmp_path / "one", tree, lambda name: tree["unet"][name.split(".")[1]], lambda written: None)
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file() and path.stat().st_size > 2**16:
+            content = bytearray(path.read_bytes())
+            content[1000::2000] = bytes(b ^ 1 for b in content[1000::2000])
+            path.write_bytes(content)
+    for _ in range(5):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_tree(tmp_path / "one", None, "unet")
+    assert not heard
+    sys.unraisablehook(SimpleNamespace(exc_value=ValueError("of something else")))
+    assert [str(error) for error in heard] == ["of something else"]
 
 
 def test_where_all_are_damaged_nothing_starts_over(three):

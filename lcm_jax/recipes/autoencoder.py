@@ -14,9 +14,10 @@ from lcm_jax.evaluation import verifier
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives import autoencoder
 from lcm_jax.recipes.drawing import save_grid
-from lcm_jax.recipes.sources import pictures, to_float
+from lcm_jax.recipes.sources import digest, pictures, to_float
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout
 
 
 class ImagesOnly:
@@ -32,7 +33,13 @@ class ImagesOnly:
         return {"image": self.source[i]["image"]}
 
 
+def folder_of(model: str) -> Path:
+    """Where an autoencoder is: a shipped model, or a folder with vae/, such as the export of such a run."""
+    return layout.locate(model) if model in layout.SHIPPED else Path(model)
+
+
 def autoencoder_job(config, workdir: Path) -> Job:
+    """An autoencoder from scratch, or from the one that `config.init` has."""
     vae_config = config.vae.to_dict() | {"sample_size": config.data.size, "scaling_factor": 1.0}
     vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
     downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
@@ -45,9 +52,12 @@ def autoencoder_job(config, workdir: Path) -> Job:
     decode_mean = jax.jit(lambda params, moments: apply("decode")(params, jnp.split(moments, 2, axis=-1)[0]))
 
     @jax.jit
-    def init():
+    def random():
         noise = jnp.zeros((1, size // downscale, size // downscale, channels))
         return vae.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)), noise)["params"]
+
+    # An autoencoder to go on from: its weights are checked against the network of this config.
+    start = folders.read_params(folder_of(config.init), "vae", jax.eval_shape(random)) if config.init else {}
 
     def preview(ema, path):
         restored = decode_mean(ema, encode(ema, to_float(shown)))
@@ -83,7 +93,7 @@ def autoencoder_job(config, workdir: Path) -> Job:
 
     return Job(
         title="autoencoder",
-        init=init,
+        init=lambda: start or random(),
         frozen={},
         draw=partial(autoencoder.draw, downscale=downscale, channels=channels),
         loss=partial(
@@ -97,4 +107,5 @@ def autoencoder_job(config, workdir: Path) -> Job:
         ),
         preview=preview,
         finish=finish,
+        origin={"init": digest(start)} if start else {},
     )  # fmt: skip

@@ -11,11 +11,12 @@ from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
+from lcm_jax.recipes.autoencoder import folder_of
 from lcm_jax.recipes.drawing import Sampler, save_grid
 from lcm_jax.recipes.sources import digest, identity_of, latent_source, pictures, prompts_of
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import layout, trees
+from lcm_jax.weights import layout
 
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -23,16 +24,10 @@ SCHEDULE = {
 }  # fmt: skip
 
 
-def master(params):
-    """Stored parameters -> float32."""
-    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-
-
 def diffusion_job(config, workdir: Path) -> Job:
     """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
-    shipped = config.autoencoder in layout.SHIPPED
-    autoencoder_folder = layout.locate(config.autoencoder) if shipped else Path(config.autoencoder)
-    vae_config, vae_tensors = folders.read_component(autoencoder_folder, "vae")
+    autoencoder_folder = folder_of(config.autoencoder)
+    vae_config = folders.open_component(autoencoder_folder, "vae")[0]
     tokenizers.build(
         shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
     )
@@ -55,7 +50,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
-    vae_params = master(trees.to_params("vae", vae_tensors, abstract["vae"], str(autoencoder_folder)))
+    vae_params = folders.read_params(autoencoder_folder, "vae", abstract["vae"])
     source = latent_source(
         config, workdir, model, vae_params, tokenize, pictures(config, "train", config.data.length), identity_of(config)
     )
@@ -64,7 +59,7 @@ def diffusion_job(config, workdir: Path) -> Job:
     )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
-        name: master(trees.to_params(name, folders.read_component(layout.locate(config.init), name)[1], abstract[name]))
+        name: folders.read_params(layout.locate(config.init), name, abstract[name])
         for name in (("unet", "text_encoder") if config.init else ())
     }
 

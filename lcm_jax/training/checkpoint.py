@@ -4,10 +4,12 @@ import asyncio
 import logging
 import math
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,20 @@ def checksums(state) -> dict[str, int]:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _tell_all_but_orphans(before: Callable, unraisable) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+        before(unraisable)
+
+
+def _ignore_orphans() -> None:
+    """From now on, reads that end after one beside them has failed are not told about.
+
+    The failure closes the loop that they report to, and each would print a traceback before the error that counts.
+    """
+    if getattr(sys.unraisablehook, "func", None) is not _tell_all_but_orphans:
+        sys.unraisablehook = partial(_tell_all_but_orphans, sys.unraisablehook)
 
 
 def groups(sizes: Sequence[int]) -> Iterator[list[int]]:
@@ -141,6 +157,7 @@ def read_outline(folder: Path, step: int | None = None) -> tuple[int, dict[str, 
 @contextmanager
 def _opened(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
     """(manager, step, what its metadata tell of its tree); whatever fails inside is a CheckpointError."""
+    _ignore_orphans()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
@@ -194,6 +211,7 @@ class Checkpoints:
         `<folder>-unreadable/`, named, and the one before it is tried.
         Raises CheckpointError when there were checkpoints and none could be read: starting over would bury them.
         """
+        _ignore_orphans()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:

@@ -17,7 +17,7 @@ from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, unwritten
 from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, weight_file
 from lcm_jax.weights.stored import Advance, Tensors, map_safetensors, outline_of, size_of, write_safetensors
-from lcm_jax.weights.trees import Params, from_params
+from lcm_jax.weights.trees import Params, from_params, to_params
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -85,6 +85,12 @@ def read_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def read_params(folder: Path, name: str, abstract: Params) -> Params:
+    """The parameters of one network in float32, a tree shaped like `abstract`. Raises ModelError as `to_params`."""
+    tensors = {key: tensor.astype(np.float32) for key, tensor in read_component(folder, name)[1].items()}
+    return to_params(name, tensors, abstract, str(folder))
 
 
 def check_target(target: Path, overwrite: bool) -> bool:
