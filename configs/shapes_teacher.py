@@ -15,7 +15,8 @@ all four relations never found that in 34,000 updates; 600 on two of them did, a
         --config.objective.timestep_power=0.1 \\
         --config.data.relations="('left','above')" --config.data.tasks="('position','position','color_attribution')"
 
-The shipped weights had several such runs, each from the one before (`--config.init`); see their model card.
+The shipped weights had several such runs, each from the one before (`--config.init`), the last of them on a GPU, in
+batches of 256; see their model card.
 """
 
 from ml_collections import ConfigDict

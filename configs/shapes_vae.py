@@ -2,8 +2,13 @@
 
     python -m lcm_jax.main --config=configs/shapes_vae.py --workdir=runs/shapes_vae
 
-Expect about 20 minutes on two cores, a mean absolute error near 0.01 (of the range -1..1), and `export/vae` in the
-workdir, which `configs/shapes_teacher.py` takes.
+Expect about 20 minutes on two cores, a mean absolute error near 0.02 (of the range -1..1), and `export/vae` in the
+workdir, which `configs/shapes_teacher.py` takes. More updates pay: the shipped one had 5,000 more, a minute on a GPU,
+and an error of 0.011:
+
+    python -m lcm_jax.main --config=configs/shapes_vae.py --workdir=runs/more --config.init=runs/shapes_vae/export \\
+        --config.train.steps=5000 --config.train.batch_size=64 --config.train.ema_rate=0.998 \\
+        --config.optimizer.learning_rate=1e-3
 """
 
 from ml_collections import ConfigDict

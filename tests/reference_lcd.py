@@ -63,13 +63,15 @@ def own_pictures(target, noise, context, embedding, *, abar, prediction_type) ->
 
 def distil(
     student, target, teacher, z, context, empty, noise, index, w, embedding,
-    *, abar, prediction_type, distance, weighting="uniform", guided_from=0, huber_c=1e-3, steps=50,
+    *, abar, prediction_type, distance, weighting="uniform", guided_from=0, allowed_means=None, huber_c=1e-3,
+    steps=50,
 ) -> Step:  # fmt: skip
     """student, target, teacher: UNet2DConditionModel in float64; the first two have time_cond_proj_dim.
 
     z, noise: [B, h, w, c]; context: [B, L, D], the prompts that are distilled; empty: [1, L, D]; index: int[B] in
     0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber";
-    weighting: "uniform" or "inverse_sigma"; guided_from: steps that start below it have w = 0.
+    weighting: "uniform" or "inverse_sigma"; guided_from: steps that start below it have w = 0;
+    allowed_means: [2, c], the least and the greatest mean of each channel to which guidance may lead.
     """
 
     def tensor(array):
@@ -98,6 +100,11 @@ def distil(
         x0_c, e_c = origin_and_noise(prediction_type, conditional, z_s, abar[s])
         x0_0, e_0 = origin_and_noise(prediction_type, unconditional, z_s, abar[s])
         x0, e = (1 + w) * x0_c - w * x0_0, (1 + w) * e_c - w * e_0
+        if allowed_means is not None:
+            for channel, (least, greatest) in enumerate(np.transpose(allowed_means).tolist()):
+                own, mean = x0_c[channel].mean().item(), x0[channel].mean().item()
+                x0[channel] += min(max(mean, min(least, own)), max(greatest, own)) - mean
+            e = (z_s - math.sqrt(abar[s]) * x0) / math.sqrt(1 - abar[s])
         return math.sqrt(abar[t]) * x0 + math.sqrt(1 - abar[t]) * e
 
     with torch.no_grad():

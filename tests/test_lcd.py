@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lcm_jax.diffusion.consistency import boundary_scalings, consistency_function, guidance_embedding
-from lcm_jax.diffusion.guidance import classifier_free
+from lcm_jax.diffusion.guidance import classifier_free, excess_of_means
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
 from lcm_jax.models.unet import UNet2DCondition
@@ -112,12 +112,16 @@ def unet_networks():
 
 
 @pytest.mark.parametrize(
-    "distance, weighting, own_share, guided_from", [("l2", "uniform", 0.0, 0), ("huber", "inverse_sigma", 0.5, 160)]
+    "distance, weighting, own_share, guided_from, allowed_means",
+    [
+        ("l2", "uniform", 0.0, 0, None),
+        ("huber", "inverse_sigma", 0.5, 160, np.float32([[-0.1, -0.05, 0.0], [0.0, 0.05, 0.1]])),
+    ],
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_loss_and_every_gradient_equal_the_pytorch_reference(
-    prediction_type, distance, weighting, own_share, guided_from
-):  # fmt: skip
+    prediction_type, distance, weighting, own_share, guided_from, allowed_means
+):
     pytest.importorskip("torch")
     import reference_lcd
 
@@ -139,11 +143,12 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(
         *unets, z, table[token_ids], table[frozen["empty_ids"]][None],
         draws.noise, draws.index, draws.w, embedding, abar=abar,
         prediction_type=prediction_type, distance=distance, weighting=weighting, guided_from=guided_from,
+        allowed_means=allowed_means,
     )  # fmt: skip
 
     loss = partial(
         lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
-        weighting=weighting, own_share=own_share, guided_from=guided_from,
+        weighting=weighting, own_share=own_share, guided_from=guided_from, allowed_means=allowed_means,
     )  # fmt: skip
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
@@ -173,6 +178,17 @@ def test_the_reference_follows_the_published_tables():
     embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
     published = embed(None, torch.tensor([7.5], dtype=torch.float64), 256, torch.float64)[0]
     np.testing.assert_allclose(reference_lcd.embed_guidance(7.5), published, atol=1e-3)
+
+
+def test_guidance_leads_no_mean_beyond_what_is_allowed():
+    normal = np.random.default_rng(0).standard_normal
+    cond, x0 = (jnp.asarray(normal((5, 4, 4, 2)) * 0.1 + 1.0 * m, jnp.float32) for m in (1, 3))
+    cond = cond.at[0].set(-1.0)  # of the five, the first is guided from below the least to above the greatest
+    allowed = jnp.float32([[0.5, 0.0], [2.0, 9.0]])
+    means = jnp.mean(x0 - excess_of_means(x0, cond, allowed), (1, 2))
+    np.testing.assert_allclose(means[:, 0], 2.0, rtol=1e-5)  # limited
+    np.testing.assert_allclose(means[:, 1], x0.mean((1, 2))[:, 1], rtol=1e-5)  # as it was
+    assert not excess_of_means(cond, cond, allowed).any(), "what is not guided never changes, allowed or not"
 
 
 # --- golden values of the method ---

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
-from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.schedule import Schedule, add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
+from lcm_jax.diffusion.guidance import classifier_free, excess_of_means
+from lcm_jax.diffusion.schedule import (
+    Schedule,
+    add_noise,
+    alpha_sigma,
+    like,
+    predict_noise,
+    predict_x0,
+    skipping_steps,
+)
 from lcm_jax.diffusion.solvers import ddim_step
 
 
@@ -92,7 +100,8 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, embedding_dim: int = 256,
+    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, allowed_means: jax.Array | None = None,
+    embedding_dim: int = 256,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
 
@@ -101,8 +110,9 @@ def loss(
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
     data (published: 0); they begin from draws.posterior, which they leave free. guided_from: the t from which on the
     teacher is guided, below it w counts as 0 (published: 0, guided everywhere; a limited interval is arXiv
-    2404.07724's). embedding_dim: the width of the student's input for w. Returns (float32[], metrics).
-    Raises ValueError for a setting out of its range.
+    2404.07724's). allowed_means: float32[2, c], the least and the greatest channel mean that guidance may lead to, see
+    `excess_of_means` (published: any). embedding_dim: the width of the student's input for w.
+    Returns (float32[], metrics). Raises ValueError for a setting out of its range.
     """
     last = len(schedule.alphas_cumprod) - 1
     if not 0 <= guided_from <= last:
@@ -132,6 +142,10 @@ def loss(
     noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
     w = jnp.where(s >= guided_from, draws.w, 0.0)[:, None, None, None]
     x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
+    if allowed_means is not None:  # z_s stays what both are of, so that what x0 loses the noise gains
+        excess = excess_of_means(x0, x0_cond, allowed_means)
+        alpha, sigma = (like(part, excess) for part in alpha_sigma(schedule, s))
+        x0, noise = x0 - excess, noise + alpha / sigma * excess
     z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
 
     # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.

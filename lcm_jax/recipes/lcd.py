@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -86,8 +86,29 @@ def encodes(config) -> bool:
     return config.data.source == "tar" and not config.data.cache
 
 
-def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> tuple[Callable, Callable]:
-    """(draw, loss) of the distillation, for the batches of this config's data."""
+def allowed_means(config, source: Sequence[Mapping], model: StableDiffusion) -> jax.Array | None:
+    """float32[2, c]: between which channel means all pictures are but `objective.means_tail` at either end.
+
+    source: random access to moments, of which 4096 at most are read, evenly spread. None where there is no limit.
+    Raises ValueError for a tail out of its range, or where pictures are not encoded beforehand.
+    """
+    tail = config.objective.means_tail
+    if not 0.0 <= tail < 0.5:
+        raise ValueError(f"objective.means_tail is {tail}: choose a share from 0 (no limit) to below 0.5")
+    if not tail:
+        return None
+    if encodes(config):
+        raise ValueError(f"objective.means_tail is {tail}, and takes encoded pictures: give data.cache, or set it to 0")
+    chosen = np.linspace(0, len(source) - 1, min(len(source), 4096)).astype(int)
+    moments = np.stack([source[i]["moments"].mean((0, 1), keepdims=True) for i in chosen])
+    means = model.to_latents(moments, jnp.zeros((len(chosen), 1, 1, moments.shape[-1] // 2)))
+    return jnp.quantile(means[:, 0, 0], jnp.array([tail, 1.0 - tail]), axis=0)
+
+
+def lcd_functions(
+    config, teacher: StableDiffusion, model: StableDiffusion, means: jax.Array | None = None
+) -> tuple[Callable, Callable]:
+    """(draw, loss) of the distillation, for the batches of this config's data. means: see `allowed_means`."""
     objective = config.objective
     draw = partial(
         lcd.draw,
@@ -106,6 +127,7 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         weighting=objective.weighting,
         own_share=objective.own_share,
         guided_from=objective.guided_from,
+        allowed_means=means,
         embedding_dim=objective.guidance_embedding_dim,
     )
     if model.inpaints:
@@ -234,7 +256,7 @@ def lcd_job(config, workdir: Path) -> Job:
         report.show(result)
         print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
 
-    draw_of_step, loss = lcd_functions(config, teacher.model, model)
+    draw_of_step, loss = lcd_functions(config, teacher.model, model, allowed_means(config, source, model))
     return Job(
         title="lcd",
         init=init,
