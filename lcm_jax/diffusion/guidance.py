@@ -18,4 +18,5 @@ def excess_of_means(x0: jax.Array, cond: jax.Array, allowed: jax.Array) -> jax.A
     from what it was, such as a light ground's, burns the picture out.
     """
     own, mean = (jnp.mean(x, (1, 2), keepdims=True) for x in (cond, x0))
-    return mean - jnp.clip(mean, jnp.minimum(allowed[0], own), jnp.maximum(allowed[1], own))
+    least, greatest = jnp.expand_dims(allowed, (1, 2, 3))
+    return mean - jnp.clip(mean, jnp.minimum(least, own), jnp.maximum(greatest, own))
