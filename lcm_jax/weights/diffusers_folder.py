@@ -1,5 +1,6 @@
 """Reading and writing the diffusers folder layout: a subfolder per component, safetensors, whole or sharded."""
 
+import atexit
 import json
 import os
 import shutil
@@ -144,10 +145,11 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Deletes a folder that may be gone already. orbax's threads may still write to it for a moment after an error.
 
-    Warns where it cannot be deleted.
+    What they write after all, on a slow machine, is deleted when the process ends. Warns where it cannot be deleted.
     """
     if not folder.exists():
         return
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for pause in (0.1, 0.5, 2.0):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(pause)
