@@ -14,6 +14,7 @@ from diffusers import LatentConsistencyModelPipeline
 from tensorboardX.proto import event_pb2
 from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 
+from lcm_jax import dry_run
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
 from lcm_jax.recipes.lcd import allowed_means, student_configs
@@ -164,8 +165,9 @@ def test_guidance_may_lead_to_the_means_that_pictures_have(teacher, tmp_path):
     assert allowed_means(config, [], model) is None
     shards = load_config("lcd")
     shards.objective.means_tail = 0.1
-    with pytest.raises(ValueError, match="takes encoded pictures: give data.cache"):
-        allowed_means(shards, [], model)
+    for begin in (lambda: RECIPES["lcd"](shards, tmp_path / "run"), lambda: dry_run.figures(shards)):
+        with pytest.raises(ValueError, match="takes encoded pictures: give data.cache"):
+            begin()
 
 
 def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):

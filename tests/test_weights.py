@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -399,3 +401,12 @@ def test_components_that_are_not_written_become_null(student, abstract, tmp_path
     written = json.loads((tmp_path / "mine" / "model_index.json").read_text())
     assert written["safety_checker"] == [None, None] and written["requires_safety_checker"] is False
     assert written["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_what_comes_to_a_folder_after_its_removal_goes_with_the_process(tmp_path):
+    code = (
+        "import pathlib, sys; from lcm_jax.weights.diffusers_folder import remove; folder = pathlib.Path(sys.argv[1]); "
+        "folder.mkdir(); remove(folder); folder.mkdir(); (folder / 'late').touch()"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "part"], check=True, timeout=100)
+    assert not (tmp_path / "part").exists()

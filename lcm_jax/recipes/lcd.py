@@ -86,19 +86,23 @@ def encodes(config) -> bool:
     return config.data.source == "tar" and not config.data.cache
 
 
+def check_means_tail(config) -> None:
+    """Raises ValueError for a share out of its range, or where pictures are not encoded beforehand."""
+    tail = config.objective.means_tail
+    if not 0.0 <= tail < 0.5:
+        raise ValueError(f"objective.means_tail is {tail}: choose a share from 0 (no limit) to below 0.5")
+    if tail and encodes(config):
+        raise ValueError(f"objective.means_tail is {tail}, and takes encoded pictures: give data.cache, or set it to 0")
+
+
 def allowed_means(config, source: Sequence[Mapping], model: StableDiffusion) -> jax.Array | None:
     """float32[2, c]: between which channel means all pictures are but `objective.means_tail` at either end.
 
     source: random access to moments, of which 4096 at most are read, evenly spread. None where there is no limit.
-    Raises ValueError for a tail out of its range, or where pictures are not encoded beforehand.
     """
     tail = config.objective.means_tail
-    if not 0.0 <= tail < 0.5:
-        raise ValueError(f"objective.means_tail is {tail}: choose a share from 0 (no limit) to below 0.5")
     if not tail:
         return None
-    if encodes(config):
-        raise ValueError(f"objective.means_tail is {tail}, and takes encoded pictures: give data.cache, or set it to 0")
     chosen = np.linspace(0, len(source) - 1, min(len(source), 4096)).astype(int)
     moments = np.stack([source[i]["moments"].mean((0, 1), keepdims=True) for i in chosen])
     means = model.to_latents(moments, jnp.zeros((len(chosen), 1, 1, moments.shape[-1] // 2)))
@@ -146,6 +150,7 @@ def lcd_frozen(config, params: Mapping) -> dict:
 
 def lcd_job(config, workdir: Path) -> Job:
     """Latent consistency distillation of the model `config.teacher`."""
+    check_means_tail(config)  # before hours of encoding
     teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
     configs = student_configs(config, teacher.configs)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, unwritten
@@ -85,13 +86,13 @@ def read_component(folder: Path, name: str, variant: str | None = None) -> tuple
     return config, {key: np.array(tensor) for key, tensor in tensors.items()}
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def read_params(folder: Path, name: str, abstract: Params) -> Params:
     """The parameters of one network in float32, a tree shaped like `abstract`. Raises ModelError as `to_params`."""
-    tensors = {key: tensor.astype(np.float32) for key, tensor in read_component(folder, name)[1].items()}
-    return to_params(name, tensors, abstract, str(folder))
+    params = flatten_dict(to_params(name, read_component(folder, name)[1], abstract, str(folder)))
+    return unflatten_dict({path: leaf.astype(np.float32) for path, leaf in params.items()})
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def check_target(target: Path, overwrite: bool) -> bool:
