@@ -43,8 +43,7 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "huber_c": 1e-3,  # published
             "weighting": "uniform",  # published
             "own_share": 0.0,  # published
-            "guided_from": 0,  # published: the teacher is guided at every t
-            "means_tail": 0.0,  # published: guidance leads anywhere
+            "w_caps": (),  # published: the teacher is guided by all of w at every t
             "empty_prompts": 0.0,  # published by the scripts; the paper does not say
             "guidance_embedding_dim": 256,  # published
         }

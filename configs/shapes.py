@@ -26,8 +26,7 @@ def get_config() -> ConfigDict:
             "huber_c": 0.1,  # published: 1e-3
             "weighting": "inverse_sigma",  # published: uniform
             "own_share": 0.5,  # of each batch, the student's own first jump in place of data; published: 0
-            "guided_from": 300,  # t; steps nearer to the picture are better unguided; published: 0
-            "means_tail": 0.04,  # guidance leads no channel mean beyond that of 4 % of the pictures; published: 0
+            "w_caps": ((0, 0.0), (300, 7.0), (700, 4.5)),  # (from t on, the most that w counts); published: none
             "empty_prompts": 0.0,
             "guidance_embedding_dim": 256,
         }

@@ -49,29 +49,40 @@ def consistency(kind: str, output, z, t: int, abar: float):
     return skip * z + out * origin_and_noise(kind, output, z, abar)[0]
 
 
-def own_pictures(target, noise, context, embedding, *, abar, prediction_type) -> np.ndarray:
-    """float64[B, h, w, c]: one jump of the target network from noise: [B, h, w, c] at the last timestep."""
-    last = len(abar) - 1
-    z = torch.from_numpy(np.array(noise, np.float64)).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        output = target(
-            z, torch.tensor([last] * len(z)), encoder_hidden_states=torch.from_numpy(np.array(context, np.float64)),
-            timestep_cond=torch.from_numpy(np.array(embedding, np.float64)),
-        ).sample  # fmt: skip
-    return consistency(prediction_type, output, z, last, abar[last]).permute(0, 2, 3, 1).numpy()
+def own_pictures(target, noise, second, context, embedding, *, abar, prediction_type) -> np.ndarray:
+    """float64[B, h, w, c]: what the target network draws from noise: [B, h, w, c], in two jumps for examples 0, 2, ..
+    (noised between them by second: [B, h, w, c], to t = 749 of 1000) and in one for the others."""
+
+    def jump(z, i, t):
+        with torch.no_grad():
+            output = target(
+                z, torch.tensor([t]), encoder_hidden_states=torch.from_numpy(np.array(context[i : i + 1], np.float64)),
+                timestep_cond=torch.from_numpy(np.array(embedding[i : i + 1], np.float64)),
+            ).sample  # fmt: skip
+        return consistency(prediction_type, output, z, t, abar[t])
+
+    pictures = []
+    for i, (e, e2) in enumerate(zip(noise, second, strict=True)):
+        e, e2 = (torch.from_numpy(np.array(each, np.float64)).permute(2, 0, 1)[None] for each in (e, e2))
+        picture = jump(e, i, len(abar) - 1)
+        if i % 2 == 0:
+            t = len(abar) * 3 // 4 - 1
+            picture = jump(math.sqrt(abar[t]) * picture + math.sqrt(1 - abar[t]) * e2, i, t)
+        pictures.append(picture[0].permute(1, 2, 0).numpy())
+    return np.stack(pictures)
 
 
 def distil(
     student, target, teacher, z, context, empty, noise, index, w, embedding,
-    *, abar, prediction_type, distance, weighting="uniform", guided_from=0, allowed_means=None, huber_c=1e-3,
+    *, abar, prediction_type, distance, weighting="uniform", w_caps=(), huber_c=1e-3,
     steps=50,
 ) -> Step:  # fmt: skip
     """student, target, teacher: UNet2DConditionModel in float64; the first two have time_cond_proj_dim.
 
     z, noise: [B, h, w, c]; context: [B, L, D], the prompts that are distilled; empty: [1, L, D]; index: int[B] in
     0..steps-1; w: [B]; embedding: [B, 256], that of w; abar: float64[T]; distance: "l2" or "huber";
-    weighting: "uniform" or "inverse_sigma"; guided_from: steps that start below it have w = 0;
-    allowed_means: [2, c], the least and the greatest mean of each channel to which guidance may lead.
+    weighting: "uniform" or "inverse_sigma"; w_caps: [(timestep, most)], a step that starts at or after the
+    timestep of one has at most its w, the last of them being the one that counts.
     """
 
     def tensor(array):
@@ -95,16 +106,11 @@ def distil(
     z_s = each(lambda z, e, s: math.sqrt(abar[s]) * z + math.sqrt(1 - abar[s]) * e, z, noise, starts)
 
     def solve(z_s, conditional, unconditional, s, t, w):
-        if s < guided_from:
-            w = 0.0
+        if limits := [most for first, most in w_caps if s >= first]:
+            w = min(w, limits[-1])
         x0_c, e_c = origin_and_noise(prediction_type, conditional, z_s, abar[s])
         x0_0, e_0 = origin_and_noise(prediction_type, unconditional, z_s, abar[s])
         x0, e = (1 + w) * x0_c - w * x0_0, (1 + w) * e_c - w * e_0
-        if allowed_means is not None:
-            for channel, (least, greatest) in enumerate(np.transpose(allowed_means).tolist()):
-                own, mean = x0_c[channel].mean().item(), x0[channel].mean().item()
-                x0[channel] += min(max(mean, min(least, own)), max(greatest, own)) - mean
-            e = (z_s - math.sqrt(abar[s]) * x0) / math.sqrt(1 - abar[s])
         return math.sqrt(abar[t]) * x0 + math.sqrt(1 - abar[t]) * e
 
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Latent consistency distillation: equal to the PyTorch reference, and a test for what implementers get wrong."""
 
+import math
 import re
 from functools import cache, partial
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from lcm_jax.diffusion.consistency import boundary_scalings, consistency_function, guidance_embedding
-from lcm_jax.diffusion.guidance import classifier_free, excess_of_means
+from lcm_jax.diffusion.guidance import capped, classifier_free
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
 from lcm_jax.models.unet import UNet2DCondition
@@ -60,6 +61,7 @@ def example(seed=0, batch=B):
     draws = lcd.Draws(
         posterior=normal(batch, H, W, C),
         noise=normal(batch, H, W, C),
+        second=normal(batch, H, W, C),
         index=np.resize(np.array([0, 49, 7, 25], np.int32), batch),
         w=np.resize(np.array([7.5, 2.0, 13.25, 4.0], np.float32), batch),
         keep_prompt=np.resize(np.array([True, True, True, False]), batch),
@@ -112,15 +114,15 @@ def unet_networks():
 
 
 @pytest.mark.parametrize(
-    "distance, weighting, own_share, guided_from, allowed_means",
+    "distance, weighting, own_share, w_caps",
     [
-        ("l2", "uniform", 0.0, 0, None),
-        ("huber", "inverse_sigma", 0.5, 160, np.float32([[-0.1, -0.05, 0.0], [0.0, 0.05, 0.1]])),
+        ("l2", "uniform", 0.0, ()),
+        ("huber", "inverse_sigma", 0.5, ((0, 0.0), (160, math.inf), (700, 4.5))),
     ],
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_loss_and_every_gradient_equal_the_pytorch_reference(
-    prediction_type, distance, weighting, own_share, guided_from, allowed_means
+    prediction_type, distance, weighting, own_share, w_caps
 ):
     pytest.importorskip("torch")
     import reference_lcd
@@ -136,19 +138,18 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(
     abar, z = reference_lcd.alphas_cumprod(0.00085, 0.012), np.array(to_latents(batch["moments"], draws.posterior))
     if own_share:
         z[::2] = reference_lcd.own_pictures(
-            unets[1], draws.posterior[::2], table[token_ids][::2], embedding[::2], abar=abar,
+            unets[1], draws.posterior[::2], draws.second[::2], table[token_ids][::2], embedding[::2], abar=abar,
             prediction_type=prediction_type,
         )  # fmt: skip
     expected = reference_lcd.distil(
         *unets, z, table[token_ids], table[frozen["empty_ids"]][None],
         draws.noise, draws.index, draws.w, embedding, abar=abar,
-        prediction_type=prediction_type, distance=distance, weighting=weighting, guided_from=guided_from,
-        allowed_means=allowed_means,
+        prediction_type=prediction_type, distance=distance, weighting=weighting, w_caps=w_caps,
     )  # fmt: skip
 
     loss = partial(
         lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
-        weighting=weighting, own_share=own_share, guided_from=guided_from, allowed_means=allowed_means,
+        weighting=weighting, own_share=own_share, w_caps=w_caps,
     )  # fmt: skip
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
@@ -180,15 +181,11 @@ def test_the_reference_follows_the_published_tables():
     np.testing.assert_allclose(reference_lcd.embed_guidance(7.5), published, atol=1e-3)
 
 
-def test_guidance_leads_no_mean_beyond_what_is_allowed():
-    normal = np.random.default_rng(0).standard_normal
-    cond, x0 = (jnp.asarray(normal((5, 4, 4, 2)) * 0.1 + 1.0 * m, jnp.float32) for m in (1, 3))
-    cond = cond.at[0].set(-1.0)  # of the five, the first is guided from below the least to above the greatest
-    allowed = jnp.float32([[0.5, 0.0], [2.0, 9.0]])
-    means = jnp.mean(x0 - excess_of_means(x0, cond, allowed), (1, 2))
-    np.testing.assert_allclose(means[:, 0], 2.0, rtol=1e-5)  # limited
-    np.testing.assert_allclose(means[:, 1], x0.mean((1, 2))[:, 1], rtol=1e-5)  # as it was
-    assert not excess_of_means(cond, cond, allowed).any(), "what is not guided never changes, allowed or not"
+def test_w_counts_as_much_as_its_cap_allows():
+    w, t = jnp.full(6, 6.0), jnp.int32([124, 299, 300, 699, 700, 999])
+    assert capped(w, t, ((0, 0.0), (300, math.inf), (700, 4.5))).tolist() == [0.0, 0.0, 6.0, 6.0, 4.5, 4.5]
+    assert capped(w, t, ()).tolist() == w.tolist()
+    assert capped(w, t, ((700, 9.0),)).tolist() == w.tolist(), "a cap never adds"
 
 
 # --- golden values of the method ---
@@ -376,18 +373,27 @@ def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, cho
     plan, seen = schedule(), {}
     context, embedding = encode_prompt(frozen, batch["token_ids"]), guidance_embedding(draws.w)
     z, networks = jnp.full((B, H, W, C), 5.0), analytic(plan, seen)
-    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, context, embedding, share, networks, plan)
-    given = ((jnp.asarray(draws.posterior)[i], 999, context[i], embedding[i]) for i in chosen)
-    for i, each in enumerate(zip(*seen["student"][0], strict=True)):
-        for mine, expected in zip(each, next(given), strict=True):
-            np.testing.assert_array_equal(mine, expected, err_msg=f"the jump of example {chosen[i]}")
+    own = lcd.own_pictures(
+        {"unet": jnp.float32(0.8)}, z, draws.posterior, draws.second, context, embedding, share, networks, plan
+    )
+    first, second = seen["student"]
+    of_noise = [(jnp.asarray(draws.posterior)[i], 999, context[i], embedding[i]) for i in chosen]
+    for i, mine, expected in zip(chosen, zip(*first, strict=True), of_noise, strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"the jump of example {i}")
+    once = consistency_function(plan, networks.student(jnp.float32(0.8), *first), *first[:2])
+    noised = add_noise(plan, once[::2], jnp.asarray(draws.second)[np.array(chosen[::2])], second[1])
+    np.testing.assert_allclose(second[0], noised, rtol=1e-6)
+    assert second[1].tolist() == [749] * len(chosen[::2])
+    np.testing.assert_array_equal(second[2], context[np.array(chosen[::2])])
+    np.testing.assert_array_equal(own[np.array(chosen[1::2], int)], once[1::2])
     assert [i for i in range(B) if not (own[i] == 5.0).all()] == chosen
 
 
 @pytest.mark.parametrize("share", [0.1, 2.0, -1.0])
 def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
     with pytest.raises(ValueError, match=f"own_share is {share}: not 1 to {B} examples"):
-        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, share, None, schedule())
+        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, None, share, None, schedule())
 
 
 @pytest.mark.parametrize("own_share", [0.0, 0.5])

@@ -14,10 +14,9 @@ from diffusers import LatentConsistencyModelPipeline
 from tensorboardX.proto import event_pb2
 from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 
-from lcm_jax import dry_run
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.lcd import allowed_means, student_configs
+from lcm_jax.recipes.lcd import student_configs
 from lcm_jax.training.loop import RunError, check_run, train
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.errors import ModelError
@@ -141,8 +140,9 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         ({"train.batch_size": 64}, "the data has 32 records, fewer than train.batch_size 64"),
         ({"objective.distance": "l3"}, "objective.distance is 'l3'; choose l2 or huber"),
         ({"objective.own_share": 0.01}, "objective.own_share is 0.01"),
-        ({"objective.guided_from": 1000}, "objective.guided_from is 1000; choose a timestep, 0"),
-        ({"objective.means_tail": 0.5}, "objective.means_tail is 0.5: choose a share from 0"),
+        ({"objective.w_caps": ((0, 0.0), (1000, 7.0))}, "objective.w_caps is .*1000.*timesteps rising in 0..999"),
+        ({"objective.w_caps": ((300, 7.0), (300, 4.5))}, "objective.w_caps is .*timesteps rising"),
+        ({"objective.w_caps": (300, 7.0)}, "objective.w_caps is .*pairs"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),
@@ -152,22 +152,6 @@ def test_a_mistake_in_a_config_does_not_claim_the_workdir(mistake, message, teac
     with pytest.raises((RunError, ValueError), match=message):
         run(shrunk_lcd(teacher, **mistake), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_guidance_may_lead_to_the_means_that_pictures_have(teacher, tmp_path):
-    config = shrunk_lcd(teacher, **{"objective.means_tail": 0.1})
-    model = Pipeline.from_pretrained(teacher).model
-    moments = np.random.default_rng(0).standard_normal((200, 3, 3, 8)).astype(np.float32)
-    limits = allowed_means(config, [{"moments": each} for each in moments], model)
-    scaled = moments[..., :4].mean((1, 2)) * model.vae.config["scaling_factor"]
-    np.testing.assert_allclose(limits, np.quantile(scaled, [0.1, 0.9], axis=0), rtol=1e-4)
-    config.objective.means_tail = 0.0
-    assert allowed_means(config, [], model) is None
-    shards = load_config("lcd")
-    shards.objective.means_tail = 0.1
-    for begin in (lambda: RECIPES["lcd"](shards, tmp_path / "run"), lambda: dry_run.figures(shards)):
-        with pytest.raises(ValueError, match="takes encoded pictures: give data.cache"):
-            begin()
 
 
 def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):

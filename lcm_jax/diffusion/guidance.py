@@ -1,4 +1,6 @@
-"""Classifier-free guidance (arXiv 2207.12598), and what keeps it from burning pictures."""
+"""Classifier-free guidance (arXiv 2207.12598), and how much of it a timestep takes."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,13 @@ def classifier_free(uncond, cond, w):
     return cond + w * (cond - uncond)
 
 
-def excess_of_means(x0: jax.Array, cond: jax.Array, allowed: jax.Array) -> jax.Array:
-    """How far guidance took the channel means of x0 beyond `allowed`, float32[B, 1, 1, c]; subtract it from x0.
+def capped(w: jax.Array, t: jax.Array, caps: Sequence[tuple[int, float]]) -> jax.Array:
+    """The weight that guides at t, float32[B]: w, but at most what the last of `caps` at or before t allows.
 
-    x0, cond: float32[B, h, w, c], guided and unguided. allowed: float32[2, c], the least and the greatest mean. Where
-    `cond` itself lies beyond these, its own mean is the limit, so that an unguided prediction never changes. A static
-    threshold as in arXiv 2205.11487, section 2.3, on means of latents in place of pixels: a mean that is guided away
-    from what it was, such as a light ground's, burns the picture out.
+    w: float32[B]; t: int32[B]. caps: (timestep, most) pairs, timesteps rising; from that timestep on, towards noise, w
+    counts as `most` where it is more. ((0, 0.0), (300, inf)) guides an interval, as arXiv 2404.07724 does.
     """
-    own, mean = (jnp.mean(x, (1, 2), keepdims=True) for x in (cond, x0))
-    least, greatest = jnp.expand_dims(allowed, (1, 2, 3))
-    return mean - jnp.clip(mean, jnp.minimum(least, own), jnp.maximum(greatest, own))
+    most = jnp.full(w.shape, jnp.inf)
+    for first, limit in caps:
+        most = jnp.where(t >= first, limit, most)
+    return jnp.minimum(w, most)

@@ -1,6 +1,7 @@
 """Latent consistency distillation: Algorithm 1 of arXiv 2310.04378."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -8,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
-from lcm_jax.diffusion.guidance import classifier_free, excess_of_means
+from lcm_jax.diffusion.guidance import capped, classifier_free
 from lcm_jax.diffusion.schedule import (
     Schedule,
     add_noise,
     alpha_sigma,
-    like,
     predict_noise,
     predict_x0,
     skipping_steps,
@@ -35,6 +35,7 @@ class Networks(NamedTuple):
 class Draws(NamedTuple):
     posterior: jax.Array  # float32[B, h, w, c], picks the latent from the autoencoder's posterior; see own_pictures
     noise: jax.Array  # float32[B, h, w, c]
+    second: jax.Array  # float32[B, h, w, c], noises own pictures for their second jump; see own_pictures
     index: jax.Array  # int32[B], 0 <= index < num_ddim_steps, which skipping step
     w: jax.Array  # float32[B], the guidance weight of cond + w (cond - uncond)
     keep_prompt: jax.Array  # bool[B], False distils the empty prompt
@@ -43,10 +44,11 @@ class Draws(NamedTuple):
 def draw(rng: jax.Array, batch, *, num_ddim_steps: int, w_min: float, w_max: float, empty_prompts: float) -> Draws:
     """batch["moments"]: float32[B,h,w,2c]; empty_prompts: the share of captions replaced by the empty one."""
     b, h, w, c2 = batch["moments"].shape
-    posterior, noise, index, weight, keep = jax.random.split(rng, 5)
+    posterior, noise, index, weight, keep, second = jax.random.split(rng, 6)
     return Draws(
         posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
         noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
+        second=jax.random.normal(second, (b, h, w, c2 // 2)),
         index=jax.random.randint(index, (b,), 0, num_ddim_steps),
         w=jax.random.uniform(weight, (b,), minval=w_min, maxval=w_max),
         keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
@@ -77,30 +79,49 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
     raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
 
 
-def own_pictures(target, z, noise, context, w_embedding, share: float, networks: Networks, schedule: Schedule):
-    """z with round(share B) of its examples, evenly spread, replaced by the target network's own jump from `noise`.
+def own_pictures(
+    target, z, noise, second, context, w_embedding, share: float, networks: Networks, schedule: Schedule
+):  # fmt: skip
+    """z with round(share B) of its examples, evenly spread, replaced by what the target network draws from `noise`.
 
-    z, noise: float32[B, h, w, c]. A sampler of several steps noises what the network itself has made, and that is not
-    quite what data is: where it cannot tell which of two colours is meant, its first jump is between them. From there
-    the teacher finds its way to one; a student that has only seen data does not learn to. Raises ValueError for a
-    share that is no example of this (micro-)batch, or more than all.
+    In one jump from pure noise, every other one of them in two: noised anew, by `second`, to where the second of four
+    steps begins (t = 749 of 1000). z, noise, second: float32[B, h, w, c]. A sampler of several steps noises what the
+    network itself has made, and that is not quite what data is: where it cannot tell which of two colours is meant, its
+    jump is between them. From there the teacher finds its way to one; a student that has only seen data does not learn
+    to. Raises ValueError for a share that is no example of this (micro-)batch, or more than all.
     """
-    batch = len(z)
+    batch, timesteps = len(z), len(schedule.alphas_cumprod)
     count = round(share * batch)
     if not 1 <= count <= batch:
         raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
-    some = lambda tree: jax.tree.map(lambda a: a[chosen], tree)  # noqa: E731
-    last = jnp.full(len(chosen), len(schedule.alphas_cumprod) - 1)
-    output = networks.student(target["unet"], noise[chosen], last, some(context), w_embedding[chosen])
-    own = consistency_function(schedule, output, noise[chosen], last)
+    twice = chosen[::2]
+
+    def jump(z, t: int, which):
+        some = jax.tree.map(lambda a: a[which], context)
+        output = networks.student(target["unet"], z, jnp.full(len(which), t), some, w_embedding[which])
+        return consistency_function(schedule, output, z, jnp.full(len(which), t))
+
+    own = jump(noise[chosen], timesteps - 1, chosen)
+    again = add_noise(schedule, own[::2], second[twice], jnp.full(len(twice), 3 * timesteps // 4 - 1))
+    own = own.at[::2].set(jump(again, 3 * timesteps // 4 - 1, twice))
     return z.at[chosen].set(jax.lax.stop_gradient(own))
+
+
+def check_w_caps(caps: Sequence[tuple[int, float]], last: int) -> None:
+    """Raises ValueError unless `caps` are (timestep, most) pairs, timesteps rising in 0..last and most >= 0."""
+    pairs = all(isinstance(c, Sequence) and len(c) == 2 and 0 <= c[0] <= last and c[1] >= 0 for c in caps)
+    if not pairs or any(a[0] >= b[0] for a, b in pairwise(caps)):
+        raise ValueError(
+            f"objective.w_caps is {tuple(caps)}: give (timestep, most) pairs, timesteps rising in 0..{last} and most "
+            "from 0 on, such as ((0, 0.0), (300, 14.0)), or () for none"
+        )
 
 
 def loss(
     params, target, frozen, batch, draws: Draws, *,
     networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0, guided_from: int = 0, allowed_means: jax.Array | None = None,
+    weighting: str = "uniform", own_share: float = 0.0, w_caps: Sequence[tuple[int, float]] = (),
     embedding_dim: int = 256,
 ):  # fmt: skip
     """The consistency distillation loss, exact in its draws.
@@ -108,15 +129,12 @@ def loss(
     params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and
     "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
-    data (published: 0); they begin from draws.posterior, which they leave free. guided_from: the t from which on the
-    teacher is guided, below it w counts as 0 (published: 0, guided everywhere; a limited interval is arXiv
-    2404.07724's). allowed_means: float32[2, c], the least and the greatest channel mean that guidance may lead to, see
-    `excess_of_means` (published: any). embedding_dim: the width of the student's input for w.
+    data (published: 0); they begin from draws.posterior, which they leave free. w_caps: how much of w guides the
+    teacher at which t, see `capped`; the student is told all of w (published: no caps). embedding_dim: the width of the
+    student's input for w.
     Returns (float32[], metrics). Raises ValueError for a setting out of its range.
     """
-    last = len(schedule.alphas_cumprod) - 1
-    if not 0 <= guided_from <= last:
-        raise ValueError(f"objective.guided_from is {guided_from}; choose a timestep, 0 (guided everywhere) to {last}")
+    check_w_caps(w_caps, len(schedule.alphas_cumprod) - 1)
     empty_ids = jnp.broadcast_to(frozen["empty_ids"], batch["token_ids"].shape)
     keep = draws.keep_prompt.reshape(-1, *(1,) * (empty_ids.ndim - 1))
     time_ids = batch.get("time_ids")
@@ -128,7 +146,9 @@ def loss(
     s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))
     z = networks.to_latents(batch["moments"], draws.posterior)
     if own_share:
-        z = own_pictures(target, z, draws.posterior, context, w_embedding, own_share, networks, schedule)
+        z = own_pictures(
+            target, z, draws.posterior, draws.second, context, w_embedding, own_share, networks, schedule
+        )
     z_s = add_noise(schedule, z, draws.noise, s)
 
     # 2. The student's prediction of the trajectory's origin.
@@ -140,12 +160,8 @@ def loss(
     output = networks.teacher(frozen["unet"], twice(z_s), twice(s), both)
     x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
     noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
-    w = jnp.where(s >= guided_from, draws.w, 0.0)[:, None, None, None]
+    w = capped(draws.w, s, w_caps)[:, None, None, None]
     x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
-    if allowed_means is not None:  # z_s stays what both are of, so that what x0 loses the noise gains
-        excess = excess_of_means(x0, x0_cond, allowed_means)
-        alpha, sigma = (like(part, excess) for part in alpha_sigma(schedule, s))
-        x0, noise = x0 - excess, noise + alpha / sigma * excess
     z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
 
     # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.

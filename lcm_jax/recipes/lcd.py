@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -86,33 +86,8 @@ def encodes(config) -> bool:
     return config.data.source == "tar" and not config.data.cache
 
 
-def check_means_tail(config) -> None:
-    """Raises ValueError for a share out of its range, or where pictures are not encoded beforehand."""
-    tail = config.objective.means_tail
-    if not 0.0 <= tail < 0.5:
-        raise ValueError(f"objective.means_tail is {tail}: choose a share from 0 (no limit) to below 0.5")
-    if tail and encodes(config):
-        raise ValueError(f"objective.means_tail is {tail}, and takes encoded pictures: give data.cache, or set it to 0")
-
-
-def allowed_means(config, source: Sequence[Mapping], model: StableDiffusion) -> jax.Array | None:
-    """float32[2, c]: between which channel means all pictures are but `objective.means_tail` at either end.
-
-    source: random access to moments, of which 4096 at most are read, evenly spread. None where there is no limit.
-    """
-    tail = config.objective.means_tail
-    if not tail:
-        return None
-    chosen = np.linspace(0, len(source) - 1, min(len(source), 4096)).astype(int)
-    moments = np.stack([source[i]["moments"].mean((0, 1), keepdims=True) for i in chosen])
-    means = model.to_latents(moments, jnp.zeros((len(chosen), 1, 1, moments.shape[-1] // 2)))
-    return jnp.quantile(means[:, 0, 0], jnp.array([tail, 1.0 - tail]), axis=0)
-
-
-def lcd_functions(
-    config, teacher: StableDiffusion, model: StableDiffusion, means: jax.Array | None = None
-) -> tuple[Callable, Callable]:
-    """(draw, loss) of the distillation, for the batches of this config's data. means: see `allowed_means`."""
+def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> tuple[Callable, Callable]:
+    """(draw, loss) of the distillation, for the batches of this config's data."""
     objective = config.objective
     draw = partial(
         lcd.draw,
@@ -130,8 +105,7 @@ def lcd_functions(
         huber_c=objective.huber_c,
         weighting=objective.weighting,
         own_share=objective.own_share,
-        guided_from=objective.guided_from,
-        allowed_means=means,
+        w_caps=objective.w_caps,
         embedding_dim=objective.guidance_embedding_dim,
     )
     if model.inpaints:
@@ -150,10 +124,10 @@ def lcd_frozen(config, params: Mapping) -> dict:
 
 def lcd_job(config, workdir: Path) -> Job:
     """Latent consistency distillation of the model `config.teacher`."""
-    check_means_tail(config)  # before hours of encoding
     teacher = pipeline.Pipeline.from_pretrained(config.teacher, config.train.dtype)
     configs = student_configs(config, teacher.configs)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
+    lcd.check_w_caps(config.objective.w_caps, len(model.schedule.alphas_cumprod) - 1)  # before hours of encoding
     # On the host from here on: what the devices hold is what the loop puts there.
     teacher.params = jax.device_get(teacher.params)
     frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
@@ -261,7 +235,7 @@ def lcd_job(config, workdir: Path) -> Job:
         report.show(result)
         print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
 
-    draw_of_step, loss = lcd_functions(config, teacher.model, model, allowed_means(config, source, model))
+    draw_of_step, loss = lcd_functions(config, teacher.model, model)
     return Job(
         title="lcd",
         init=init,
