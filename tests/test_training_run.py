@@ -143,6 +143,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         ({"objective.w_caps": ((0, 0.0), (1000, 7.0))}, "objective.w_caps is .*1000.*timesteps rising in 0..999"),
         ({"objective.w_caps": ((300, 7.0), (300, 4.5))}, "objective.w_caps is .*timesteps rising"),
         ({"objective.w_caps": (300, 7.0)}, "objective.w_caps is .*pairs"),
+        ({"objective.w_caps": (("300", 7.0),)}, "objective.w_caps is .*pairs"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),

@@ -110,7 +110,11 @@ def own_pictures(
 
 def check_w_caps(caps: Sequence[tuple[int, float]], last: int) -> None:
     """Raises ValueError unless `caps` are (timestep, most) pairs, timesteps rising in 0..last and most >= 0."""
-    pairs = all(isinstance(c, Sequence) and len(c) == 2 and 0 <= c[0] <= last and c[1] >= 0 for c in caps)
+    number = lambda x: isinstance(x, (int, float))  # noqa: E731
+    pairs = all(
+        isinstance(cap, Sequence) and len(cap) == 2 and all(map(number, cap)) and 0 <= cap[0] <= last and cap[1] >= 0
+        for cap in caps
+    )
     if not pairs or any(a[0] >= b[0] for a, b in pairwise(caps)):
         raise ValueError(
             f"objective.w_caps is {tuple(caps)}: give (timestep, most) pairs, timesteps rising in 0..{last} and most "
