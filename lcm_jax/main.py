@@ -9,6 +9,7 @@ stopped run left off.
 """
 
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -63,8 +64,12 @@ def parse(argv: list[str]) -> list[str]:
             CONFIG.value.to_dict()  # reports a config file that did not load
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        lines = text.replace("\\n", "\n").replace("\\'", "'").splitlines()
+        text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
+        named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
+        for flag in (a.split("=")[0] for a in argv if named and a.lstrip("-").startswith("config.")):
+            if named[1] in flag.split("."):  # a key that the config lacks
+                sys.exit(f"error: {flag} is no key of the config. {hint[0] if hint else 'Its file names them all.'}")
+        lines = text.replace("\\n", "\n").splitlines()
         if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
             lines = [lines[-1].removeprefix("ValueError: ")]
         sys.exit("error: " + " ".join(" ".join(lines).split()))

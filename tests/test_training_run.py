@@ -192,6 +192,7 @@ def main(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "message"),
     [
         (["--config=configs/shapes.py", "--workdir=W", "--config.train.stps=3"], 'Did you mean "steps"'),
+        (["--config=configs/shapes.py", "--workdir=W", "--config.train.pace=3"], "--config.train.pace is no key of"),
         (["--config=configs/none.py", "--workdir=W"], "configs/none.py"),
         (["--config=configs/shapes.py", "--workdir=W", "--config.train.steps=few"], "few"),
         (["--config=configs/shapes.py"], "--workdir"),

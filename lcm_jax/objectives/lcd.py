@@ -95,7 +95,7 @@ def own_pictures(
     if not 1 <= count <= batch:
         raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
-    twice = chosen[::2]
+    twice, second_step = chosen[::2], 3 * timesteps // 4 - 1
 
     def jump(z, t: int, which):
         some = jax.tree.map(lambda a: a[which], context)
@@ -103,8 +103,8 @@ def own_pictures(
         return consistency_function(schedule, output, z, jnp.full(len(which), t))
 
     own = jump(noise[chosen], timesteps - 1, chosen)
-    again = add_noise(schedule, own[::2], second[twice], jnp.full(len(twice), 3 * timesteps // 4 - 1))
-    own = own.at[::2].set(jump(again, 3 * timesteps // 4 - 1, twice))
+    again = add_noise(schedule, own[::2], second[twice], jnp.full(len(twice), second_step))
+    own = own.at[::2].set(jump(again, second_step, twice))
     return z.at[chosen].set(jax.lax.stop_gradient(own))
 
 
