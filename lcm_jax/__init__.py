@@ -1,7 +1,7 @@
 """Latent consistency models in JAX: distil, convert and sample few-step text-to-image diffusion models.
 
-    import lcm_jax
-    lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]
+import lcm_jax
+lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]
 """
 
 from typing import TYPE_CHECKING, Any

@@ -49,26 +49,17 @@ def consistency(kind: str, output, z, t: int, abar: float):
     return skip * z + out * origin_and_noise(kind, output, z, abar)[0]
 
 
-def own_pictures(target, noise, second, context, embedding, *, abar, prediction_type) -> np.ndarray:
-    """float64[B, h, w, c]: what the target network draws from noise: [B, h, w, c], in two jumps for examples 0, 2, ..
-    (noised between them by second: [B, h, w, c], to t = 749 of 1000) and in one for the others."""
-
-    def jump(z, i, t):
+def own_pictures(target, noise, context, embedding, *, abar, prediction_type) -> np.ndarray:
+    """float64[B, h, w, c]: what the target network draws in one jump from noise: [B, h, w, c]."""
+    pictures = []
+    for i, e in enumerate(noise):
+        z, t = torch.from_numpy(np.array(e, np.float64)).permute(2, 0, 1)[None], len(abar) - 1
         with torch.no_grad():
             output = target(
                 z, torch.tensor([t]), encoder_hidden_states=torch.from_numpy(np.array(context[i : i + 1], np.float64)),
                 timestep_cond=torch.from_numpy(np.array(embedding[i : i + 1], np.float64)),
             ).sample  # fmt: skip
-        return consistency(prediction_type, output, z, t, abar[t])
-
-    pictures = []
-    for i, (e, e2) in enumerate(zip(noise, second, strict=True)):
-        e, e2 = (torch.from_numpy(np.array(each, np.float64)).permute(2, 0, 1)[None] for each in (e, e2))
-        picture = jump(e, i, len(abar) - 1)
-        if i % 2 == 0:
-            t = len(abar) * 3 // 4 - 1
-            picture = jump(math.sqrt(abar[t]) * picture + math.sqrt(1 - abar[t]) * e2, i, t)
-        pictures.append(picture[0].permute(1, 2, 0).numpy())
+        pictures.append(consistency(prediction_type, output, z, t, abar[t])[0].permute(1, 2, 0).numpy())
     return np.stack(pictures)
 
 

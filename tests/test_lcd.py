@@ -61,7 +61,6 @@ def example(seed=0, batch=B):
     draws = lcd.Draws(
         posterior=normal(batch, H, W, C),
         noise=normal(batch, H, W, C),
-        second=normal(batch, H, W, C),
         index=np.resize(np.array([0, 49, 7, 25], np.int32), batch),
         w=np.resize(np.array([7.5, 2.0, 13.25, 4.0], np.float32), batch),
         keep_prompt=np.resize(np.array([True, True, True, False]), batch),
@@ -121,9 +120,7 @@ def unet_networks():
     ],
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_loss_and_every_gradient_equal_the_pytorch_reference(
-    prediction_type, distance, weighting, own_share, w_caps
-):
+def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting, own_share, w_caps):
     pytest.importorskip("torch")
     import reference_lcd
 
@@ -138,7 +135,7 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(
     abar, z = reference_lcd.alphas_cumprod(0.00085, 0.012), np.array(to_latents(batch["moments"], draws.posterior))
     if own_share:
         z[::2] = reference_lcd.own_pictures(
-            unets[1], draws.posterior[::2], draws.second[::2], table[token_ids][::2], embedding[::2], abar=abar,
+            unets[1], draws.posterior[::2], table[token_ids][::2], embedding[::2], abar=abar,
             prediction_type=prediction_type,
         )  # fmt: skip
     expected = reference_lcd.distil(
@@ -373,27 +370,21 @@ def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, cho
     plan, seen = schedule(), {}
     context, embedding = encode_prompt(frozen, batch["token_ids"]), guidance_embedding(draws.w)
     z, networks = jnp.full((B, H, W, C), 5.0), analytic(plan, seen)
-    own = lcd.own_pictures(
-        {"unet": jnp.float32(0.8)}, z, draws.posterior, draws.second, context, embedding, share, networks, plan
-    )
-    first, second = seen["student"]
+    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, context, embedding, share, networks, plan)
+    (jump,) = seen["student"]
     of_noise = [(jnp.asarray(draws.posterior)[i], 999, context[i], embedding[i]) for i in chosen]
-    for i, mine, expected in zip(chosen, zip(*first, strict=True), of_noise, strict=True):
+    for i, mine, expected in zip(chosen, zip(*jump, strict=True), of_noise, strict=True):
         for a, b in zip(mine, expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=f"the jump of example {i}")
-    once = consistency_function(plan, networks.student(jnp.float32(0.8), *first), *first[:2])
-    noised = add_noise(plan, once[::2], jnp.asarray(draws.second)[np.array(chosen[::2])], second[1])
-    np.testing.assert_allclose(second[0], noised, rtol=1e-6)
-    assert second[1].tolist() == [749] * len(chosen[::2])
-    np.testing.assert_array_equal(second[2], context[np.array(chosen[::2])])
-    np.testing.assert_array_equal(own[np.array(chosen[1::2], int)], once[1::2])
+    drawn = consistency_function(plan, networks.student(jnp.float32(0.8), *jump), *jump[:2])
+    np.testing.assert_array_equal(own[np.array(chosen)], drawn)
     assert [i for i in range(B) if not (own[i] == 5.0).all()] == chosen
 
 
 @pytest.mark.parametrize("share", [0.1, 2.0, -1.0])
 def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
     with pytest.raises(ValueError, match=f"own_share is {share}: not 1 to {B} examples"):
-        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, None, share, None, schedule())
+        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, share, None, schedule())
 
 
 @pytest.mark.parametrize("own_share", [0.0, 0.5])

@@ -149,9 +149,7 @@ def _contents(task: str) -> tuple[Specification, ...]:
     every = [(c, s) for c in COLORS for s in SHAPES]
     sizes = (None, *SIZES)
     different = [(a, b) for a in SHAPES for b in SHAPES if a != b]
-    attributed = [
-        (Thing(s1, c1), Thing(s2, c2)) for c1, s1 in every for c2, s2 in every if (c1, s1) != (c2, s2)
-    ]
+    attributed = [(Thing(s1, c1), Thing(s2, c2)) for c1, s1 in every for c2, s2 in every if (c1, s1) != (c2, s2)]
     return {
         "single_object": lambda: tuple(Specification(task, (Thing(s, None, z),)) for s in SHAPES for z in sizes),
         "two_object": lambda: tuple(Specification(task, (Thing(a), Thing(b))) for a, b in different),

@@ -193,8 +193,10 @@ class Attention(nn.Module):
     def __call__(self, x, context=None):
         context = x if context is None else context
         inner = self.heads * self.head_dim
-        dense = lambda y, name: nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y).reshape(  # noqa: E731
-            *y.shape[:2], self.heads, self.head_dim
-        )
+
+        def dense(y, name):
+            y = nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y)
+            return y.reshape(*y.shape[:2], self.heads, self.head_dim)
+
         out = attention(dense(x, "to_q"), dense(context, "to_k"), dense(context, "to_v"))
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out.reshape(*x.shape[:2], inner))

@@ -35,7 +35,6 @@ class Networks(NamedTuple):
 class Draws(NamedTuple):
     posterior: jax.Array  # float32[B, h, w, c], picks the latent from the autoencoder's posterior; see own_pictures
     noise: jax.Array  # float32[B, h, w, c]
-    second: jax.Array  # float32[B, h, w, c], noises own pictures for their second jump; see own_pictures
     index: jax.Array  # int32[B], 0 <= index < num_ddim_steps, which skipping step
     w: jax.Array  # float32[B], the guidance weight of cond + w (cond - uncond)
     keep_prompt: jax.Array  # bool[B], False distils the empty prompt
@@ -44,11 +43,10 @@ class Draws(NamedTuple):
 def draw(rng: jax.Array, batch, *, num_ddim_steps: int, w_min: float, w_max: float, empty_prompts: float) -> Draws:
     """batch["moments"]: float32[B,h,w,2c]; empty_prompts: the share of captions replaced by the empty one."""
     b, h, w, c2 = batch["moments"].shape
-    posterior, noise, index, weight, keep, second = jax.random.split(rng, 6)
+    posterior, noise, index, weight, keep = jax.random.split(rng, 5)
     return Draws(
         posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
         noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
-        second=jax.random.normal(second, (b, h, w, c2 // 2)),
         index=jax.random.randint(index, (b,), 0, num_ddim_steps),
         w=jax.random.uniform(weight, (b,), minval=w_min, maxval=w_max),
         keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
@@ -79,32 +77,23 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
     raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
 
 
-def own_pictures(
-    target, z, noise, second, context, w_embedding, share: float, networks: Networks, schedule: Schedule
-):  # fmt: skip
+def own_pictures(target, z, noise, context, w_embedding, share: float, networks: Networks, schedule: Schedule):
     """z with round(share B) of its examples, evenly spread, replaced by what the target network draws from `noise`.
 
-    In one jump from pure noise, every other one of them in two: noised anew, by `second`, to where the second of four
-    steps begins (t = 749 of 1000). z, noise, second: float32[B, h, w, c]. A sampler of several steps noises what the
-    network itself has made, and that is not quite what data is: where it cannot tell which of two colours is meant, its
-    jump is between them. From there the teacher finds its way to one; a student that has only seen data does not learn
-    to. Raises ValueError for a share that is no example of this (micro-)batch, or more than all.
+    In one jump from pure noise; z, noise: float32[B, h, w, c]. A sampler of several steps noises what the network
+    itself has made, and that is not quite what data is: where it cannot tell which of two colours is meant, its jump is
+    between them. From there the teacher finds its way to one; a student that has only seen data does not learn to.
+    Raises ValueError for a share that is no example of this (micro-)batch, or more than all.
     """
-    batch, timesteps = len(z), len(schedule.alphas_cumprod)
+    batch, last = len(z), len(schedule.alphas_cumprod) - 1
     count = round(share * batch)
     if not 1 <= count <= batch:
         raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
-    twice, second_step = chosen[::2], 3 * timesteps // 4 - 1
-
-    def jump(z, t: int, which):
-        some = jax.tree.map(lambda a: a[which], context)
-        output = networks.student(target["unet"], z, jnp.full(len(which), t), some, w_embedding[which])
-        return consistency_function(schedule, output, z, jnp.full(len(which), t))
-
-    own = jump(noise[chosen], timesteps - 1, chosen)
-    again = add_noise(schedule, own[::2], second[twice], jnp.full(len(twice), second_step))
-    own = own.at[::2].set(jump(again, second_step, twice))
+    noise, context, w_embedding = jax.tree.map(lambda a: a[chosen], (noise, context, w_embedding))
+    t = jnp.full(count, last)
+    output = networks.student(target["unet"], noise, t, context, w_embedding)
+    own = consistency_function(schedule, output, noise, t)
     return z.at[chosen].set(jax.lax.stop_gradient(own))
 
 
@@ -150,9 +139,7 @@ def loss(
     s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))
     z = networks.to_latents(batch["moments"], draws.posterior)
     if own_share:
-        z = own_pictures(
-            target, z, draws.posterior, draws.second, context, w_embedding, own_share, networks, schedule
-        )
+        z = own_pictures(target, z, draws.posterior, context, w_embedding, own_share, networks, schedule)
     z_s = add_noise(schedule, z, draws.noise, s)
 
     # 2. The student's prediction of the trajectory's origin.

@@ -25,9 +25,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"mesh.data x mesh.fsdp is {data} x {fsdp} and there are {len(devices)} devices; "
             f"set mesh.fsdp to a divisor of that, at most {len(devices)}, and mesh.data=-1 to use the rest"
         )
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used]
-    )
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

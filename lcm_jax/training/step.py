@@ -40,6 +40,7 @@ def make_train_step(
         if accumulate == 1:
             grads, metrics = gradient(state.params, state.ema, frozen, batch, draws)
         else:
+
             def add(total, micro):
                 part = gradient(state.params, state.ema, frozen, *micro)
                 return jax.tree.map(jnp.add, total, part), None
