@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.diffusion import samplers
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_dpm_solver_pp, sample_euler
-from lcm_jax.diffusion.schedule import lcm_timesteps, solver_timesteps
+from lcm_jax.diffusion.schedule import alpha_sigma, lcm_timesteps, solver_timesteps
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, naming, trees
@@ -29,6 +29,7 @@ SAMPLERS = {
     "DPMSolverMultistepScheduler": "dpmsolver++", "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
 }  # fmt: skip
+RANDOM_SAMPLERS = ("lcm", "euler_ancestral")  # which add noise at each step but the last
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,6 +42,20 @@ def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
     if sampler in ("ddim", "euler", "euler_ancestral"):
         return solver_timesteps(steps, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), total)
     return solver_timesteps(steps, "trailing", 0, total)
+
+
+def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> samplers.Table:
+    """The sampler's steps for this model. Raises ValueError as `timesteps` does."""
+    grid = timesteps(model, sampler, steps)
+    if sampler == "lcm":
+        return samplers.consistency_table(grid, model.schedule)
+    if sampler == "ddim":
+        # Where a scheduler's config is silent this is diffusers' default for its class.
+        to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
+        return samplers.ddim_table(grid, model.schedule, to_one)
+    if sampler in ("euler", "euler_ancestral"):
+        return samplers.euler_table(grid, model.schedule, sampler == "euler_ancestral")
+    return samplers.dpm_solver_pp_table(grid, model.schedule)
 
 
 class Inpainting(NamedTuple):
@@ -61,16 +76,16 @@ def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> j
 
 def sample_latents(
     model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, steps: int,
+    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table,
 ) -> jax.Array:  # fmt: skip
     """Token ids to scaled latents: pure, and one `lax.scan`.
 
     params: "unet" and the text encoders; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt (SDXL: a row for
     each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents: float32[B, h, w, c], standard normal;
-    noise: float32[steps - 1, B, h, w, c], which `lcm` and `euler_ancestral` use; guidance_scale: float32[] in
+    noise: float32[n - 1 or more, B, h, w, c], which `lcm` and `euler_ancestral` use; guidance_scale: float32[] in
     diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as guidance
     without a classifier, its two passes as one batch of 2B. inpainting: for a UNet that takes it, and params then has
-    "vae" too. sampler: one of SAMPLERS.
+    "vae" too. sampler: one of SAMPLERS. table: its steps, see `sampler_table`.
     """
     masked = None if inpainting is None else masked_channels(model, params, inpainting)
 
@@ -94,18 +109,16 @@ def sample_latents(
             cond, uncond = jnp.split(output, 2)
             return classifier_free(uncond, cond, weight)
 
-    grid = timesteps(model, sampler, steps)
     if sampler == "lcm":
-        return sample_consistency(network, latents, grid, noise, model.schedule)
+        return samplers.sample_consistency(network, latents, table, noise, model.schedule)
     if sampler == "ddim":
-        # Where a scheduler's config is silent this is diffusers' default for its class.
-        to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
-        return sample_ddim(network, latents, grid, model.schedule, to_one)
+        return samplers.sample_ddim(network, latents, table, model.schedule)
     if sampler in ("euler", "euler_ancestral"):
         if model.scheduler.get("timestep_spacing") == "trailing":  # diffusers then begins with sigma noise, and no x0
-            latents = latents * float(np.sqrt(1.0 - model.schedule.alphas_cumprod[grid[0]]))
-        return sample_euler(network, latents, grid, model.schedule, noise if sampler == "euler_ancestral" else None)
-    return sample_dpm_solver_pp(network, latents, grid, model.schedule)
+            latents = latents * alpha_sigma(model.schedule, table.timesteps[0])[1]
+        noise = noise if sampler == "euler_ancestral" else None
+        return samplers.sample_euler(network, latents, table, noise, model.schedule)
+    return samplers.sample_dpm_solver_pp(network, latents, table, model.schedule)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -115,12 +128,12 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 def generate(
     model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, steps: int,
+    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table,
 ) -> jax.Array:  # fmt: skip
     """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
     z = sample_latents(
         model, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids, inpainting,
-        sampler=sampler, steps=steps,
+        sampler=sampler, table=table,
     )  # fmt: skip
     return to_uint8(model.decode(params["vae"], z))
 
@@ -359,7 +372,7 @@ class Pipeline:
             raise ValueError(f"height and width are {height} and {width}; give multiples of {scale}")
         count = len(prompts) * num_images_per_prompt
         shape = (height // scale, width // scale, self.configs["vae"].get("latent_channels", 4))
-        random = sampler in ("lcm", "euler_ancestral")
+        random = sampler in RANDOM_SAMPLERS
         drawn, noise = draw_noise(seed, count, num_inference_steps if random else 1, shape)
         if latents is not None and np.shape(latents) != drawn.shape:
             raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
@@ -394,5 +407,6 @@ class Pipeline:
         """`function` of this model under one jit for each sampler and number of steps."""
         key = (function, sampler, steps)
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(function, self.model, sampler=sampler, steps=steps))
+            table = sampler_table(self.model, sampler, steps)
+            self._compiled[key] = jax.jit(partial(function, self.model, sampler=sampler, table=table))
         return self._compiled[key]

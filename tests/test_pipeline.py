@@ -15,6 +15,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.recipes.drawing import Sampler
 from lcm_jax.weights.errors import ModelError
 
 PROMPT = "a red circle above a blue square"
@@ -193,6 +194,21 @@ def test_a_call_is_one_compiled_function_reused(student):
     before = {key: function._cache_size() for key, function in student._compiled.items()}
     run("a blue square", 3.0)
     assert {key: function._cache_size() for key, function in student._compiled.items()} == before
+
+
+@pytest.mark.parametrize("plan", [{"lcm": (1, 2, 4)}, {"ddim": (2, 5), "dpmsolver++": (1, 3)}], ids=["lcm", "solvers"])
+def test_the_programs_of_a_plan_draw_the_pipelines_pictures(models, plan):
+    """Previews and reports: one program for each sampler, whatever the number of steps."""
+    pipe = lcm_jax.Pipeline.from_pretrained(models / ("lcm" if "lcm" in plan else "ddim"))
+    prompts = [PROMPT, "a blue square", "two green circles"]
+    size = 8 * pipe.model.downscale
+    sampler = Sampler(pipe.model, pipe.tokenize, prompts, size, 2, plan, seed=3)
+    for name, every in plan.items():
+        for steps in every:
+            images, seconds = sampler(pipe.params, name, steps, 6.0)
+            expected = pipe(prompts, steps, 6.0, seed=3, height=size, width=size, sampler=name, output_type="np").images
+            assert np.abs(images / 255.0 - expected).max() <= 1 / 255 + 1e-6 and seconds > 0
+    assert set(sampler._compiled) == set(plan)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):

@@ -1,11 +1,22 @@
 """The three samplers equal diffusers' schedulers, step for step, given the same network and the same noise."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.samplers import sample_consistency, sample_ddim, sample_dpm_solver_pp, sample_euler
+from lcm_jax.diffusion.samplers import (
+    consistency_table,
+    ddim_table,
+    dpm_solver_pp_table,
+    euler_table,
+    sample_consistency,
+    sample_ddim,
+    sample_dpm_solver_pp,
+    sample_euler,
+)
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, lcm_timesteps, make_schedule, solver_timesteps
 
 torch = pytest.importorskip("torch")
@@ -44,7 +55,8 @@ def assert_same(ours, theirs):
 def test_consistency_sampling_equals_lcm_scheduler(n, strength, kind, monkeypatch):
     schedule = make_schedule(SD | {"prediction_type": kind})
     expected, noise = follow_lcm(diffusers.LCMScheduler(**SD, prediction_type=kind), n, strength, monkeypatch)
-    ours = sample_consistency(network, jnp.asarray(Z), lcm_timesteps(n, strength), noise, schedule)
+    table = consistency_table(lcm_timesteps(n, strength), schedule)
+    ours = sample_consistency(network, jnp.asarray(Z), table, noise, schedule)
     assert_same(ours, expected)
 
 
@@ -55,7 +67,9 @@ def test_consistency_sampling_on_the_grid_and_table_of_the_embedded_student(n, m
     expected, noise = follow_lcm(scheduler, n, 1.0, monkeypatch)
     timesteps = lcm_timesteps(n, original_steps=8)
     assert timesteps.tolist() == scheduler.timesteps.tolist() and timesteps[0] == 999
-    assert_same(sample_consistency(network, jnp.asarray(Z), timesteps, noise, make_schedule(config)), expected)
+    schedule = make_schedule(config)
+    table = consistency_table(timesteps, schedule)
+    assert_same(sample_consistency(network, jnp.asarray(Z), table, noise, schedule), expected)
 
 
 def follow_lcm(scheduler, n, strength, monkeypatch):
@@ -84,7 +98,8 @@ def test_ddim_equals_ddim_scheduler(spacing, offset, to_one, kind):
         scheduler.set_timesteps(n)
         timesteps = solver_timesteps(n, spacing, offset, strength=strength)
         expected = follow(scheduler, scheduler.timesteps[n - int(n * strength) :])
-        assert_same(sample_ddim(network, jnp.asarray(Z), timesteps, schedule, to_one, n), expected)
+        table = ddim_table(timesteps, schedule, to_one, n)
+        assert_same(sample_ddim(network, jnp.asarray(Z), table, schedule), expected)
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -99,7 +114,8 @@ def test_dpm_solver_equals_dpm_solver_multistep_scheduler(spacing, kind):
         theirs = scheduler.timesteps[n - int(n * strength) :]
         if spacing == "trailing":
             assert solver_timesteps(n, strength=strength).tolist() == theirs.tolist()
-        ours = sample_dpm_solver_pp(network, jnp.asarray(Z), theirs.numpy().astype(np.int32), schedule)
+        table = dpm_solver_pp_table(theirs.numpy().astype(np.int32), schedule)
+        ours = sample_dpm_solver_pp(network, jnp.asarray(Z), table, schedule)
         assert_same(ours, follow(scheduler, theirs))
 
 
@@ -112,21 +128,41 @@ def test_zero_snr_tables_are_sampled_as_in_diffusers(n, kind):
     assert schedule.alphas_cumprod[timesteps[0]] == 0
     ddim = diffusers.DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
     ddim.set_timesteps(n)
-    assert_same(sample_ddim(network, jnp.asarray(Z), timesteps, schedule), follow(ddim, ddim.timesteps))
+    table = ddim_table(timesteps, schedule)
+    assert_same(sample_ddim(network, jnp.asarray(Z), table, schedule), follow(ddim, ddim.timesteps))
     dpm = diffusers.DPMSolverMultistepScheduler(**config, timestep_spacing="trailing")
     dpm.set_timesteps(n)
-    found, expected = sample_dpm_solver_pp(network, jnp.asarray(Z), timesteps, schedule), follow(dpm, dpm.timesteps)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    found = sample_dpm_solver_pp(network, jnp.asarray(Z), dpm_solver_pp_table(timesteps, schedule), schedule)
+    np.testing.assert_allclose(found, follow(dpm, dpm.timesteps), atol=1e-3)
 
     euler = diffusers.EulerDiscreteScheduler(**config, timestep_spacing="trailing")
     euler.set_timesteps(n)
     z = torch.tensor(Z) * euler.init_noise_sigma
     for t in euler.timesteps:
         z = euler.step(torch_network(euler.scale_model_input(z, t), t), t, z).prev_sample
-    np.testing.assert_allclose(sample_euler(network, jnp.asarray(Z), timesteps, schedule), z.numpy(), atol=1e-3)
+    found = sample_euler(network, jnp.asarray(Z), euler_table(timesteps, schedule), None, schedule)
+    np.testing.assert_allclose(found, z.numpy(), atol=1e-3)
 
 
-def test_a_sampler_is_one_scan_under_one_jit():
+def every_sampler(network, schedule, noise):
+    """(what makes the table of some timesteps, what samples by it), for each sampler."""
+    return {
+        "lcm": (consistency_table, lambda z, table: sample_consistency(network, z, table, noise, schedule)),
+        "ddim": (ddim_table, lambda z, table: sample_ddim(network, z, table, schedule)),
+        "euler": (euler_table, lambda z, table: sample_euler(network, z, table, None, schedule)),
+        "euler_ancestral": (
+            partial(euler_table, ancestral=True),
+            lambda z, table: sample_euler(network, z, table, noise, schedule),
+        ),
+        "dpmsolver++": (dpm_solver_pp_table, lambda z, table: sample_dpm_solver_pp(network, z, table, schedule)),
+    }
+
+
+SAMPLERS = ["lcm", "ddim", "euler", "euler_ancestral", "dpmsolver++"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_one_scan_under_one_jit(name):
     """The network stands in the program once, however many steps there are."""
     schedule = make_schedule(SD)
     traced = []
@@ -136,17 +172,37 @@ def test_a_sampler_is_one_scan_under_one_jit():
         return network(z, t)
 
     z, noise = jnp.asarray(Z), jnp.zeros((7, *Z.shape))
-    for sampler in (
-        lambda z: sample_consistency(counted, z, lcm_timesteps(8), noise, schedule),
-        lambda z: sample_ddim(counted, z, solver_timesteps(8), schedule),
-        lambda z: sample_dpm_solver_pp(counted, z, solver_timesteps(8), schedule),
-    ):
-        traced.clear()
-        end = jax.jit(sampler)(z)
-        assert traced == [(2,)] and end.shape == z.shape and end.dtype == jnp.float32
+    make_table, sample = every_sampler(counted, schedule, noise)[name]
+    end = jax.jit(lambda z: sample(z, make_table(solver_timesteps(8), schedule)))(z)
+    assert traced == [(2,)] and end.shape == z.shape and end.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_program_takes_any_number_of_steps(name):
+    """By padded tables; what is passed over asks nothing of the network."""
+    schedule, traced, asked = make_schedule(SD), [], []
+
+    def counted(z, t):
+        traced.append(t.shape)
+        jax.debug.callback(lambda t: asked.append(int(t)), t[0], ordered=True)
+        return network(z, t)
+
+    noise = jnp.asarray(np.random.default_rng(1).standard_normal((7, *Z.shape)).astype(np.float32))
+    make_table, sample = every_sampler(counted, schedule, noise)[name]
+    program = jax.jit(sample)
+    for n in (1, 2, 4, 8):
+        timesteps = solver_timesteps(n)
+        ours = program(jnp.asarray(Z), make_table(timesteps, schedule).padded(8))
+        jax.effects_barrier()
+        assert asked == timesteps.tolist()
+        assert traced == [(2,)]
+        alone = every_sampler(network, schedule, noise)[name][1](jnp.asarray(Z), make_table(timesteps, schedule))
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+        asked.clear()
 
 
 def test_one_consistency_step_asks_for_no_noise():
     schedule = make_schedule(SD)
-    end = sample_consistency(network, jnp.asarray(Z), lcm_timesteps(1), jnp.zeros((0, *Z.shape)), schedule)
+    table = consistency_table(lcm_timesteps(1), schedule)
+    end = sample_consistency(network, jnp.asarray(Z), table, jnp.zeros((0, *Z.shape)), schedule)
     assert jnp.isfinite(end).all()

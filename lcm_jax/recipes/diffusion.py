@@ -55,8 +55,9 @@ def diffusion_job(config, workdir: Path) -> Job:
         config, workdir, model, vae_params, tokenize, pictures(config, "train", config.data.length), identity_of(config)
     )
     sampler = Sampler(
-        model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, batch=config.sample.batch_size
-    )
+        model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, config.sample.batch_size,
+        {"ddim": (config.sample.steps,)},
+    )  # fmt: skip
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
         name: folders.read_params(layout.locate(config.init), name, abstract[name])

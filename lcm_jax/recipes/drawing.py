@@ -2,7 +2,7 @@
 
 import copy
 import time
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,14 +15,15 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 
 
 class Sampler:
-    """Pictures for fixed prompts from fixed noise; each (sampler, steps) is compiled once.
+    """Pictures for fixed prompts from fixed noise. Each sampler is compiled once, for all its numbers of steps.
 
-    inpainting: for a model that takes it, a picture and a mask for each prompt.
+    plan: the numbers of steps that will be asked for, by sampler. inpainting: for a model that takes it, a picture and
+    a mask for each prompt.
     """
 
     def __init__(
-        self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int, seed: int = 1,
-        inpainting: pipeline.Inpainting | None = None,
+        self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int,
+        plan: Mapping[str, Sequence[int]], seed: int = 1, inpainting: pipeline.Inpainting | None = None,
     ):  # fmt: skip
         self.prompts, self._batch = prompts, min(batch, len(prompts))
         self._model, self._tokenize, self._seed = model, tokenize, seed
@@ -31,6 +32,7 @@ class Sampler:
         self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
         self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
         self._inpainting = inpainting
+        self._most = {sampler: max(every) for sampler, every in plan.items()}
         self._compiled: dict = {}
 
     def of(self, prompts: list[str]) -> "Sampler":
@@ -42,17 +44,22 @@ class Sampler:
     def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
         """(uint8[len(prompts), H, W, 3], seconds without compilation). params: by network."""
         params = jax.block_until_ready(jax.device_put({name: params[name] for name in self._model.networks}))
-        inputs = [self._inputs(steps, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
-        if (sampler, steps) not in self._compiled:
-            function = jax.jit(partial(pipeline.generate, self._model, sampler=sampler, steps=steps))
-            self._compiled[sampler, steps] = function.lower(params, *inputs[0]).compile()
+        most = self._most[sampler]
+        table = pipeline.sampler_table(self._model, sampler, steps).padded(most)
+        draws = most if sampler in pipeline.RANDOM_SAMPLERS else 1
+        inputs = [self._inputs(draws, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
+        if sampler not in self._compiled:
+            function = jax.jit(
+                lambda params, table, *each: pipeline.generate(self._model, params, *each, sampler=sampler, table=table)
+            )
+            self._compiled[sampler] = function.lower(params, table, *inputs[0]).compile()
         began = time.monotonic()
-        parts = [np.asarray(self._compiled[sampler, steps](params, *each)) for each in inputs]
+        parts = [np.asarray(self._compiled[sampler](params, table, *each)) for each in inputs]
         return np.concatenate(parts)[: len(self.prompts)], time.monotonic() - began
 
-    def _inputs(self, steps: int, first: int, guidance_scale: float):
+    def _inputs(self, draws: int, first: int, guidance_scale: float):
         chosen = np.minimum(first + np.arange(self._batch), len(self.prompts) - 1)
-        z, noise = pipeline.draw_noise(self._seed, self._batch, steps, self._shape, first)
+        z, noise = pipeline.draw_noise(self._seed, self._batch, draws, self._shape, first)
         to_paint = jax.tree.map(lambda each: each[chosen], self._inpainting)
         return self._ids[chosen], self._empty, z, noise, jnp.float32(guidance_scale), self._time_ids, to_paint
 

@@ -140,11 +140,11 @@ def lcd_job(config, workdir: Path) -> Job:
 
     shown = data.captions(config.sample)
     to_paint = inpainting.to_paint(model, data.held_out, len(shown))
-    preview_student, preview_teacher = (
-        Sampler(each, teacher.tokenize, shown, config.data.size, config.sample.batch_size, inpainting=to_paint)
-        for each in (model, teacher.model)
-    )
     few = tuple(config.sample.student_steps)
+    preview_student, preview_teacher = (
+        Sampler(each, teacher.tokenize, shown, config.data.size, config.sample.batch_size, plan, inpainting=to_paint)
+        for each, plan in [(model, {"lcm": few}), (teacher.model, {"ddim": (config.sample.teacher_steps,)})]
+    )
     teacher_row: list[np.ndarray] = []
 
     def init():
@@ -206,12 +206,12 @@ def lcd_job(config, workdir: Path) -> Job:
             ("student", model, student, config.report.student),
         ]:
             print(f"{who}, {len(captions)} captions:")
+            plan = plan.to_dict()
             sampler = Sampler(
-                network, teacher.tokenize, captions, config.data.size, config.report.batch_size, seed=2,
+                network, teacher.tokenize, captions, config.data.size, config.report.batch_size, plan, seed=2,
                 inpainting=inpainting.to_paint(network, data.held_out, len(captions)),
             )  # fmt: skip
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
-            plan = plan.to_dict()
             if data.unseen:
                 name, steps = next(iter(plan.items()))
                 unseen = sampler.of(data.unseen)
