@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.report = ConfigDict(
         {
-            "per_task": 16,
-            "batch_size": 32,
+            "per_task": 24,
+            "batch_size": 36,
             "reference": 1024,
             "guidance_scale": 8.0,
             "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},
