@@ -1,7 +1,9 @@
 """Latent consistency models in JAX: distil, convert and sample few-step text-to-image diffusion models.
 
-import lcm_jax
-lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]
+    import lcm_jax
+    lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]
+
+The commands are `python -m` lcm_jax.main, lcm_jax.sample and lcm_jax.convert, each with --help.
 """
 
 from typing import TYPE_CHECKING, Any

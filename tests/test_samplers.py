@@ -158,7 +158,7 @@ def every_sampler(network, schedule, noise):
     }
 
 
-SAMPLERS = ["lcm", "ddim", "euler", "euler_ancestral", "dpmsolver++"]
+SAMPLERS = list(every_sampler(network, make_schedule(SD), None))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -40,7 +40,7 @@ def _table(timesteps: np.ndarray, *coefficients: np.ndarray) -> Table:
     return Table(timesteps.astype(np.int32), np.stack(coefficients, axis=1).astype(np.float32))
 
 
-def _last_without(noise: jax.Array, table: Table, z: jax.Array) -> jax.Array:
+def _step_noise(noise: jax.Array, table: Table, z: jax.Array) -> jax.Array:
     """The noise that each step of the table adds; none is asked for the last, which adds none."""
     return jnp.concatenate([noise[: len(table.timesteps) - 1], jnp.zeros_like(z)[None]])
 
@@ -80,7 +80,7 @@ def sample_consistency(network: Network, z: jax.Array, table: Table, noise: jax.
         alpha, sigma = coefficients
         return alpha * consistency_function(schedule, network(z, t), z, t) + sigma * noise
 
-    return _scan(step, z, table, _last_without(noise, table, z))
+    return _scan(step, z, table, _step_noise(noise, table, z))
 
 
 def ddim_table(
@@ -140,7 +140,7 @@ def sample_euler(
         x0, direction = predict_x0(schedule, output, z, t), predict_noise(schedule, output, z, t)
         return alpha * (x0 + down * direction + sum(up * each for each in fresh))
 
-    return _scan(step, z, table, *([] if noise is None else [_last_without(noise, table, z)]))
+    return _scan(step, z, table, *([] if noise is None else [_step_noise(noise, table, z)]))
 
 
 def dpm_solver_pp_table(timesteps: np.ndarray, schedule: Schedule) -> Table:

@@ -32,7 +32,7 @@ class Sampler:
         self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
         self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
         self._inpainting = inpainting
-        self._most = {sampler: max(every) for sampler, every in plan.items()}
+        self._most = {sampler: max(every, default=0) for sampler, every in plan.items()}
         self._compiled: dict = {}
 
     def of(self, prompts: list[str]) -> "Sampler":
