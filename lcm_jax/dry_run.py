@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
+from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.recipes import lcd
@@ -71,17 +72,16 @@ def figures(config) -> dict[str, Any]:
     params = {"unet": model.abstract_params()["unet"]}
     state = jax.eval_shape(lambda p: create_state(p, optimizer), params)
     frozen = lcd.lcd_frozen(config, held_abstract(teacher))
-    frozen["empty_ids"] = jax.ShapeDtypeStruct(batch_of(config, teacher, 1)["token_ids"].shape[1:], jnp.int32)
+    frozen["empty_ids"] = jax.ShapeDtypeStruct(lcd.lcd_batch(config, teacher, 1)["token_ids"].shape[1:], jnp.int32)
 
     # Traced for one device's micro-batch. Half of it must be a whole example where some are the student's own.
     traced = max(local, 2) if config.objective.own_share else local
-    batch = batch_of(config, teacher, traced)
+    batch = lcd.lcd_batch(config, teacher, traced)
     draw, loss = lcd.lcd_functions(config, teacher, model)
     draws = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.key(0)), batch)
     program = jax.jit(jax.grad(loss, has_aux=True)).trace(params, params, frozen, batch, draws)
     flops = program.lower().cost_analysis()["flops"] * config.train.batch_size / traced
-    side = config.data.size // model.downscale
-    logits = attention_shapes(side, batch["token_ids"].shape[-1], len(model.unet.config["block_out_channels"]))
+    logits = fused_attentions(config.data.size // model.downscale, len(model.unet.config["block_out_channels"]))
     gradients = device_bytes(mesh, params)
     memory = {
         "student": device_bytes(mesh, state.params),
@@ -90,7 +90,7 @@ def figures(config) -> dict[str, Any]:
         "gradients": gradients * (1 if config.train.accumulate == 1 else 2),  # their sum, and those of a micro-batch
         "teacher": device_bytes(mesh, frozen["unet"]),
         "text encoders and autoencoder": device_bytes(mesh, {n: t for n, t in frozen.items() if n != "unet"}),
-        "batch": bytes_of(batch_of(config, teacher, local * config.train.accumulate)),
+        "batch": bytes_of(lcd.lcd_batch(config, teacher, local * config.train.accumulate)),
     }
     activations = {
         name: peak_bytes(program.jaxpr.jaxpr, skip) * local // traced
@@ -136,20 +136,6 @@ def held_abstract(model: StableDiffusion) -> dict[str, Any]:
     return {name: jax.tree.map(held(name), tree) for name, tree in model.abstract_params().items()}
 
 
-def batch_of(config, model: StableDiffusion, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of `size` examples."""
-    length = model.text_encoder.config.max_position_embeddings
-    ids = (length,) if model.text_encoder_2 is None else (2, length)
-    batch = {
-        "token_ids": jax.ShapeDtypeStruct((size, *ids), jnp.int32),
-        "time_ids": jax.ShapeDtypeStruct((size, 6), jnp.float32),
-    }
-    if lcd.encodes(config):
-        return batch | {"image": jax.ShapeDtypeStruct((size, config.data.size, config.data.size, 3), jnp.uint8)}
-    side, channels = config.data.size // model.downscale, 2 * model.vae.config["latent_channels"]
-    return batch | {"moments": jax.ShapeDtypeStruct((size, side, side, channels), jnp.float32)}
-
-
 def count(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -168,10 +154,13 @@ def device_bytes(mesh, tree) -> int:
 # ---- the estimate of activations ------------------------------------------------------------------------------------
 
 
-def attention_shapes(side: int, length: int, levels: int) -> frozenset[tuple[int, int]]:
-    """(positions, keys) of every attention in the UNet: to itself and to `length` tokens, at each resolution."""
-    positions = [-(-side // 2**level) for level in range(levels)]
-    return frozenset((n * n, keys) for n in positions for keys in (n * n, length))
+def fused_attentions(side: int, levels: int) -> frozenset[tuple[int, int]]:
+    """Return the (queries, keys) of the UNet's attentions that a GPU computes with a fused kernel.
+
+    side: latents along one axis. Attention to the prompt and between a few positions is left to XLA.
+    """
+    positions = [(-(-side // 2**level)) ** 2 for level in range(levels)]
+    return frozenset((n, n) for n in positions if n >= MIN_FUSED_KEYS)
 
 
 def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:

@@ -116,10 +116,10 @@ def test_the_peak_of_a_program_counted_by_hand():
 
     jaxpr = jax.make_jaxpr(program)(np.zeros(100, np.float32)).jaxpr
     assert dry_run.peak_bytes(jaxpr) == 1200
-    attention = jax.make_jaxpr(lambda q: (q @ q.swapaxes(2, 3)).sum())(np.zeros((2, 4, 16, 8), np.float32)).jaxpr
-    logits, transposed = 2 * 4 * 16 * 16 * 4, 2 * 4 * 16 * 8 * 4
+    attention = jax.make_jaxpr(lambda q: (q @ q.swapaxes(2, 3)).sum())(np.zeros((2, 4, 1024, 8), np.float32)).jaxpr
+    logits, transposed = 2 * 4 * 1024 * 1024 * 4, 2 * 4 * 1024 * 8 * 4
     assert dry_run.peak_bytes(attention) == logits + transposed
-    assert dry_run.peak_bytes(attention, dry_run.attention_shapes(4, 77, 1)) == transposed
+    assert dry_run.peak_bytes(attention, dry_run.fused_attentions(32, 2)) == transposed
 
 
 def test_accumulation_halves_activations_and_doubles_gradients(teacher):

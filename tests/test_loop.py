@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from itertools import repeat
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def line(**more) -> Job:
 
     parts = {
         "title": "line", "init": lambda: {"slope": jnp.float32(0)}, "frozen": {}, "draw": lambda rng, batch: None,
-        "loss": loss, "batches": lambda step: repeat({"x": X, "y": 3 * X}), "preview": lambda ema, path: {},
-        "finish": lambda ema, seconds: None,
+        "loss": loss, "example": {"x": X, "y": X}, "batches": lambda step: repeat({"x": X, "y": 3 * X}),
+        "preview": lambda ema, path: {}, "finish": lambda ema, seconds: None,
     }  # fmt: skip
     return Job(**parts | more)
 
@@ -42,6 +43,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     with pytest.raises(RunError, match=r"step 2: .*loss is nan.*last good checkpoint"):
         train(job, config_of(**{"train.steps": 30}), tmp_path)
     assert checkpoints_of(tmp_path) == [1]
+
+
+def out_of_memory(rng, batch):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64.0GiB.\nmore lines")
+
+
+def no_kernel(rng, batch):
+    raise NotImplementedError("Unsupported sequence length Q 4096, KV 77.")
+
+
+def a_setting(rng, batch):
+    raise ValueError("objective.distance is 'l3'; choose l2 or huber")
+
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (
+            out_of_memory,
+            r"^the line step cannot be traced for 1 x cpu: .*64.0GiB.; lower train.batch_size.*remat=True$",
+        ),
+        (no_kernel, r"^the line step cannot be traced for 1 x cpu: NotImplementedError: .*KV 77.; use .*dtype=float32"),
+        (a_setting, r"^the line step cannot be traced for 1 x cpu: objective.distance is 'l3'; choose l2 or huber$"),
+    ],
+)
+def test_a_step_that_cannot_be_traced_is_one_line_and_writes_nothing(draw, message, tmp_path):
+    def never(step):
+        raise AssertionError("no data is read before the step is compiled")
+
+    with pytest.raises(RunError, match=message) as caught:
+        train(line(draw=draw, batches=never), config_of(), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_step_that_cannot_be_compiled_is_one_line_and_writes_nothing(tmp_path):
+    """A custom call that no compiler has."""
+    call = jax.ffi.ffi_call("a_kernel_that_is_not_there", jax.ShapeDtypeStruct((), jnp.float32))
+    job = line(loss=lambda params, target, frozen, batch, draws: (params["slope"] * jax.lax.stop_gradient(call()), {}))
+    with pytest.raises(RunError, match=r"^the line step cannot be compiled for 1 x cpu: .*; use --config.train.dtype"):
+        train(job, config_of(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.models.attention import attention
+
 # What transformers writes beside a model's own options, with no effect on the numbers of this network.
 BOILERPLATE = frozenset(
     """
@@ -138,10 +140,8 @@ class SelfAttention(nn.Module):
             return y.reshape(batch, length, c.num_attention_heads, -1)
 
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         causal = jnp.tril(jnp.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1).astype(self.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        y = attention(q, k, v, causal[None, None]).reshape(batch, length, width)
         into_stream = normal(std * (2 * c.num_hidden_layers) ** -0.5)
         return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="out_proj")(y)
 

@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import (
     ACTIVATIONS,
-    Attention,
     Conv,
     Downsample,
     Dtype,

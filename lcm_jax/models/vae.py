@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import (
-    Attention,
     Conv,
     Downsample,
     Dtype,

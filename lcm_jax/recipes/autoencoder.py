@@ -101,6 +101,7 @@ def autoencoder_job(config, workdir: Path) -> Job:
             networks=autoencoder.Networks(apply("encode"), apply("decode")),
             kl_weight=config.objective.kl_weight,
         ),
+        example={"image": jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.uint8)},
         batches=lambda step: loader.batches(
             ImagesOnly(pictures(config, "train", config.data.length)),
             config.train.batch_size, seed=config.train.seed, first=step,

@@ -1,6 +1,7 @@
 """A teacher: text encoder and UNet, trained together in the latents of a trained autoencoder."""
 
-from functools import partial
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
 from lcm_jax.recipes.autoencoder import folder_of
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import digest, identity_of, latent_source, pictures, prompts_of
+from lcm_jax.recipes.sources import batch_shapes, digest, identity_of, latent_source, pictures, prompts_of
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
@@ -28,10 +29,12 @@ def diffusion_job(config, workdir: Path) -> Job:
     """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
     autoencoder_folder = folder_of(config.autoencoder)
     vae_config = folders.open_component(autoencoder_folder, "vae")[0]
-    tokenizers.build(
-        shapes.words(), workdir / "tokenizer", model_max_length=config.text_encoder.max_position_embeddings
+    build_tokenizer = partial(
+        tokenizers.build, shapes.words(), model_max_length=config.text_encoder.max_position_embeddings
     )
-    tokenizer = tokenizers.load(workdir / "tokenizer")
+    with tempfile.TemporaryDirectory() as temporary:  # nothing is written to the workdir before the step is compiled
+        build_tokenizer(folder=temporary)
+        tokenizer = tokenizers.load(Path(temporary))
     tokenize = partial(tokenizers.encode, tokenizer)
     unet_config = config.unet.to_dict() | {
         "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
@@ -51,9 +54,12 @@ def diffusion_job(config, workdir: Path) -> Job:
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
     vae_params = folders.read_params(autoencoder_folder, "vae", abstract["vae"])
-    source = latent_source(
-        config, workdir, model, vae_params, tokenize, pictures(config, "train", config.data.length), identity_of(config)
-    )
+
+    @cache
+    def source():  # encodes images and writes to the workdir when it is first needed
+        train = pictures(config, "train", config.data.length)
+        return latent_source(config, workdir, model, vae_params, tokenize, train, identity_of(config))
+
     sampler = Sampler(
         model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, config.sample.batch_size,
         {"ddim": (config.sample.steps,)},
@@ -84,6 +90,7 @@ def diffusion_job(config, workdir: Path) -> Job:
 
     def finish(ema, seconds):
         params = ema | {"vae": vae_params}
+        build_tokenizer(folder=workdir / "tokenizer")
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
             folders.write_pipeline(folder, configs, params, workdir / "tokenizer", scheduler, dtype=config.export.dtype)
         print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
@@ -100,7 +107,8 @@ def diffusion_job(config, workdir: Path) -> Job:
             timestep_power=config.objective.timestep_power,
         ),
         loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
-        batches=lambda step: loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step),
+        example=batch_shapes(model, config.data.size, config.train.batch_size, "moments"),
+        batches=lambda step: loader.batches(source(), config.train.batch_size, seed=config.train.seed, first=step),
         preview=preview,
         finish=finish,
         origin={"autoencoder": digest(vae_params)} | ({"init": digest(start)} if start else {}),

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes import inpainting
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import captioned, digest, latent_source, to_float
+from lcm_jax.recipes.sources import batch_shapes, captioned, check_data, digest, latent_source, to_float
 from lcm_jax.training.loop import Job, config_digest
 from lcm_jax.weights import diffusers_folder as folders
 
@@ -86,6 +86,11 @@ def encodes(config) -> bool:
     return config.data.source == "tar" and not config.data.cache
 
 
+def lcd_batch(config, model: StableDiffusion, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of a batch of `count` examples of this config's data."""
+    return batch_shapes(model, config.data.size, count, "image" if encodes(config) else "moments")
+
+
 def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> tuple[Callable, Callable]:
     """(draw, loss) of the distillation, for the batches of this config's data."""
     objective = config.objective
@@ -131,20 +136,34 @@ def lcd_job(config, workdir: Path) -> Job:
     # On the host from here on: what the devices hold is what the loop puts there.
     teacher.params = jax.device_get(teacher.params)
     frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
-    data = captioned(config, workdir)
-    if encodes(config):
-        source, threads = tar_shards.Tokenized(data.train, teacher.tokenize), min(8, os.cpu_count() or 2)
-    else:
-        threads = 2
-        source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, data.train, data.identity)
+    check_data(config)
 
-    shown = data.captions(config.sample)
-    to_paint = inpainting.to_paint(model, data.held_out, len(shown))
+    @cache
+    def data():  # opened when it is first needed: indexing writes to the workdir
+        return captioned(config, workdir)
+
+    def batches(step):
+        if encodes(config):
+            source, threads = tar_shards.Tokenized(data().train, teacher.tokenize), min(8, os.cpu_count() or 2)
+        else:
+            own = data()
+            source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, own.train, own.identity)
+            threads = 2
+        return loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step, threads=threads)
+
     few = tuple(config.sample.student_steps)
-    preview_student, preview_teacher = (
-        Sampler(each, teacher.tokenize, shown, config.data.size, config.sample.batch_size, plan, inpainting=to_paint)
-        for each, plan in [(model, {"lcm": few}), (teacher.model, {"ddim": (config.sample.teacher_steps,)})]
-    )
+
+    @cache
+    def previews():
+        """Return the samplers of the preview's student and teacher."""
+        shown = data().captions(config.sample)
+        to_paint = inpainting.to_paint(model, data().held_out, len(shown))
+        size, batch_size = config.data.size, config.sample.batch_size
+        return [
+            Sampler(each, teacher.tokenize, shown, size, batch_size, plan, inpainting=to_paint)
+            for each, plan in [(model, {"lcm": few}), (teacher.model, {"ddim": (config.sample.teacher_steps,)})]
+        ]
+
     teacher_row: list[np.ndarray] = []
 
     def init():
@@ -155,6 +174,7 @@ def lcd_job(config, workdir: Path) -> Job:
         return {"unet": unet | {"time_embedding": unet["time_embedding"] | {"cond_proj": {"kernel": projection}}}}
 
     def rows_of(student):
+        preview_student, preview_teacher = previews()
         if not teacher_row:
             steps = config.sample.teacher_steps
             teacher_row.append(preview_teacher(frozen, "ddim", steps, config.sample.guidance_scale)[0])
@@ -166,11 +186,12 @@ def lcd_job(config, workdir: Path) -> Job:
     def preview(ema, path):
         rows = rows_of(ema)
         save_grid(rows, path, labels)
+        shown = previews()[0].prompts
         path.with_suffix(".txt").write_text("\n".join(shown) + "\n")
-        if data.score is None:
+        if (score := data().score) is None:
             return {}
         names = ["teacher", *(f"{n}_steps" for n in few)]
-        return {f"verifier/{k}": data.score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
+        return {f"verifier/{k}": score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
 
     def finish(ema, seconds):
         path = workdir / "report.json"
@@ -188,7 +209,8 @@ def lcd_job(config, workdir: Path) -> Job:
         save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
 
         began = time.monotonic()
-        captions = data.captions(config.report)
+        own = data()
+        captions = own.captions(config.report)
         encoder = jax.jit(
             lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
         )
@@ -199,7 +221,7 @@ def lcd_job(config, workdir: Path) -> Job:
             parts = [images[i : i + most] for i in range(0, len(images), most)]
             return np.concatenate([np.asarray(encoder(vae, np.stack(part))) for part in parts])
 
-        reference = moments(features([data.held_out[i]["image"] for i in range(config.report.reference)]))
+        reference = moments(features([own.held_out[i]["image"] for i in range(config.report.reference)]))
         figures, composition = {}, {}
         for who, network, params, plan in [
             ("teacher", teacher.model, frozen, config.report.teacher),
@@ -209,20 +231,20 @@ def lcd_job(config, workdir: Path) -> Job:
             plan = plan.to_dict()
             sampler = Sampler(
                 network, teacher.tokenize, captions, config.data.size, config.report.batch_size, plan, seed=2,
-                inpainting=inpainting.to_paint(network, data.held_out, len(captions)),
+                inpainting=inpainting.to_paint(network, own.held_out, len(captions)),
             )  # fmt: skip
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
-            if data.unseen:
+            if own.unseen:
                 name, steps = next(iter(plan.items()))
-                unseen = sampler.of(data.unseen)
+                unseen = sampler.of(own.unseen)
                 composition[who] = {name: {}}
                 for n in steps if who == "student" else steps[-1:]:
                     images, _ = unseen(params, name, n, config.report.guidance_scale)
-                    composition[who][name][str(n)] = round(data.score(images, data.unseen)["overall"], 4)
-            figures[who] = report.figures_of(draw, plan, captions, features, reference, data.score, print)
+                    composition[who][name][str(n)] = round(own.score(images, own.unseen)["overall"], 4)
+            figures[who] = report.figures_of(draw, plan, captions, features, reference, own.score, print)
         result = (
             figures
-            | ({"composition": {"captions": len(data.unseen)} | composition} if data.unseen else {})
+            | ({"composition": {"captions": len(own.unseen)} | composition} if own.unseen else {})
             | report.environment()
             | {
                 "captions": len(captions),
@@ -242,9 +264,8 @@ def lcd_job(config, workdir: Path) -> Job:
         frozen=lcd_frozen(config, frozen) | {"empty_ids": teacher.tokenize([""])[0]},
         draw=draw_of_step,
         loss=loss,
-        batches=lambda step: loader.batches(
-            source, config.train.batch_size, seed=config.train.seed, first=step, threads=threads
-        ),
+        example=lcd_batch(config, teacher.model, config.train.batch_size),
+        batches=batches,
         preview=preview,
         finish=finish,
         origin={"teacher": digest(teacher.params)},

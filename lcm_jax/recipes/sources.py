@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lcm_jax.data import latents, shapes, tar_shards
+from lcm_jax.data import latents, loader, shapes, tar_shards
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
@@ -64,8 +64,24 @@ class Captioned:
     identity: str
 
 
+def check_data(config) -> None:
+    """Raise ValueError if `config.data` names no data; nothing is written, and no record is read."""
+    if config.data.source == "shapes":
+        return loader.check_length(config.data.length, config.train.batch_size)
+    if config.data.source != "tar":
+        raise ValueError(f"data.source is {config.data.source!r}; choose shapes or tar")
+    most = max(config.sample.prompts, config.report.prompts, config.report.reference)
+    if config.data.held_out < most:
+        raise ValueError(
+            f"data.held_out is {config.data.held_out}, fewer records than sample.prompts, report.prompts or "
+            f"report.reference take: {most}; raise it, or lower these"
+        )
+    tar_shards.expand(config.data.shards)
+
+
 def captioned(config, workdir: Path) -> Captioned:
     """The data that `config.data.source` names: `shapes`, or the `tar` shards of data.shards. Raises ValueError."""
+    check_data(config)
     if config.data.source == "shapes":
         return Captioned(
             train=pictures(config, "train", config.data.length),
@@ -75,14 +91,6 @@ def captioned(config, workdir: Path) -> Captioned:
             unseen=prompts_of("composition", max(config.report.per_task // 2, 1)),
             score=verifier.score,
             identity=identity_of(config),
-        )
-    if config.data.source != "tar":
-        raise ValueError(f"data.source is {config.data.source!r}; choose shapes or tar")
-    most = max(config.sample.prompts, config.report.prompts, config.report.reference)
-    if config.data.held_out < most:
-        raise ValueError(
-            f"data.held_out is {config.data.held_out}, fewer records than sample.prompts, report.prompts or "
-            f"report.reference take: {most}; raise it, or lower these"
         )
     index = tar_shards.index_shards(tar_shards.expand(config.data.shards), workdir / "index")
     every = tar_shards.TarShards(index, config.data.size, config.train.seed, config.data.caption_field)
@@ -96,6 +104,25 @@ def captioned(config, workdir: Path) -> Captioned:
         score=None,
         identity=train.identity,
     )
+
+
+def batch_shapes(model: StableDiffusion, size: int, count: int, content: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of a batch of `count` images of size x size pixels and their captions.
+
+    content: "image" for uint8[B, H, W, 3], or "moments" for float32[B, h, w, 2c], which `latent_source` reads.
+    """
+    length = model.text_encoder.config.max_position_embeddings
+    ids = (length,) if model.text_encoder_2 is None else (2, length)
+    side, channels = size // model.downscale, 2 * model.vae.config["latent_channels"]
+    contents = {
+        "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
+        "moments": jax.ShapeDtypeStruct((count, side, side, channels), jnp.float32),
+    }
+    return {
+        "token_ids": jax.ShapeDtypeStruct((count, *ids), jnp.int32),
+        "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
+        content: contents[content],
+    }
 
 
 def latent_source(

@@ -35,7 +35,8 @@ class Job:
     init() -> parameters to optimise. frozen: parameters that never change (teacher, text encoder), an argument of
     `loss`. draw, loss: see `training.step`. batches(step) -> endless batches of numpy arrays, beginning with that of
     `step` (0-based). preview(ema, path) writes a PNG to `path`, returns scalars. finish(ema, seconds) writes what the
-    run leaves behind. origin: digests of the weights that it starts from, by name.
+    run leaves behind. origin: digests of the weights that it starts from, by name. example: the shapes and dtypes of a
+    batch, by which the step is compiled before `batches` is asked for anything.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Job:
     frozen: Params
     draw: Callable
     loss: Callable
+    example: Mapping[str, jax.ShapeDtypeStruct]
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     preview: Callable[[Params, Path], Mapping[str, float]]
     finish: Callable[[Params, float], None]
@@ -139,7 +141,7 @@ def train(job: Job, config, workdir: Path) -> bool:
     abstract = jax.eval_shape(create, jax.eval_shape(job.init))
     shardings = sharding.tree_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
+    frozen_shardings, batch_sharding = sharding.tree_shardings(mesh, job.frozen), sharding.by_batch(mesh)
     train_step = jax.jit(
         make_train_step(
             job.draw,
@@ -149,15 +151,16 @@ def train(job: Job, config, workdir: Path) -> bool:
             ema_rate=config.train.ema_rate,
             accumulate=config.train.accumulate,
         ),
-        in_shardings=(shardings, sharding.tree_shardings(mesh, job.frozen), sharding.by_batch(mesh)),
+        in_shardings=(shardings, frozen_shardings, batch_sharding),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-
-    # Traced before anything is written: a mistake that shows only here must not claim the workdir for its config.
+    # A mistake that shows only here, in the step or in the data, must not claim the workdir for its config; and before
+    # the step is compiled nothing is written or encoded.
+    train_step = compile_step(train_step, (abstract, job.frozen, job.example), job.title, mesh)
     batches = job.batches(0)
     first = next(batches)
-    jax.eval_shape(train_step, abstract, frozen, sharding.put_batch(mesh, first))
+    frozen = jax.device_put(job.frozen, frozen_shardings)
     workdir.mkdir(parents=True, exist_ok=True)
     check_origin(workdir, job.origin)
     claim_workdir(workdir, config.to_dict())
@@ -224,6 +227,37 @@ def train(job: Job, config, workdir: Path) -> bool:
         return False
     job.finish(state.ema, time.monotonic() - began)
     return True
+
+
+def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.sharding.Mesh) -> Callable:
+    """Trace a jitted step for arguments of these shapes and dtypes, and compile it for the devices of `mesh`.
+
+    Raises RunError that names the step, the devices and the remedy if that fails.
+    """
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    print(f"compiling the {title} step for {devices}")
+    began, stage = time.monotonic(), "traced"
+    try:
+        traced = step.trace(*arguments)
+        stage = "compiled"
+        compiled = traced.lower().compile()
+    except Exception as error:  # whatever JAX, Flax, XLA or a kernel raises
+        text = next(iter(str(error).strip().splitlines()), "")[:300]
+        if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+            remedy = "; lower train.batch_size, raise train.accumulate or mesh.fsdp, or set train.remat=True"
+        elif isinstance(error, ValueError):  # a setting, whose text contains its remedy
+            remedy = ""
+        else:
+            remedy = (
+                "; use --config.train.dtype=float32, which uses no fused kernels, or JAX_PLATFORMS=cpu, and report this"
+            )
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise RunError(f"the {title} step cannot be {stage} for {devices}: {kind}{text}{remedy}") from error
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total += memory.temp_size_in_bytes
+    print(f"compiled in {time.monotonic() - began:.0f} s; it takes {total / 1e9:.2f} GB of memory per device")
+    return compiled
 
 
 def _read(pending: list[tuple[int, dict]], workdir: Path) -> dict[str, float]:
