@@ -304,10 +304,11 @@ def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.nda
 
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
-    from lcm_jax import stored_model
+    from lcm_jax import command, stored_model
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
+    command.configure_jax()
     if not DRY_RUN.value:
         check_target()
     source = Path(INPUT.value)

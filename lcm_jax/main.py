@@ -8,10 +8,8 @@ Every key of the config can be set by --config.group.key=value. The same command
 stopped run left off.
 """
 
-import os
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -30,11 +28,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    if version("jaxlib").startswith("0.10."):
-        # On a CPU the fused micro-kernels of this version slow training by a fifth; others may not know the flag.
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
     # Imported late, so that --help and a mistyped option answer at once.
-    from lcm_jax import dry_run
+    from lcm_jax import command, dry_run
     from lcm_jax.recipes import RECIPES
     from lcm_jax.training.checkpoint import CheckpointError
     from lcm_jax.training.loop import RunError, check_run, train
@@ -44,6 +39,7 @@ def main(argv: list[str]) -> int:
         print(f"objective.name is {config.objective.name!r}; choose one of {', '.join(RECIPES)}", file=sys.stderr)
         return 2
     try:
+        command.configure_jax()
         if DRY_RUN.value:
             dry_run.show(dry_run.figures(config))
             return 0

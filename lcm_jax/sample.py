@@ -91,9 +91,11 @@ def sample() -> None:
 
     from PIL import Image
 
+    from lcm_jax import command
     from lcm_jax.pipeline import Pipeline
     from lcm_jax.weights import lora as loras
 
+    command.configure_jax()
     given = {"image": IMAGE.value, "mask_image": MASK.value}
     given = {name: Image.open(file) for name, file in given.items() if file is not None}
 
