@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Var
 from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
+from lcm_jax import cost
 from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -80,7 +80,7 @@ def figures(config) -> dict[str, Any]:
     draw, loss = lcd.lcd_functions(config, teacher, model)
     draws = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.key(0)), batch)
     program = jax.jit(jax.grad(loss, has_aux=True)).trace(params, params, frozen, batch, draws)
-    flops = program.lower().cost_analysis()["flops"] * config.train.batch_size / traced
+    flops = cost.count_flops(program.jaxpr.jaxpr) * config.train.batch_size / traced
     logits = fused_attentions(config.data.size // model.downscale, len(model.unet.config["block_out_channels"]))
     gradients = device_bytes(mesh, params)
     memory = {
@@ -93,7 +93,7 @@ def figures(config) -> dict[str, Any]:
         "batch": bytes_of(lcd.lcd_batch(config, teacher, local * config.train.accumulate)),
     }
     activations = {
-        name: peak_bytes(program.jaxpr.jaxpr, skip) * local // traced
+        name: cost.peak_bytes(program.jaxpr.jaxpr, skip) * local // traced
         for name, skip in [("fused", logits), ("unfused", frozenset())]
     }
     return {
@@ -151,9 +151,6 @@ def device_bytes(mesh, tree) -> int:
     return sum(jax.tree.leaves(shards))
 
 
-# ---- the estimate of activations ------------------------------------------------------------------------------------
-
-
 def fused_attentions(side: int, levels: int) -> frozenset[tuple[int, int]]:
     """Return the (queries, keys) of the UNet's attentions that a GPU computes with a fused kernel.
 
@@ -161,47 +158,6 @@ def fused_attentions(side: int, levels: int) -> frozenset[tuple[int, int]]:
     """
     positions = [(-(-side // 2**level)) ** 2 for level in range(levels)]
     return frozenset((n, n) for n in positions if n >= MIN_FUSED_KEYS)
-
-
-def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:
-    """The most that values of `jaxpr` take at once when it runs in its order, each from its making to its last use.
-
-    Its inputs and outputs are not counted. skip: (N, M) of matrices [B, heads, N, M] with more than one head that are
-    not counted, as a fused kernel of attention makes none. An estimate: XLA fuses, reorders and keeps workspace. On
-    a CPU it allocates about four fifths of this for a small step without remat; remat it undoes there, so that with it
-    nothing was compared.
-    """
-
-    def size(v) -> int:
-        shape = getattr(v.aval, "shape", ())
-        if len(shape) == 4 and shape[1] > 1 and shape[2:] in skip:
-            return 0
-        return int(np.prod(shape)) * v.aval.dtype.itemsize
-
-    variables = lambda values: {v for v in values if isinstance(v, Var)}  # noqa: E731
-    last = {v: number for number, equation in enumerate(jaxpr.eqns) for v in variables(equation.invars)}
-    outputs = variables(jaxpr.outvars)
-    live: dict[Var, int] = {}
-    now = most = 0
-    for number, equation in enumerate(jaxpr.eqns):
-        made = {v: size(v) for v in variables(equation.outvars) - outputs}
-        live |= made
-        now += sum(made.values())
-        inner = [sub for value in equation.params.values() for sub in _jaxprs(value)]
-        most = max(most, now + max((peak_bytes(sub, skip) for sub in inner), default=0))
-        for v in variables([*equation.invars, *equation.outvars]) & live.keys():
-            if last.get(v, number) <= number:
-                now -= live.pop(v)
-    return most
-
-
-def _jaxprs(value) -> list:
-    """The programs within a parameter of an equation."""
-    if isinstance(value, tuple | list):
-        return [sub for each in value for sub in _jaxprs(each)]
-    if hasattr(value, "jaxpr"):
-        return [value.jaxpr]
-    return [value] if hasattr(value, "eqns") else []
 
 
 # ---- telling --------------------------------------------------------------------------------------------------------

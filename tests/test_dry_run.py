@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_model
+from jax._src.cudnn import fused_attention_stablehlo
 from test_lcd_config import load_config
 from whole_runs import load_config as load_named
 
-from lcm_jax import dry_run
+from lcm_jax import cost, dry_run
 from lcm_jax.recipes import RECIPES
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import RunError
@@ -65,34 +66,34 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
     assert found["parameters"]["student"] == found["parameters"]["unet"] + 256 * 16
 
 
-def products(jaxpr, times: int = 1) -> int:
-    """2 x multiply-adds of every matrix product and convolution in a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * int(np.prod(shapes[2])) * int(np.prod([shapes[0][axis] for axis in contracted]))
-        elif equation.primitive.name == "conv_general_dilated":
-            output = equation.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * int(np.prod(shapes[2])) * int(np.prod(shapes[1])) // shapes[1][output]
-        for value in equation.params.values():
-            total += sum(products(sub) for sub in dry_run._jaxprs(value))
-    return total * times
-
-
-def test_work_is_that_of_an_independent_count(tmp_path):
-    """Every matrix product and convolution of the traced step; XLA's count adds the element-wise work."""
+def test_work_is_what_xla_counts(tmp_path):
+    """Every matrix product and convolution of the traced step; XLA's count adds the work per element."""
     teacher = tiny_model.write(tmp_path / "teacher")
     config = small(teacher, **{"mesh.data": 1, "objective.own_share": 0.0})
     job = RECIPES["lcd"](config, tmp_path)
     batch = next(job.batches(0))
     draws = job.draw(jax.random.key(0), batch)
     program = jax.jit(jax.grad(job.loss, has_aux=True)).trace(job.init(), job.init(), job.frozen, batch, draws)
-    counted = products(program.jaxpr.jaxpr)
-    assert counted < dry_run.figures(config)["flops"] < 1.05 * counted
+    found = dry_run.figures(config)["flops"]
+    assert found < program.lower().cost_analysis()["flops"] < 1.05 * found
     whole, half = (dry_run.figures(small(teacher, **{"mesh.data": 1, "train.batch_size": n})) for n in (16, 8))
     np.testing.assert_allclose(whole["flops"], 2 * half["flops"], rtol=0.02)
+
+
+def test_work_of_loops_branches_and_fused_attention(monkeypatch):
+    square = lambda x: x @ x  # noqa: E731
+    x = np.zeros((8, 8), np.float32)
+    once = 2 * 8**3
+    count = lambda function, *arguments: cost.count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)  # noqa: E731
+    assert count(square, x) == once
+    assert count(lambda x: jax.lax.scan(lambda c, _: (square(c), None), x, length=5)[0], x) == 5 * once
+    assert count(lambda x: jax.lax.cond(x[0, 0] > 0, square, lambda x: square(square(x)), x), x) == 2 * once
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    query, key = (jax.ShapeDtypeStruct((2, n, 3, 8), "bfloat16") for n in (64, 32))
+    fused = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn").sum()  # noqa: E731
+    product = 2 * 2 * 3 * 64 * 32 * 8
+    assert count(fused, query, key, key) == 2 * product
+    assert count(jax.grad(fused, (0, 1, 2)), query, key, key) == (2 + 5) * product
 
 
 def test_activations_are_about_what_xla_allocates(teacher, tmp_path):
@@ -115,11 +116,11 @@ def test_the_peak_of_a_program_counted_by_hand():
         return (z * y).sum()
 
     jaxpr = jax.make_jaxpr(program)(np.zeros(100, np.float32)).jaxpr
-    assert dry_run.peak_bytes(jaxpr) == 1200
+    assert cost.peak_bytes(jaxpr) == 1200
     attention = jax.make_jaxpr(lambda q: (q @ q.swapaxes(2, 3)).sum())(np.zeros((2, 4, 1024, 8), np.float32)).jaxpr
     logits, transposed = 2 * 4 * 1024 * 1024 * 4, 2 * 4 * 1024 * 8 * 4
-    assert dry_run.peak_bytes(attention) == logits + transposed
-    assert dry_run.peak_bytes(attention, dry_run.fused_attentions(32, 2)) == transposed
+    assert cost.peak_bytes(attention) == logits + transposed
+    assert cost.peak_bytes(attention, dry_run.fused_attentions(32, 2)) == transposed
 
 
 def test_accumulation_halves_activations_and_doubles_gradients(teacher):
