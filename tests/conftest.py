@@ -17,11 +17,21 @@ QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_co
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The commands that tests start as processes are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`-m gpu` tests one accelerator from one process, with the optimizations that users have."""
+    if config.option.markexpr == "gpu":
+        config.option.numprocesses = 0
+        jax.config.update("jax_platforms", None)
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_unconfigure():

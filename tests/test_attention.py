@@ -141,6 +141,13 @@ def test_a_full_size_unet_is_differentiated_for_an_h100(on):
     assert calls["SoftmaxBackward"] == 10 and calls["Softmax"] >= 10, calls
 
 
+def test_the_device_is_the_one_that_is_computed_on():
+    assert attentions.current_device() == Device("cpu")
+    for chosen in ("cpu", jax.devices()[3]):
+        with jax.default_device(chosen):
+            assert attentions.current_device() == Device("cpu")
+
+
 def test_numbers():
     """Against float64 NumPy, masked and not, and the gradient of a masked key is zero."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "lcm_jax"
 # From the mathematics down to the commands; any other file at the top of the package is a command.
 ROOMS = (
     "diffusion", "models", "weights", "data", "objectives", "training", "evaluation", "pipeline", "report", "recipes",
-    "cost", "dry_run", "stored_model", "command", "commands",
+    "cost", "dry_run", "stored_model", "command", "benchmarks", "commands",
 )  # fmt: skip
 FILES = {"os", "io", "pathlib", "json", "shutil", "tempfile", "tarfile", "PIL", "safetensors", "huggingface_hub"}
 DEVICES = {"jax.sharding", "jax.experimental"}
@@ -33,7 +33,8 @@ UNKNOWN = {
 }
 ONLY_IN = {
     "orbax": {"training/checkpoint.py"},
-    "torch": set(), "tensorflow": set(), "diffusers": set(), "tensorflow_datasets": set(), "clu": set(),
+    "torch": {"benchmarks/diffusers_peer.py"}, "diffusers": {"benchmarks/diffusers_peer.py"},
+    "tensorflow": set(), "tensorflow_datasets": set(), "clu": set(),
 }  # fmt: skip
 
 

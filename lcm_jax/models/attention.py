@@ -35,14 +35,14 @@ class Shape(NamedTuple):
 
 
 def current_device() -> Device:
-    """Return the device that programs are compiled for, which is JAX's default one."""
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return Device(platform)
-    first = jax.local_devices()[0]
-    if "cuda" not in first.client.platform_version:
+    """Return the device that programs are compiled for: the one of `jax.default_device`, or else JAX's first."""
+    chosen = jax.config.jax_default_device
+    device = chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+    if device.platform != "gpu":
+        return Device(device.platform)
+    if "cuda" not in device.client.platform_version:
         return Device("rocm")
-    major, minor = first.compute_capability.split(".")
+    major, minor = device.compute_capability.split(".")
     return Device("cuda", (int(major), int(minor)))
 
 

@@ -1,0 +1,163 @@
+"""This project's side of the benchmark: what a person calls, with nothing left out.
+
+python -m lcm_jax.benchmarks.ours '{"suite": "sample", "model": "shapes-lcm", "batch": 1, ...}'
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lcm_jax import command, cost
+from lcm_jax.benchmarks import cases
+from lcm_jax.benchmarks.cases import Case
+from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.models.families import FAMILIES
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.objectives import lcd
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.training.state import create_state
+from lcm_jax.training.step import make_train_step
+
+
+def prepare(case: Case) -> Prepared:
+    """Build the model, the inputs and the function of a case; its first run compiles."""
+    command.configure_jax()
+    device = jax.devices()[0]
+    facts = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "mode": "jit", "saved_s": 0.0}
+
+    def add_saved(event: str, seconds: float, **_) -> None:
+        if event == "/jax/compilation_cache/compile_time_saved_sec":
+            facts["saved_s"] = round(facts["saved_s"] + seconds, 2)
+
+    jax.monitoring.register_event_duration_secs_listener(add_saved)
+    build = {"matmul": prepare_matmul, "sample": prepare_sample, "train": prepare_train}[case.suite]
+    run, facts["flops"] = build(case)
+
+    def peak_bytes() -> int | None:
+        return host_peak_bytes() if device.platform == "cpu" else device.memory_stats().get("peak_bytes_in_use")
+
+    return Prepared(run, facts, peak_bytes)
+
+
+def flops_of(function, *arguments) -> int:
+    """Return the work of a function of arrays or shapes."""
+    return cost.count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def random_params(model: StableDiffusion, dtype: str) -> Any:
+    """Return random weights of unit gain, in the dtype of the computation, as half-precision files hold them."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(x.shape, name == "scale", dtype)
+        fan_in = x.size // x.shape[-1] if name == "kernel" else 1
+        return (rng.standard_normal(x.shape, np.float32) * fan_in**-0.5).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params())
+
+
+def latent_side(case: Case, pipe: Pipeline) -> int:
+    """Return the latents along one axis of the case's images."""
+    return case.size // pipe.model.downscale if case.size else pipe.configs["unet"]["sample_size"]
+
+
+def open_pipeline(case: Case, student: bool) -> Pipeline:
+    """Return the pipeline of the case's model, the student or the teacher of it."""
+    if case.model in cases.SHIPPED:
+        return Pipeline.from_pretrained(case.model if student else cases.SHIPPED[case.model], case.dtype)
+    if case.model not in cases.RANDOM:
+        return Pipeline.from_pretrained(case.model, case.dtype)
+    configs = FAMILIES["lcm-dreamshaper" if student else case.model]
+    params = random_params(StableDiffusion.from_configs(configs), case.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers.build(cases.PROMPT.split(), Path(folder) / "tokenizer", model_max_length=77)
+        return Pipeline(Path(folder), configs, params, {}, case.dtype)
+
+
+def prepare_matmul(case: Case):
+    """The square matrix product by which the device's peak is measured."""
+    x = jax.random.normal(jax.random.key(0), (case.size, case.size), case.dtype)
+    product = jax.jit(lambda x: x @ x)
+    return lambda: jax.block_until_ready(product(x)), 2 * case.size**3
+
+
+def prepare_sample(case: Case):
+    """A call of the pipeline, from text to uint8 pixels on the host."""
+    pipe = open_pipeline(case, student=True)
+    model, params = pipe.model, pipe.params
+    size = case.size or None
+    side = latent_side(case, pipe)
+    guided = 1 if model.guidance_embedding_dim is not None else 2
+    z = jax.ShapeDtypeStruct((case.batch, side, side, model.vae.config["latent_channels"]), jnp.float32)
+    ids = pipe.tokenize([cases.PROMPT] * case.batch)
+    context = jax.eval_shape(model.encode_prompt, params, ids)
+    t = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    flops = (
+        guided * flops_of(model.encode_prompt, params, ids)
+        + guided * case.steps * flops_of(model.denoise, params["unet"], z, t, context)
+        + flops_of(model.decode, params["vae"], z)
+    )
+    call = partial(pipe, [cases.PROMPT] * case.batch, case.steps, 8.0, height=size, width=size, output_type="np")
+    return call, flops
+
+
+def prepare_train(case: Case):
+    """A step of latent consistency distillation, from moments and tokens to the updated target network."""
+    pipe = open_pipeline(case, student=False)
+    if pipe.model.guidance_embedding_dim is not None:
+        raise ValueError(f"--model {case.model!r} is a latent consistency model; pass its teacher to time training")
+    teacher, frozen = pipe.model, {name: tree for name, tree in pipe.params.items() if name != "vae"}
+    guided = pipe.configs["unet"] | {"time_cond_proj_dim": 256}
+    model = StableDiffusion.from_configs(pipe.configs | {"unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
+    student = {"unet": jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])}
+    projection = jnp.zeros((256, model.unet.config["block_out_channels"][0]))
+    student["unet"] = student["unet"] | {
+        "time_embedding": student["unet"]["time_embedding"] | {"cond_proj": {"kernel": projection}}
+    }
+    frozen["empty_ids"] = pipe.tokenize([""])[0]
+    networks = lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(cases.CLIP_NORM),
+        optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY),
+    )
+    step = make_train_step(
+        partial(lcd.draw, num_ddim_steps=cases.DDIM_STEPS, w_min=cases.W[0], w_max=cases.W[1], empty_prompts=0.0),
+        partial(
+            lcd.loss, networks=networks, schedule=model.schedule, num_ddim_steps=cases.DDIM_STEPS, kind="huber",
+            huber_c=cases.HUBER_C,
+        ),
+        optimizer, seed=0, ema_rate=cases.EMA_RATE,
+    )  # fmt: skip
+    state = jax.jit(lambda params: create_state(params, optimizer))(student)
+    side = latent_side(case, pipe)
+    rng = np.random.default_rng(0)
+    batch = jax.device_put(
+        {
+            "moments": rng.standard_normal((case.batch, side, side, 8), np.float32),
+            "token_ids": pipe.tokenize([cases.PROMPT] * case.batch),
+        }
+    )
+    flops = flops_of(step, state, frozen, batch)
+    jitted = jax.jit(step, donate_argnums=0)
+
+    def run():
+        nonlocal state
+        state, metrics = jitted(state, frozen, batch)
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+
+    return run, flops
+
+
+if __name__ == "__main__":
+    serve(prepare)

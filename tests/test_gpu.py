@@ -1,0 +1,83 @@
+"""What only an accelerator can show, in two minutes on one card: `pytest -m gpu`. Skipped without one."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from whole_runs import QUICK, shrunk_lcd
+
+from lcm_jax.models import attention as attentions
+from lcm_jax.models.attention import Shape, attention, choose_kernel, cudnn_refusal, current_device
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.recipes import RECIPES
+from lcm_jax.training.loop import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() == "cpu", reason="there is no accelerator, or -m gpu was not given"),
+]
+
+
+@pytest.mark.parametrize("queries, keys", [(4096, 4096), (4096, 77), (1024, 1024), (256, 256), (77, 77)])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
+def test_fused_attention_equals_plain(queries, keys, head_dim):
+    """In bfloat16, forward and backward, against float32 on the host's numbers; whatever the device can fuse is."""
+    rng = np.random.default_rng(0)
+    numbers = [rng.standard_normal((1, n, 2, head_dim), np.float32) for n in (queries, keys, keys)]
+    numbers = [jnp.asarray(x, jnp.bfloat16) for x in numbers]
+    tangent = jnp.asarray(rng.standard_normal((1, queries, 2, head_dim)), jnp.float32)
+
+    def both_ways(function, *arguments):
+        out, pull = jax.vjp(lambda *a: function(*a).astype(jnp.float32), *arguments)
+        return out, *pull(tangent)
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(lambda *a: both_ways(attention, *a))(*(x.astype(jnp.float32) for x in numbers))
+    shape = Shape(queries, keys, head_dim, jnp.dtype(jnp.bfloat16))
+    functions = [attention]
+    if cudnn_refusal(current_device(), shape, backward=True) is None:
+        functions.append(lambda *a: jax.nn.dot_product_attention(*a, implementation="cudnn"))
+    for function in functions:
+        found = jax.jit(lambda *a, f=function: both_ways(f, *a))(*numbers)
+        for ours, theirs in zip(found, expected, strict=True):
+            error = np.linalg.norm(np.float32(ours) - np.float32(theirs)) / np.linalg.norm(np.float32(theirs))
+            assert error < 0.02, (function, error)
+    if cudnn_refusal(current_device(), shape, backward=False) is None:  # not chosen, but not refused either
+        fused = jax.jit(lambda *a: jax.nn.dot_product_attention(*a, implementation="cudnn"))(*numbers)
+        np.testing.assert_allclose(np.float32(fused), np.float32(expected[0]), atol=0.03)
+
+
+def test_a_small_distillation_in_bfloat16(tmp_path, monkeypatch):
+    """Two updates of the real loop at 1,024 positions, which a CUDA device computes with the fused kernel."""
+    chosen = []
+    choose = lambda device, shape: chosen.append(choose_kernel(device, shape)) or chosen[-1]  # noqa: E731
+    monkeypatch.setattr(attentions, "choose_kernel", choose)
+    teacher = tiny_model.write(tmp_path / "teacher", unet=tiny_model.SHALLOW)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = {"data.size": 128, "train.dtype": dtype, "train.remat": True, "data.cache": str(tmp_path / dtype)}
+        config = shrunk_lcd(teacher, **QUICK | settings)
+        job = RECIPES["lcd"](config, tmp_path / f"run-{dtype}")
+        job = replace(job, preview=lambda ema, path: {}, finish=lambda ema, seconds: None)
+        assert train(job, config, tmp_path / f"run-{dtype}")
+        lines = (tmp_path / f"run-{dtype}" / "metrics.jsonl").read_text().splitlines()
+        losses[dtype] = [json.loads(line)["loss"] for line in lines]
+    assert ("cudnn" in chosen) == (current_device().platform == "cuda")
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.1)
+
+
+def test_sampling_equals_the_cpu():
+    """The bundled student, four steps from the same latents, within 2 of 255."""
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+    images = {}
+    for device in (jax.devices("cpu")[0], jax.devices()[0]):
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            pipe = Pipeline.from_pretrained("shapes-lcm")
+            prompts = ["a red circle above a blue square", "three green triangles"]
+            images[device.platform] = pipe(prompts, 4, 8.0, latents=latents, output_type="np").images
+    ours, theirs = images.values()
+    assert len(images) == 2 and np.abs(ours - theirs).max() * 255 <= 2 and ours.std() > 0.1
