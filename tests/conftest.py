@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; processes that tests start inherit it
 # Tests compile the same small networks again and again. Each process of pytest-xdist inherits the folder of the first;
@@ -11,10 +12,11 @@ MADE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", MADE or "")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Most time goes into compiling what runs for a moment: XLA's older emitters, without the passes that are left out
-# below, take half the processor time of the present ones. Who sets XLA_FLAGS has the last word.
+# Most time goes into compiling what runs for a moment: the older emitters of XLA in jaxlib 0.10, without the passes
+# that are left out below, take half the processor time. Later versions do not have these flags, and abort on them.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -39,10 +41,16 @@ def pytest_unconfigure():
         shutil.rmtree(MADE, ignore_errors=True)  # a process that a test has killed may still be writing to it
 
 
-LONG = ("lcd_config", "training_run", "killed_runs", "convert", "family_pipelines", "inpainting", "dry_run", "sharding")
+LONG = (
+    "lcd_config", "training_run", "benchmark", "killed_runs", "convert", "family_pipelines", "inpainting", "dry_run",
+    "sharding",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest go first: two processes, each with a file at a time, then end together."""
     order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        if item.path.name in order:
+            item.add_marker(pytest.mark.long)

@@ -2,21 +2,13 @@
 
 from pathlib import Path
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import pytest
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_jax.data import tokenizer as tokenizers
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 WORDS = "a red blue circle square above below photo of".split()
 LENGTH = 12
@@ -37,18 +29,26 @@ SSD = XL | {
 }  # fmt: skip
 TRAILING = {"timestep_spacing": "trailing"}
 
-# family -> (UNet, options of the scheduler's constructor, tiny autoencoder)
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+DDIM = {"clip_sample": False, "set_alpha_to_one": False}
+
+
+def scheduler(name: str, **options):
+    """Return a function that makes the scheduler `name` of diffusers on this schedule."""
+    return lambda: getattr(diffusers, name)(**SCHEDULE, **options)
+
+
+# family -> (UNet, a function that makes the scheduler, tiny autoencoder)
 FAMILIES = {
-    "sd21-768": (UNET, lambda: DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                                             prediction_type="v_prediction"), False),
-    "sd-turbo": (UNET, lambda: EulerDiscreteScheduler(**SCHEDULE, **TRAILING), False),
-    "sd15-taesd": (UNET, lambda: DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False), True),
-    "sdxl": (XL, lambda: EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1), False),
-    "sdxl-turbo": (XL, lambda: EulerAncestralDiscreteScheduler(**SCHEDULE, **TRAILING), False),
-    "lcm-sdxl": (XL | {"time_cond_proj_dim": 32}, lambda: LCMScheduler(**SCHEDULE), False),
-    "ssd1b": (SSD, lambda: EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1), False),
-    "lcm-ssd1b-taesdxl": (SSD | {"time_cond_proj_dim": 32}, lambda: LCMScheduler(**SCHEDULE), True),
-}  # fmt: skip
+    "sd21-768": (UNET, scheduler("DDIMScheduler", **DDIM, steps_offset=1, prediction_type="v_prediction"), False),
+    "sd-turbo": (UNET, scheduler("EulerDiscreteScheduler", **TRAILING), False),
+    "sd15-taesd": (UNET, scheduler("DDIMScheduler", **DDIM), True),
+    "sdxl": (XL, scheduler("EulerDiscreteScheduler", **LEADING), False),
+    "sdxl-turbo": (XL, scheduler("EulerAncestralDiscreteScheduler", **TRAILING), False),
+    "lcm-sdxl": (XL | {"time_cond_proj_dim": 32}, scheduler("LCMScheduler"), False),
+    "ssd1b": (SSD, scheduler("EulerDiscreteScheduler", **LEADING), False),
+    "lcm-ssd1b-taesdxl": (SSD | {"time_cond_proj_dim": 32}, scheduler("LCMScheduler"), True),
+}
 
 
 def text_encoder(kind, width: int, act: str, **more):
@@ -63,14 +63,14 @@ def build(folder: Path, family: str):
     """A float32 pipeline of diffusers; `folder` takes its tokenizers' files."""
     torch.manual_seed(0)
     config, scheduler, tiny = FAMILIES[family]
-    unet = UNet2DConditionModel(**config).eval()
+    unet = diffusers.UNet2DConditionModel(**config).eval()
     if tiny:
-        vae = AutoencoderTiny(
+        vae = diffusers.AutoencoderTiny(
             encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
         )  # fmt: skip
     else:
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             scaling_factor=0.13025, force_upcast=True,
@@ -79,14 +79,14 @@ def build(folder: Path, family: str):
     first = CLIPTokenizer.from_pretrained(str(folder / "first"))
     shared = {"unet": unet, "vae": vae.eval(), "tokenizer": first, "scheduler": scheduler()}
     if "addition_embed_type" not in config:
-        pipe = StableDiffusionPipeline(
+        pipe = diffusers.StableDiffusionPipeline(
             **shared, text_encoder=text_encoder(CLIPTextModel, 16, "gelu"), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
     else:
         second = CLIPTokenizer.from_pretrained(str(folder / "first"), pad_token="!")  # as OpenCLIP
         second.save_pretrained(str(folder / "second"))
-        pipe = StableDiffusionXLPipeline(
+        pipe = diffusers.StableDiffusionXLPipeline(
             **shared, text_encoder=text_encoder(CLIPTextModel, 16, "quick_gelu"), tokenizer_2=second,
             text_encoder_2=text_encoder(CLIPTextModelWithProjection, 24, "gelu", projection_dim=20),
             add_watermarker=False,

@@ -8,7 +8,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch")
 
 
 class Step(NamedTuple):

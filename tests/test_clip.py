@@ -87,7 +87,7 @@ def token_ids(config, batch=3):
 
 
 def assert_parity(config, tolerance=1e-4):
-    import torch
+    torch = pytest.importorskip("torch")
 
     model, ids = reference_model(config), token_ids(config)
     with torch.no_grad():

@@ -19,7 +19,7 @@ def environment(monkeypatch, tmp_path):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "LCM_JAX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     before = {name: getattr(jax.config, name) for name in names}
     yield monkeypatch

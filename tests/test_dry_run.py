@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny_model
 from jax._src.cudnn import fused_attention_stablehlo
-from test_lcd_config import load_config
-from whole_runs import load_config as load_named
+from whole_runs import load_config
 
 from lcm_jax import cost, dry_run
 from lcm_jax.recipes import RECIPES
@@ -28,7 +27,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def small(teacher: Path, **more):
-    config = load_named("shapes")
+    config = load_config("shapes")
     config.update_from_flattened_dict(
         {"teacher": str(teacher), "data.length": 32, "train.batch_size": 16, "optimizer.name": "adamw"} | more
     )
@@ -138,8 +137,8 @@ def test_what_cannot_be_estimated_is_one_error(teacher):
     with pytest.raises(ValueError, match="mesh.data x mesh.fsdp is 1 x 0"):
         dry_run.figures(small(teacher, **{"mesh.data": 1, "mesh.fsdp": 0}))
     with pytest.raises(ValueError, match="knows the objective lcd.*'autoencoder'"):
-        dry_run.figures(load_named("shapes_vae"))
-    config = load_config("sd15")
+        dry_run.figures(load_config("shapes_vae"))
+    config = load_config("lcd", "sd15")
     config.family = "sd4"
     with pytest.raises(ValueError, match="config.family is 'sd4'"):
         dry_run.figures(config)
@@ -168,7 +167,7 @@ def test_the_command_at_full_size_needs_neither_weights_nor_memory(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21", "sd21-768", "sdxl", "ssd1b"])
 def test_every_published_model_at_full_size(name):
-    config = load_config(name)
+    config = load_config("lcd", name)
     config.mesh.data = 8
     found = dry_run.figures(config)
     assert found["flops"] > 1e14 and sum(found["memory"].values()) > 1e10

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import reference_families
-import torch
 
 import lcm_jax
 from lcm_jax import pipeline
+
+torch = pytest.importorskip("torch")
 
 PROMPTS = ["a red circle above a blue square", "a photo of a square"]
 SIZE = {"height": 16, "width": 24}  # not square, and not the model's own

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_families
-import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
 from lcm_jax import pipeline
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 FAMILIES = ("sd15-taesd", "sd21-768", "lcm-sdxl")
 
@@ -24,14 +24,14 @@ def build(folder, family):
     """Diffusers' inpainting pipeline, written to `folder`/model."""
     plain = reference_families.build(folder, family)
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(**reference_families.FAMILIES[family][0], in_channels=9).eval()
+    unet = diffusers.UNet2DConditionModel(**reference_families.FAMILIES[family][0], in_channels=9).eval()
     with torch.no_grad():
         unet.conv_in.weight[:, 4:].mul_(10.0)  # so that mask and picture are seen
     parts = plain.components | {"unet": unet}
     if "xl" in family:
-        theirs = StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
+        theirs = diffusers.StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
     else:
-        theirs = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+        theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(folder / "model")
     return theirs
@@ -73,8 +73,8 @@ def run_theirs(theirs, monkeypatch, seed, steps, **arguments):
 @pytest.mark.parametrize("mode", ["L", "1", "RGB"])
 def test_pixels_are_those_of_diffusers(mode):
     colours, hole = (
-        VaeImageProcessor(),
-        VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True),
+        diffusers.image_processor.VaeImageProcessor(),
+        diffusers.image_processor.VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True),
     )
     expected = colours.preprocess(image(), height=16, width=24).numpy().transpose(0, 2, 3, 1)
     np.testing.assert_array_equal(pipeline.to_pixels(image(), 16, 24, "RGB") * 2 - 1, expected)

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import reference_families
 import reference_lcd
-import torch
-from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from test_inpainting import build, image, mask
 from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
 from test_lcd_config import SMALL, ddim, shrunk, write_shards
@@ -23,6 +21,9 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
 from lcm_jax.recipes.inpainting import EVERYWHERE, Draws, draw_masks, masking
 from lcm_jax.training.loop import train
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 
 def test_masks_are_rectangles_or_everywhere():
@@ -66,7 +67,7 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
     unets = []
     for seed, config in enumerate([model.unet.config, model.unet.config, unet]):
         torch.manual_seed(seed)
-        unets.append(UNet2DConditionModel(**{k: v for k, v in config.items() if v is not None}).double())
+        unets.append(diffusers.UNet2DConditionModel(**{k: v for k, v in config.items() if v is not None}).double())
     student, target, teacher = (tree_from_torch({k: v.numpy() for k, v in u.state_dict().items()}) for u in unets)
     frozen, batch, draws = example()
     frozen = tree | {"unet": teacher, "empty_ids": frozen["empty_ids"]}
@@ -118,7 +119,7 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
     assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["student"]["lcm"]["1"]["frechet"] >= 0
 
-    client = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "run" / "export")
+    client = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "run" / "export")
     client.set_progress_bar_config(disable=True)
     ours = Pipeline.from_pretrained(tmp_path / "run" / "export")
     latents, _ = pipeline.draw_noise(3, 1, 1, (8, 8, 4))

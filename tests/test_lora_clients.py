@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import reference_families
-import torch
 from safetensors.numpy import save_file
 from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 
@@ -15,6 +14,8 @@ import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights.errors import ModelError
+
+torch = pytest.importorskip("torch")
 
 FAMILIES = ("sd15-taesd", "sdxl")
 # Attention, feed-forward, convolutions of every kind, the embedding of time, and the text encoders. (diffusers knows

@@ -5,15 +5,15 @@ import pytest
 import test_clip
 import test_unet
 import test_vae
-import torch
-from diffusers import AutoencoderKL as ReferenceVAE
-from diffusers import UNet2DConditionModel
 from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import naming
 from lcm_jax.weights.naming import modern_key
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def reference():
     text = {k: v for k, v in test_clip.SD15.items() if k not in ("architectures", "model_type", "torch_dtype")}
     with torch.device("meta"):
         networks = {
-            "unet": UNet2DConditionModel(**plain(test_unet.SD15)),
-            "vae": ReferenceVAE(**plain(test_vae.SD15)),
+            "unet": diffusers.UNet2DConditionModel(**plain(test_unet.SD15)),
+            "vae": diffusers.AutoencoderKL(**plain(test_vae.SD15)),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
         }
     shapes = {}

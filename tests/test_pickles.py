@@ -9,11 +9,12 @@ import zipfile
 import ml_dtypes  # noqa: F401 (names of dtypes)
 import numpy as np
 import pytest
-import torch
 
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.pickles import read_pickle
+
+torch = pytest.importorskip("torch")
 
 DTYPES = [
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",

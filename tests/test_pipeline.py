@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_pipeline
-import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.recipes.drawing import Sampler
 from lcm_jax.weights.errors import ModelError
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 PROMPT = "a red circle above a blue square"
 
@@ -64,7 +65,7 @@ def test_diffusers_loads_what_we_write_and_makes_the_same_picture(student, tmp_p
     student.save_pretrained(tmp_path / "export")
     latents = draw_latents()
     arguments = {"num_inference_steps": 1, "guidance_scale": 8.0, "output_type": "np"}
-    theirs = run_theirs(tmp_path / "export", LatentConsistencyModelPipeline, latents, **arguments)
+    theirs = run_theirs(tmp_path / "export", diffusers.LatentConsistencyModelPipeline, latents, **arguments)
     ours = student(PROMPT, latents=latents, **arguments).images
     assert ours.shape == (1, 16, 16, 3) and ours.dtype == np.float32 and ours.std() > 0.1
     assert np.abs(theirs - ours).max() * 255 <= 2
@@ -72,7 +73,7 @@ def test_diffusers_loads_what_we_write_and_makes_the_same_picture(student, tmp_p
     # The weight of guidance really arrives: another one gives another picture.
     other = student(PROMPT, latents=latents, **arguments | {"guidance_scale": 2.0}).images
     theirs = run_theirs(
-        tmp_path / "export", LatentConsistencyModelPipeline, latents, **arguments | {"guidance_scale": 2.0}
+        tmp_path / "export", diffusers.LatentConsistencyModelPipeline, latents, **arguments | {"guidance_scale": 2.0}
     )
     assert np.abs(other - ours).max() * 255 > 3 and np.abs(theirs - other).max() * 255 <= 2
 
@@ -84,7 +85,7 @@ def test_several_steps_are_those_of_diffusers_given_the_same_noise(models, stude
         "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: to_torch(np.asarray(next(draws)))
     )
     arguments = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
-    theirs = run_theirs(models / "lcm", LatentConsistencyModelPipeline, np.asarray(latents), **arguments)
+    theirs = run_theirs(models / "lcm", diffusers.LatentConsistencyModelPipeline, np.asarray(latents), **arguments)
     assert next(draws, None) is None  # all of it was used
     ours = student(PROMPT, seed=7, **arguments).images
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
@@ -94,7 +95,7 @@ def test_several_steps_are_those_of_diffusers_given_the_same_noise(models, stude
 def test_solvers_follow_the_folder_as_diffusers_does(models, name):
     """Classifier-free guidance, the grid of timesteps and the last step, from the scheduler's config."""
     latents = draw_latents()
-    theirs = StableDiffusionPipeline.from_pretrained(models / name)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(models / name)
     if name == "pndm":  # it is replaced by DDIM with the same config, as diffusers' users do
         theirs.scheduler = reference_pipeline.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)

@@ -9,9 +9,6 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders import single_file_utils as theirs
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,10 +23,16 @@ from lcm_jax.weights.single_file_configs import complete, configs_of
 from lcm_jax.weights.stored import Tensors
 from lcm_jax.weights.trees import all_params, to_params
 
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+theirs = pytest.importorskip("diffusers.loaders.single_file_utils")
+
 CLASSES = {
-    "UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextModel,
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "AutoencoderKL": diffusers.AutoencoderKL,
+    "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-}  # fmt: skip
+}
 
 # The families made small: the levels, the layers and what tells a family from another are those of the real ones.
 VAE = FAMILIES["sd15"]["vae"] | {"block_out_channels": [32, 32, 64, 64]}

@@ -13,11 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import reference_families
-import torch
 from test_family_pipelines import PROMPTS, to_torch
 from test_single_file import SMALL, build
 from transformers import CLIPTokenizer
@@ -25,6 +23,9 @@ from transformers import CLIPTokenizer
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 ROOT = Path(__file__).resolve().parent.parent
 LATENTS = (2, 8, 12, 4)

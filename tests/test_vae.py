@@ -59,7 +59,7 @@ def reference_params(model):
 
 
 def assert_equal_output(config, size):
-    import torch
+    torch = pytest.importorskip("torch")
 
     reference, vae = reference_model(config), AutoencoderKL.from_config(config)
     params = {"params": reference_params(reference)}

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import reference_pipeline
 import safetensors.numpy
-import torch
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -21,6 +20,8 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, naming, trees
 from lcm_jax.weights.errors import ModelError
+
+torch = pytest.importorskip("torch")
 
 NETWORKS = ("unet", "vae", "text_encoder")  # of the Stable Diffusion 1.x shape; SDXL's are in test_family_pipelines.py
 

@@ -6,11 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_config(name: str):
+def load_config(name: str, *argument: str):
+    """Return the config of configs/NAME.py, as --config=configs/NAME.py:ARGUMENT has it."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*argument)
 
 
 SHRUNK = {
