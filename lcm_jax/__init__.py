@@ -3,7 +3,7 @@
     import lcm_jax
     lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]
 
-The commands are `python -m` lcm_jax.main, lcm_jax.sample and lcm_jax.convert, each with --help.
+The commands are `python -m` lcm_jax.main, lcm_jax.sample, lcm_jax.convert and lcm_jax.benchmark, each with --help.
 """
 
 from typing import TYPE_CHECKING, Any
