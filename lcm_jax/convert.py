@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
+from lcm_jax import command
 from lcm_jax.weights.errors import ModelError, plural, unwritten
 
 if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped option answer at once
@@ -37,41 +38,52 @@ if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped op
 LORA_FORMATS = ("lora-kohya", "lora-peft")
 AVERAGES = "averaged unet"  # beside the components of a model: the EMA target, where the student is written with it
 FORMATS = ("diffusers", "ldm", "orbax", *LORA_FORMATS)
+FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
+OWN = {"flag_values": FLAGS}
 INPUT = flags.DEFINE_string(
     "input",
     None,
     "A folder in diffusers layout (also of one network), a hub id, a shipped name, a .safetensors or "
     ".ckpt, a run's workdir.",
+    **OWN,
 )
-OUTPUT = flags.DEFINE_string("output", None, "The folder (diffusers, orbax) or .safetensors file (others) to write.")
-FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "The folder (diffusers, orbax) or .safetensors file (others) to write.", **OWN
+)
+FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.", **OWN)
 BASE = flags.DEFINE_string(
     "base",
     None,
     "A model in diffusers layout that gives what the input lacks: networks, the tokenizer, what a single "
     "file does not tell of its configs; or the model that a LoRA belongs to.",
+    **OWN,
 )
-MERGE = flags.DEFINE_list("merge", [], "LoRA files to add, each FILE or FILE:WEIGHT, with commas between them.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "By default each tensor's own.")
-COMPONENT = flags.DEFINE_string("component", None, "Only this component, such as unet; by default all of them.")
-VARIANT = flags.DEFINE_string("variant", None, "The variant of a folder's weight files to read, such as fp16.")
+MERGE = flags.DEFINE_list("merge", [], "LoRA files to add, each FILE or FILE:WEIGHT, with commas between them.", **OWN)
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "By default each tensor's own.", **OWN)
+COMPONENT = flags.DEFINE_string("component", None, "Only this component, such as unet; by default all of them.", **OWN)
+VARIANT = flags.DEFINE_string("variant", None, "The variant of a folder's weight files to read, such as fp16.", **OWN)
 EMA = flags.DEFINE_bool(
     "ema",
     None,
     "The averaged weights: of a run's checkpoint unless --noema (the student), of a single file with --ema.",
+    **OWN,
 )
 WITH_EMA = flags.DEFINE_bool(
-    "with_ema", False, "Write a run's student with its EMA target beside it, in one file of --format=ldm."
+    "with_ema",
+    False,
+    "Write a run's student with its EMA target beside it, in one file of --format=ldm.",
+    **OWN,
 )
 PREDICTION = flags.DEFINE_enum(
     "prediction_type",
     None,
     ["epsilon", "v_prediction"],
     "What the model predicts, whatever its input or the base says; a single file of Stable Diffusion 2 does not.",
+    **OWN,
 )
-SCALING = flags.DEFINE_float("scaling_factor", None, "Of the latents, whatever the input or the base says.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write nothing.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.")
+SCALING = flags.DEFINE_float("scaling_factor", None, "Of the latents, whatever the input or the base says.", **OWN)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write nothing.", **OWN)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.", **OWN)
 
 
 def describe(model: "Model") -> dict[str, str]:
@@ -81,14 +93,14 @@ def describe(model: "Model") -> dict[str, str]:
     unknown = "what it predicts is not told" if model.family == "sd2" and model.guessed else "predicts epsilon"
     told = model.configs.get("scheduler", {}).get("prediction_type")
     predicts = f"predicts {told}" if told else unknown
-    print(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
+    command.say(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
     digests = digests_of(model.tensors, "reading")
     for name, tensors in model.tensors.items():
         outline = outline_of(tensors).values()
         count = sum(tensor.size for tensor in outline)
         dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
         size = f"{plural(len(tensors), 'tensor')}, {count:,} parameters, {dtypes}"
-        print(f"  {name}: {size}, sha256 {digests[name][:16]}")
+        command.say(f"  {name}: {size}, sha256 {digests[name][:16]}")
     return digests
 
 
@@ -137,13 +149,13 @@ def convert_lora(path: Path) -> None:
     if given := [f"--{flag.name}" for flag in of_models if flag.present]:
         raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
     found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
-    print(f"{path}: a LoRA")
+    command.say(f"{path}: a LoRA")
     for component, updates in found.updates.items():
         ranks = sorted({len(update.down) for update in updates.values()})
         count = sum(update.down.size + update.up.size for update in updates.values())
         dtypes = ", ".join(sorted({update.down.dtype.name for update in updates.values()}))
         of = ", ".join(map(str, ranks))
-        print(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
+        command.say(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
     if DRY_RUN.value:
         return
     if FORMAT.value not in LORA_FORMATS:
@@ -154,7 +166,7 @@ def convert_lora(path: Path) -> None:
     digest = stored.digest(tensors)
     check = lambda file: verify({"the LoRA": digest}, {"the LoRA": file})  # noqa: E731
     write_file({"the LoRA": tensors}, tensors, metadata, Path(OUTPUT.value), check)
-    print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
+    command.say(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
 
 
 def merge(model: "Model") -> None:
@@ -164,7 +176,7 @@ def merge(model: "Model") -> None:
     chosen = []
     for path, weight in map(lora.file_and_weight, MERGE.value):
         chosen.append((read_lora(path, model), weight))
-        print(f"merging {path} at {weight:g}")
+        command.say(f"merging {path} at {weight:g}")
     model.tensors = lora.merge(model.tensors, chosen)
 
 
@@ -304,10 +316,13 @@ def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.nda
 
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
-    from lcm_jax import command, stored_model
+    from lcm_jax import stored_model
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import lora, stored
 
+    for flag in (INPUT, *(() if DRY_RUN.value else (OUTPUT, FORMAT))):
+        if flag.value is None:
+            raise ValueError(f"--{flag.name} is missing; see --help for an example")
     command.configure_jax()
     if not DRY_RUN.value:
         check_target()
@@ -346,42 +361,20 @@ def convert() -> None:
         digests = digests_of(model.tensors, "changing")
     write = {"ldm": write_ldm, "diffusers": write_folder, "orbax": write_orbax}[FORMAT.value]
     write(model, Path(OUTPUT.value), digests)
-    print(f"wrote {OUTPUT.value}, and read it back:")
+    command.say(f"wrote {OUTPUT.value}, and read it back:")
     for name, digest in digests.items():
-        print(f"  {name}: sha256 {digest[:16]}")
-
-
-def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.ERROR)  # libraries speak at INFO, and orbax warns of what it is told: to read only
-    if len(argv) > 1:
-        print(f"error: unexpected argument {argv[1]!r}; options are written --name=value", file=sys.stderr)
-        return 1
-    try:
-        convert()
-    except (ValueError, OSError) as error:  # ModelError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def parse(argv: list[str]) -> list[str]:
-    """The flags; --help prints them with an example, and succeeds."""
-    if any(option in argv for option in ("--help", "-help", "-h")):
-        print(f"{__doc__}\nOptions:{flags.FLAGS.module_help(sys.modules[__name__])}")
-        sys.exit(0)
-    rest = flags.FLAGS(argv)
-    for flag in (INPUT, *(() if DRY_RUN.value else (OUTPUT, FORMAT))):
-        if flag.value is None:
-            raise flags.ValidationError(f"--{flag.name} is missing; see --help for an example")
-    return rest
+        command.say(f"  {name}: sha256 {digest[:16]}")
 
 
 def run() -> None:
-    """The command; an option that does not exist is an error of one line that names the nearest one."""
-    try:
-        app.run(main, flags_parser=parse)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
+    """The command; exits as `command.run` does."""
+    command.run(
+        convert,
+        FLAGS,
+        lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}",
+        "use a machine with more memory",
+        logging.ERROR,  # orbax warns of what it is told: to read only
+    )
 
 
 if __name__ == "__main__":

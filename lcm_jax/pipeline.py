@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
 from lcm_jax.diffusion.schedule import alpha_sigma, lcm_timesteps, solver_timesteps
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling import arguments
+from lcm_jax.sampling.finite import Finite, all_finite, check_finite
+from lcm_jax.sampling.inputs import Inpainting, draw_image_noise, draw_noise, make_time_ids, to_pixels
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, naming, trees
 from lcm_jax.weights import lora as loras
@@ -58,14 +61,6 @@ def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> samplers.
     return samplers.dpm_solver_pp_table(grid, model.schedule)
 
 
-class Inpainting(NamedTuple):
-    """What an inpainting model begins from; one for all pictures, or one for each: N is 1 or B."""
-
-    image: jax.Array  # float32[N, H, W, 3] in -1..1
-    mask: jax.Array  # float32[N, H, W, 1], 1 where to paint and 0 where to keep
-    noise: jax.Array  # float32[N, h, w, c], for the autoencoder's draw
-
-
 def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> jax.Array:
     """What an inpainting UNet takes behind the latents, float32[N, h, w, 1 + c]: the mask at the first pixel
     of each, and the scaled latents of the picture with grey where it is to paint."""
@@ -75,19 +70,15 @@ def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> j
 
 
 def sample_latents(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table,
+    model: StableDiffusion, params, context, negative, masked, latents, noise, guidance_scale, *, sampler: str,
+    table: samplers.Table,
 ) -> jax.Array:  # fmt: skip
-    """Token ids to scaled latents: pure, and one `lax.scan`.
+    """Noise to scaled latents float32[B, h, w, c]: pure, and one `lax.scan`.
 
-    params: "unet" and the text encoders; token_ids: int32[B, L]; empty_ids: int32[L], the empty prompt (SDXL: a row for
-    each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents: float32[B, h, w, c], standard normal;
-    noise: float32[n - 1 or more, B, h, w, c], which `lcm` and `euler_ancestral` use; guidance_scale: float32[] in
-    diffusers' convention, w + 1, which goes in as an embedding where the UNet has that input, and else as guidance
-    without a classifier, its two passes as one batch of 2B. inpainting: for a UNet that takes it, and params then has
-    "vae" too. sampler: one of SAMPLERS. table: its steps, see `sampler_table`.
+    params: "unet"; context: of `encode_prompt`; negative: that of what to guide away from, None for a UNet that takes
+    the guidance weight as an embedding; masked: of `masked_channels`, None for a UNet that does not inpaint. The rest
+    as in `generate`.
     """
-    masked = None if inpainting is None else masked_channels(model, params, inpainting)
 
     def denoise(z, *rest):
         if masked is not None:
@@ -95,14 +86,12 @@ def sample_latents(
             z = jnp.concatenate([z, jnp.tile(masked, (len(z) // len(masked), 1, 1, 1))], axis=-1)
         return model.denoise(params["unet"], z, *rest)
 
-    context = model.encode_prompt(params, token_ids, time_ids)
     weight = guidance_scale - 1.0
-    if model.guidance_embedding_dim is not None:
+    if negative is None:
         embedding = guidance_embedding(jnp.full(latents.shape[0], weight), model.guidance_embedding_dim)
         network = lambda z, t: denoise(z, t, context, embedding)  # noqa: E731
     else:
-        empty = model.encode_prompt(params, jnp.broadcast_to(empty_ids, token_ids.shape), time_ids)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, empty)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, negative)
 
         def network(z, t):
             output = denoise(jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
@@ -127,51 +116,34 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: StableDiffusion, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table,
-) -> jax.Array:  # fmt: skip
-    """As `sample_latents`, decoded: uint8[B, H, W, 3]. params has "vae" too."""
-    z = sample_latents(
-        model, params, token_ids, empty_ids, latents, noise, guidance_scale, time_ids, inpainting,
-        sampler=sampler, table=table,
-    )  # fmt: skip
-    return to_uint8(model.decode(params["vae"], z))
+    model: StableDiffusion, params, token_ids, negative_ids, latents, noise, guidance_scale, time_ids=None,
+    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table, clip_skip: int = 0,
+    zero_empty: bool = True, decode: bool = True,
+) -> tuple[jax.Array, Finite]:  # fmt: skip
+    """Token ids to images uint8[B, H, W, 3], or to scaled latents float32[B, h, w, c] without `decode`: pure.
 
-
-def make_time_ids(
-    count: int, size: tuple[int, int], original: tuple[int, int] | None = None, corner: tuple[int, int] = (0, 0)
-) -> np.ndarray:
-    """SDXL's sizes, float32[count, 6]: original (height, width), the crop's (top, left), size (height, width)."""
-    return np.tile(np.array([*(original or size), *corner, *size], np.float32), (count, 1))
-
-
-def draw_noise(
-    seed: int, count: int, steps: int, shape: tuple[int, int, int], first: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """(latents float32[count, h, w, c], noise float32[steps - 1, count, h, w, c]).
-
-    Picture i's numbers depend on (seed, first + i) alone, so that it is the same in any batch.
+    params: by network; token_ids: int32[B, L]; negative_ids: int32[L] or int32[B, L], what to guide away from, as a
+    rule the empty prompt (SDXL: a row for each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents:
+    float32[B, h, w, c], standard normal; noise: float32[n - 1 or more, B, h, w, c], which `lcm` and `euler_ancestral`
+    use; guidance_scale: float32[] in diffusers' convention, w + 1, which goes in as an embedding where the UNet has
+    that input, and else as guidance without a classifier, its two passes as one batch of 2B. inpainting: for a UNet
+    that takes it. sampler: one of SAMPLERS. table: its steps, see `sampler_table`. clip_skip: see `encode_prompt`;
+    the prompt's alone. zero_empty: whether an empty negative prompt may be zeros.
     """
-
-    def one(i):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        draws = jnp.stack([jax.random.normal(jax.random.fold_in(key, s), shape) for s in range(steps)])
-        return draws[0], draws[1:]
-
-    latents, noise = jax.vmap(one)(first + jnp.arange(count))
-    return latents, jnp.moveaxis(noise, 1, 0)
-
-
-def draw_image_noise(seed: int, shape: tuple[int, int, int]) -> jax.Array:
-    """float32[1, h, w, c] for the autoencoder's draw of the picture to inpaint, by the seed alone."""
-    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # which no picture's number reaches in draw_noise
-    return jax.random.normal(key, (1, *shape))
-
-
-def to_pixels(picture: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
-    """A picture -> float32[1, height, width, bands of the mode] in 0..1, resized first, as diffusers does."""
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS).convert(mode)
-    return np.asarray(resized, np.float32).reshape(1, height, width, len(resized.getbands())) / np.float32(255)
+    context = model.encode_prompt(params, token_ids, time_ids, clip_skip=clip_skip, zero_empty=False)
+    negative = masked = None
+    if model.guidance_embedding_dim is None:
+        negative_ids = jnp.broadcast_to(negative_ids, token_ids.shape)
+        negative = model.encode_prompt(params, negative_ids, time_ids, zero_empty=zero_empty)
+    if inpainting is not None:
+        masked = masked_channels(model, params, inpainting)
+    z = sample_latents(
+        model, params, context, negative, masked, latents, noise, guidance_scale, sampler=sampler, table=table
+    )
+    images = model.decode(params["vae"], z) if decode else None
+    stages = Finite((context, negative), masked, z, images)
+    finite = Finite(*(None if output is None else all_finite(output) for output in stages))
+    return (to_uint8(images) if decode else z), finite
 
 
 @dataclass
@@ -208,8 +180,7 @@ class Pipeline:
                         f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
                         "give it the tokenizer that it was trained with"
                     )
-        self._empty = self.tokenize([""])[0]
-        self._compiled: dict = {}  # (function, sampler, steps) -> jitted
+        self._compiled: dict = {}  # (sampler, steps, options) -> jitted
         self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
         self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
 
@@ -329,84 +300,141 @@ class Pipeline:
         latents: np.ndarray | None = None, output_type: str = "pil", sampler: str | None = None,
         original_size: tuple[int, int] | None = None, crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None, image: Image.Image | None = None,
-        mask_image: Image.Image | None = None,
+        mask_image: Image.Image | None = None, negative_prompt: str | Sequence[str] | None = None,
+        clip_skip: int | None = None, batch_size: int | None = None, first: int = 0,
     ) -> Output:  # fmt: skip
-        """Pictures for one prompt or several, num_images_per_prompt of each, in that order.
+        """Images for one prompt or several, num_images_per_prompt of each, in that order.
 
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to begin from.
         output_type: pil, np or latent. sampler: one of SAMPLERS; by default that of the folder's scheduler. The next
-        three are what SDXL is told of the picture, (height, width) or (top, left) in pixels; other models ignore them.
-        image, mask_image: PIL pictures, which an inpainting model needs and no other takes: what is there, and white
+        three are what SDXL is told of the image, (height, width) or (top, left) in pixels; other models ignore them.
+        image, mask_image: PIL images, which an inpainting model needs and no other takes: what is there, and white
         where to paint. They are resized to height and width. All is decoded anew, what is kept too.
-        Raises ValueError that names the argument, its value and what is allowed.
+        negative_prompt: what to guide away from, one for all prompts or one for each; it warns where it cannot act.
+        clip_skip: the text encoder's last layers to leave out. Both are diffusers'. batch_size: images computed at
+        once, by default all; a last batch with fewer is filled up, so that one program makes all. first: the number of
+        the first image. Image i begins from noise that (seed, first + i) alone decide, whatever the batch.
+        Raises ValueError that names the argument, its value and what is allowed, and ModelError for NaN.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampler = sampler or self.sampler
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompt is {prompt!r}; give a text or a list of at least one text")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; give 1 or more")
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; choose pil, np or latent")
-        if sampler not in SAMPLERS.values():
-            raise ValueError(f"sampler is {sampler!r}; choose {', '.join(dict.fromkeys(SAMPLERS.values()))}")
-        for name, picture in (("image", image), ("mask_image", mask_image)):
-            if self.model.inpaints and not isinstance(picture, Image.Image):
-                raise ValueError(f"{name} is {type(picture).__name__}; this model inpaints: give it a PIL picture")
-            if not self.model.inpaints and picture is not None:
-                raise ValueError(f"{name} is given, but this model does not inpaint: leave it out")
-        if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
-            raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
-        timesteps(self.model, sampler, num_inference_steps)  # raises on a number that the grid does not hold
-        if not 1 <= guidance_scale < np.inf:
-            raise ValueError(f"guidance_scale is {guidance_scale}; give 1 (no guidance) or more, such as 8")
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"seed is {seed}; give a number from 0 to {2**31 - 1}")
+        prompts = arguments.prompts("prompt", prompt)
+        copies = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1)
+        count = len(prompts) * copies
+        batch = count if batch_size is None else arguments.integer("batch_size", batch_size, 1)
+        first = arguments.integer("first", first, 0, 2**31 - 1)
+        seed = arguments.integer("seed", seed, 0, 2**31 - 1)
+        scale = arguments.guidance(guidance_scale)
+        arguments.choice("output_type", output_type, ("pil", "np", "latent"))
+        sampler = self._check_sampler(sampler)
+        steps = arguments.integer("num_inference_steps", num_inference_steps)
+        timesteps(self.model, sampler, steps)  # raises on a number that the grid does not hold
+        skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
+        height, width = self._check_size(height, width)
+        shape = self._latent_shape(height, width)
+        if latents is not None and np.shape(latents) != (count, *shape):
+            raise ValueError(f"latents have shape {np.shape(latents)}; use {(count, *shape)} (NHWC)")
+        if latents is not None and not np.isfinite(np.asarray(latents, np.float32)).all():
+            raise ValueError("latents have NaN or infinity; use standard normal numbers")
 
-        scale = self.model.downscale
-        size = self.configs["unet"].get("sample_size") or 64
-        rows, columns = size if isinstance(size, list | tuple) else (size, size)
-        height = rows * scale if height is None else height
-        width = columns * scale if width is None else width
-        if height % scale or width % scale or min(height, width) < scale:
-            raise ValueError(f"height and width are {height} and {width}; give multiples of {scale}")
-        count = len(prompts) * num_images_per_prompt
-        shape = (height // scale, width // scale, self.configs["vae"].get("latent_channels", 4))
-        random = sampler in RANDOM_SAMPLERS
-        drawn, noise = draw_noise(seed, count, num_inference_steps if random else 1, shape)
-        if latents is not None and np.shape(latents) != drawn.shape:
-            raise ValueError(f"latents have shape {np.shape(latents)}; give {drawn.shape} (NHWC)")
-        drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)
-
-        tokenizer = self.tokenizers[0]
-        for i in tokenizers.overlong(tokenizer, prompts):
-            limit = tokenizer.model_max_length
-            lost = tokenizer.decode(tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
-            warnings.warn(f"prompt {i} is longer than {limit} tokens and was cut; lost: {lost!r}", stacklevel=2)
-        token_ids = np.repeat(self.tokenize(prompts), num_images_per_prompt, axis=0)
+        self._warn_of_overlong("prompt", prompts)
+        negatives = self._check_negative(negative_prompt, len(prompts), scale)
+        token_ids, negative_ids = (np.repeat(self.tokenize(each), copies, axis=0) for each in (prompts, negatives))
         time_ids = None
         if self.model.text_encoder_2 is not None:
-            size = target_size or (height, width)
-            time_ids = make_time_ids(count, size, original_size or (height, width), crops_coords_top_left)
-        inpainting = None
-        if self.model.inpaints:
-            pixels = to_pixels(image.convert("RGB"), height, width, "RGB")
-            mask = to_pixels(mask_image, height, width, "L")
-            inpainting = Inpainting(pixels * 2 - 1, np.float32(mask >= 0.5), draw_image_noise(seed, shape))
-        run = self._jitted(sample_latents if output_type == "latent" else generate, sampler, num_inference_steps)
-        result = np.asarray(
-            run(self.params, token_ids, self._empty, drawn, noise, jnp.float32(guidance_scale), time_ids, inpainting)
+            target = (height, width) if target_size is None else arguments.pair("target_size", target_size)
+            original = (height, width) if original_size is None else arguments.pair("original_size", original_size)
+            corner = arguments.pair("crops_coords_top_left", crops_coords_top_left)
+            time_ids = make_time_ids(batch, target, original, corner)
+        inpainting = self._check_inpainting(image, mask_image, height, width, seed)
+
+        run = self._jitted(
+            sampler, steps, clip_skip=skip, zero_empty=negative_prompt is None, decode=output_type != "latent"
         )
+        parts = []
+        for start in range(0, count, batch):
+            chosen = np.minimum(start + np.arange(batch), count - 1)
+            drawn, noise = draw_noise(seed, batch, steps if sampler in RANDOM_SAMPLERS else 1, shape, first + start)
+            drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)[chosen]
+            outputs = run(
+                self.params, token_ids[chosen], negative_ids[chosen], drawn, noise, jnp.float32(scale), time_ids,
+                inpainting,
+            )  # fmt: skip
+            # Waited for first: where memory ran out, a copy aborts the process instead of raising an error.
+            images, finite = jax.device_get(jax.block_until_ready(outputs))
+            check_finite(finite, self.params, self.model.unet.dtype, str(self.folder))
+            parts.append(images[: count - start])
+        result = np.concatenate(parts)
         if output_type == "latent":
             return Output(result)
         if output_type == "np":
             return Output(result.astype(np.float32) / 255.0)
-        return Output([Image.fromarray(picture) for picture in result])
+        return Output([Image.fromarray(each) for each in result])
 
-    def _jitted(self, function, sampler: str, steps: int):
-        """`function` of this model under one jit for each sampler and number of steps."""
-        key = (function, sampler, steps)
+    def _check_sampler(self, sampler: str | None) -> str:
+        sampler = arguments.choice("sampler", sampler or self.sampler, tuple(dict.fromkeys(SAMPLERS.values())))
+        if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
+            raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
+        return sampler
+
+    def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        scale, size = self.model.downscale, self.configs["unet"].get("sample_size") or 64
+        rows, columns = size if isinstance(size, list | tuple) else (size, size)
+        height = rows * scale if height is None else arguments.integer("height", height)
+        width = columns * scale if width is None else arguments.integer("width", width)
+        if height % scale or width % scale or min(height, width) < scale:
+            raise ValueError(f"height and width are {height} and {width}; use multiples of {scale}")
+        return height, width
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        scale = self.model.downscale
+        return height // scale, width // scale, self.model.vae.config["latent_channels"]
+
+    def _check_negative(self, negative_prompt: str | Sequence[str] | None, count: int, scale: float) -> list[str]:
+        """What to guide each of `count` prompts away from, the empty prompt by default."""
+        if negative_prompt is None:
+            return [""] * count
+        negatives = arguments.prompts("negative_prompt", negative_prompt)
+        if isinstance(negative_prompt, str):
+            negatives = negatives * count
+        if len(negatives) != count:
+            raise ValueError(f"negative_prompt has {len(negatives)} texts and prompt {count}; use one, or one for each")
+        if self.model.guidance_embedding_dim is not None:
+            reason = "this model is an LCM, which takes guidance_scale as an input and no other prompt; use its teacher"
+            warnings.warn(f"negative_prompt has no effect: {reason}", stacklevel=3)
+        elif scale == 1:
+            warnings.warn("negative_prompt has no effect without guidance: raise guidance_scale above 1", stacklevel=3)
+        else:
+            self._warn_of_overlong("negative_prompt", negatives)
+        return negatives
+
+    def _check_inpainting(self, image, mask_image, height: int, width: int, seed: int) -> Inpainting | None:
+        for name, given in (("image", image), ("mask_image", mask_image)):
+            if self.model.inpaints and not isinstance(given, Image.Image):
+                raise ValueError(f"{name} is {type(given).__name__}; this model inpaints: use a PIL image")
+            if not self.model.inpaints and given is not None:
+                raise ValueError(f"{name} is given, but this model does not inpaint: leave it out")
+        if not self.model.inpaints:
+            return None
+        pixels = to_pixels(image, height, width, "RGB") * 2 - 1
+        mask = np.float32(to_pixels(mask_image, height, width, "L") >= 0.5)
+        return Inpainting(pixels, mask, draw_image_noise(seed, self._latent_shape(height, width)))
+
+    def _warn_of_overlong(self, name: str, prompts: Sequence[str]) -> None:
+        tokenizer = self.tokenizers[0]
+        limit = tokenizer.model_max_length
+        for i in tokenizers.overlong(tokenizer, prompts):
+            lost = tokenizer.decode(tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
+            start = prompts[i] if len(prompts[i]) <= 40 else prompts[i][:40] + "..."
+            message = f"{name} {start!r} is longer than {limit} tokens and was cut; lost: {lost!r}"
+            warnings.warn(message, stacklevel=4 if name == "negative_prompt" else 3)
+
+    def _jitted(self, sampler: str, steps: int, **options):
+        """`generate` of this model under one jit for each sampler, number of steps and options."""
+        key = (sampler, steps, *options.values())
         if key not in self._compiled:
             table = sampler_table(self.model, sampler, steps)
-            self._compiled[key] = jax.jit(partial(function, self.model, sampler=sampler, table=table))
+            self._compiled[key] = jax.jit(partial(generate, self.model, sampler=sampler, table=table, **options))
         return self._compiled[key]
+
+    def __getstate__(self) -> dict:
+        """Without what is compiled, which cannot be pickled; a call compiles it again."""
+        return self.__dict__ | {"_compiled": {}}

@@ -1,41 +1,60 @@
-"""Make pictures from texts with a model in diffusers layout, or a shipped one (`shapes`, `shapes-lcm`).
+"""Generate images from text prompts with a diffusers model, or a bundled one (`shapes`, `shapes-lcm`).
 
-Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, and OUTPUT/grid.png with --grid.
+Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, each as soon as its batch is made, and OUTPUT/grid.png
+with --grid. Image i is the same in any batch.
 """
 
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
-MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or shapes, or shapes-lcm.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat it for several prompts.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.")
-OUTPUT = flags.DEFINE_string("output", None, "The folder that the pictures go to.")
+from lcm_jax import command
+from lcm_jax.data import text
+
+FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
+OWN = {"flag_values": FLAGS}
+MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or shapes, or shapes-lcm.", **OWN)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text prompt; repeat the flag for more.", **OWN)
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.", **OWN
+)
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What to guide away from; an LCM does not take it.", **OWN)
+OUTPUT = flags.DEFINE_string("output", None, "The folder that the images go to.", **OWN)
 STEPS = flags.DEFINE_integer(
     "num_inference_steps",
     4,
-    "Network evaluations a picture; an LCM makes 1 to as many as its own grid has (shapes-lcm: 8).",
+    "Number of denoising steps; an LCM supports 1 to its training grid size (shapes-lcm: 8).",
+    **OWN,
 )
-GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.")
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
-COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.")
+GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.", **OWN)
+SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same images.", **OWN)
+COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Images of each prompt.", **OWN)
+BATCH = flags.DEFINE_integer("batch_size", 8, "Images made at once; lower it if the memory is full.", **OWN)
 SAMPLER = flags.DEFINE_enum(
-    "sampler", None, ["lcm", "ddim", "dpmsolver++", "euler", "euler_ancestral"], "By default the model's own."
+    "sampler",
+    None,
+    ["lcm", "ddim", "dpmsolver++", "euler", "euler_ancestral"],
+    "Sampler; defaults to the model's scheduler.",
+    **OWN,
 )
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.")
-LORA = flags.DEFINE_list("lora", [], "LoRA files to draw with, each FILE or FILE:WEIGHT, with commas between them.")
-VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.")
-WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.")
-IMAGE = flags.DEFINE_string("image", None, "For a model that inpaints: the picture to paint in.")
-MASK = flags.DEFINE_string("mask_image", None, "With --image: a picture that is white where to paint, black elsewhere.")
-GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace pictures that are there already.")
+CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "The text encoder's last layers to skip, as in diffusers.", **OWN)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.", **OWN
+)
+LORA = flags.DEFINE_list("lora", [], "LoRA files to apply, each FILE or FILE:WEIGHT, with commas between them.", **OWN)
+VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.", **OWN)
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.", **OWN)
+WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.", **OWN)
+IMAGE = flags.DEFINE_string("image", None, "For a model that inpaints: the image to paint in.", **OWN)
+MASK = flags.DEFINE_string("mask_image", None, "With --image: the mask image; white pixels are repainted.", **OWN)
+GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.", **OWN)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images that exist already.", **OWN)
 
 EXAMPLE = """Example:
 
@@ -48,108 +67,137 @@ EXAMPLE = """Example:
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the flags, then those of the file. Raises ValueError when there are none."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
-    found = [*prompts, *(line.strip() for line in lines if line.strip())]
-    if not found:
+    """Return the prompts of the flags, then those of the file. Raises ValueError if there are none, or for bytes that
+    are not text."""
+    content = text.decode(Path(file).read_bytes(), file) if file else ""
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    given = [text.check_unicode(prompt, "--prompt") for prompt in prompts]
+    given += [line.strip() for line in lines if line.strip()]
+    if not given:
         where = f" in {file}" if file else ""
-        raise ValueError(f"there are no prompts{where}: give --prompt=TEXT or --prompts_file=FILE")
-    return found
+        raise ValueError(f"there are no prompts{where}; use --prompt=TEXT or --prompts_file=FILE")
+    return given
 
 
-def write_picture(picture, path: Path) -> None:
-    """Whole or not at all: a stopped command leaves no half picture behind."""
+def write_image(image, path: Path) -> None:
+    """Write a PNG whole or not at all: a stopped command leaves no half image behind."""
     temporary = path.with_name(f".{path.name}")
-    picture.save(temporary, format="png")
-    os.replace(temporary, path)
+    try:
+        image.save(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def make_grid(pictures, columns: int):
-    """PIL pictures of one size -> one picture, row by row."""
+def make_grid(images, columns: int):
+    """PIL images of one size -> one image, row by row."""
     from PIL import Image
 
-    width, height = pictures[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (i % columns * width, i // columns * height))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
     return grid
 
 
-def sample() -> None:
-    """Reads the flags and writes the pictures. Raises ValueError or OSError before anything is written."""
-    prompts, output = read_prompts(PROMPT.value, PROMPTS_FILE.value), Path(OUTPUT.value)
-    if COPIES.value < 1:
-        raise ValueError(f"num_images_per_prompt is {COPIES.value}; give 1 or more")
-    digits = max(3, len(str(len(prompts) * COPIES.value - 1)))
-    files = [output / f"{i:0{digits}d}.png" for i in range(len(prompts) * COPIES.value)]
-    grid = output / "grid.png"
-    there = [file for file in [*files, *([grid] if GRID.value else [])] if file.exists()]
-    if there and not OVERWRITE.value:
-        raise ValueError(f"{there[0]} exists already; choose another --output, or pass --overwrite")
+@contextmanager
+def progress(total: int, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Show speed and time left on stderr: a bar on a terminal, else a line now and then. Yields a function of the
+    number of images that are made. The speed leaves out the first batch, which compiles."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, first = Console(stderr=True), None
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    # A bar and the names of files share a terminal only if rich prints both.
+    redirect = {"redirect_stdout": sys.stdout.isatty(), "disable": not console.is_terminal}
+    with Progress(*columns, console=console, **redirect) as bar:
+        task, shown = bar.add_task("", total=total), time.monotonic()
+
+        def update(done: int) -> None:
+            nonlocal first, shown
+            now = time.monotonic()
+            if first is None:
+                first = now, done
+            rate = (done - first[1]) / (now - first[0]) if done > first[1] else None
+            speed = "" if rate is None else f"{rate:.2f} images/s"
+            bar.update(task, completed=done, description=speed)
+            if bar.disable and rate is not None and (now - shown >= every_seconds or done == total):
+                shown, left = now, (total - done) / rate
+                command.say(f"{done}/{total} images  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", sys.stderr)
+
+        yield update
+
+
+def check_output(output: Path, files: Sequence[Path]) -> None:
+    """Raise ValueError if the output is not a folder, or has one of `files` without --overwrite."""
+    if existing := [file for file in files if file.exists()]:
+        if not OVERWRITE.value:
+            raise ValueError(f"{existing[0]} exists already; choose another --output, or pass --overwrite")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output={output} is a file; give a folder")
+        raise ValueError(f"--output={output} is a file; use a folder")
 
-    from PIL import Image
 
-    from lcm_jax import command
+def sample() -> None:
+    """Read the flags and write the images. Raises ValueError or OSError, as a rule before anything is written."""
+    if OUTPUT.value is None:
+        raise ValueError("--output is missing; use --output=FOLDER")
+    prompts, output = read_prompts(PROMPT.value, PROMPTS_FILE.value), Path(OUTPUT.value)
+    for flag in (COPIES, BATCH):
+        if flag.value < 1:
+            raise ValueError(f"{flag.name} is {flag.value}; use 1 or more")
+    prompts = [prompt for prompt in prompts for _ in range(COPIES.value)]
+    total, batch = len(prompts), min(BATCH.value, len(prompts))
+    digits = max(3, len(str(total - 1)))
+    files = [output / f"{i:0{digits}d}.png" for i in range(total)]
+    grid = output / "grid.png"
+    check_output(output, [*files, *([grid] if GRID.value else [])])
+
+    command.configure_jax()
+    command.check_platform()
+    from lcm_jax.data.images import open_upright
     from lcm_jax.pipeline import Pipeline
     from lcm_jax.weights import lora as loras
 
-    command.configure_jax()
     given = {"image": IMAGE.value, "mask_image": MASK.value}
-    given = {name: Image.open(file) for name, file in given.items() if file is not None}
+    given = {name: open_upright(file) for name, file in given.items() if file is not None}
 
     pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
     for path, weight in map(loras.file_and_weight, LORA.value):
-        print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
-    start = time.perf_counter()
-    pictures = pipe(
-        prompts, num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value, seed=SEED.value,
-        num_images_per_prompt=COPIES.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value, **given,
-    ).images  # fmt: skip
-    seconds = time.perf_counter() - start
-
-    output.mkdir(parents=True, exist_ok=True)
-    for picture, file in zip(pictures, files, strict=True):
-        write_picture(picture, file)
-        print(file)
-    if GRID.value:
-        write_picture(make_grid(pictures, COPIES.value if COPIES.value > 1 else min(len(pictures), 8)), grid)
-        print(grid)
-    rate = len(pictures) / seconds
-    print(f"{len(pictures)} pictures in {seconds:.2f} s, compilation included: {rate:.2f} pictures/s")
-
-
-def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
-    if len(argv) > 1:
-        print(f"error: unexpected argument {argv[1]!r}; options are written --name=value", file=sys.stderr)
-        return 1
+        command.say(f"with {pipe.load_lora(path, weight)} at {weight:g}")
+    start, kept, done = time.perf_counter(), [], 0
     try:
-        sample()
-    except (ValueError, OSError) as error:  # ModelError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def parse(argv: list[str]) -> list[str]:
-    """The flags; --help prints them with an example, and succeeds."""
-    if any(option in argv for option in ("--help", "-help", "-h")):
-        print(f"{__doc__}\nOptions:{flags.FLAGS.module_help(sys.modules[__name__])}\n{EXAMPLE}")
-        sys.exit(0)
-    rest = flags.FLAGS(argv)
-    if OUTPUT.value is None:
-        raise flags.ValidationError("--output is missing: name the folder that the pictures go to")
-    return rest
+        with progress(total) as update:
+            for first in range(0, total, batch):
+                images = pipe(
+                    prompts[first : first + batch], num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value,
+                    seed=SEED.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value,
+                    negative_prompt=NEGATIVE.value, clip_skip=CLIP_SKIP.value, batch_size=batch, first=first, **given,
+                ).images  # fmt: skip
+                output.mkdir(parents=True, exist_ok=True)
+                for image in images:
+                    write_image(image, files[done])
+                    command.say(str(files[done]))
+                    done += 1
+                kept += images if GRID.value else []
+                update(done)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{done} of {total} images are in {output}") from None
+    seconds = time.perf_counter() - start
+    if GRID.value:
+        write_image(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
+        command.say(str(grid))
+    command.say(f"{total} images in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
 
 
 def run() -> None:
-    """The command; an option that does not exist is an error of one line that names the nearest one."""
-    try:
-        app.run(main, flags_parser=parse)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
+    """The command; exits as `command.run` does."""
+    command.run(
+        sample,
+        FLAGS,
+        lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}\n{EXAMPLE}",
+        "lower --batch_size, --height or --width, or use --dtype=bfloat16",
+    )
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ def single(model, tmp_path_factory) -> Path:
 # The command again and again, without the imports: its flags would be in the way of other commands in this process.
 RESIDENT = """
 import contextlib, io, json, sys
-from absl import flags
 from lcm_jax import convert
 
 for line in sys.stdin:
-    for flag in flags.FLAGS.flags_by_module_dict()["lcm_jax.convert"]:
-        flag.unparse()
+    convert.FLAGS.unparse_flags()
+    for name in convert.FLAGS:
+        convert.FLAGS[name].unparse()
     sys.argv, code = ["convert", *json.loads(line)], None
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:

@@ -83,6 +83,16 @@ def test_pixels_are_those_of_diffusers(mode):
     assert 0 < expected.mean() < 1
 
 
+def test_a_mask_of_any_mode_is_the_same_mask():
+    """16 bits, a palette, and what is clear as white."""
+    expected = pipeline.to_pixels(mask(), 16, 24, "L")
+    wide = Image.fromarray(np.asarray(mask(), np.uint16) * 257)
+    clear = Image.new("RGBA", (40, 30))
+    clear.putalpha(Image.fromarray(255 - np.asarray(mask())))
+    for other in (wide, mask(mode="P"), clear):
+        np.testing.assert_allclose(pipeline.to_pixels(other, 16, 24, "L"), expected, atol=1 / 255)
+
+
 def test_the_picture_is_that_of_diffusers(models, monkeypatch):
     theirs, ours = models
     arguments = {"guidance_scale": 3.0, "image": image(), "mask_image": mask()} | SIZE
@@ -116,7 +126,7 @@ def test_what_is_masked_is_not_seen_and_what_is_kept_is(models):
 
 def test_mistakes_name_the_argument(models):
     _, ours = models
-    with pytest.raises(ValueError, match="^image is NoneType; this model inpaints: give it a PIL picture"):
+    with pytest.raises(ValueError, match="^image is NoneType; this model inpaints: use a PIL image"):
         ours("a circle")
     with pytest.raises(ValueError, match="^mask_image is NoneType; this model inpaints"):
         ours("a circle", image=image())
@@ -129,7 +139,9 @@ def test_mistakes_name_the_argument(models):
 
 def test_the_command_paints_in_the_picture(tmp_path):
     build(tmp_path, "sd15-taesd")
-    image().save(tmp_path / "image.png")
+    exif = Image.Exif()
+    exif[274] = 6  # a photo taken upright: its rows run from the bottom to the top
+    image().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "image.png", exif=exif)
     mask().save(tmp_path / "mask.png")
     arguments = [f"--image={tmp_path / 'image.png'}", f"--mask_image={tmp_path / 'mask.png'}", "--prompt=a red circle"]
     command = ["-m", "lcm_jax.sample", f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'new'}", *arguments]

@@ -1,6 +1,8 @@
 """Text to pictures: against diffusers' own pipelines on the same folder and latents, and by itself."""
 
+import copy
 import json
+import pickle
 import shutil
 import warnings
 
@@ -100,11 +102,28 @@ def test_solvers_follow_the_folder_as_diffusers_does(models, name):
         theirs.scheduler = reference_pipeline.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
+    if name == "trailing":
+        theirs.text_encoder.__dict__["text_model"] = theirs.text_encoder  # where diffusers looks for the last norm
+        arguments |= {"negative_prompt": "a photo of a circle", "clip_skip": 1}
     with torch.no_grad():
         expected = theirs(PROMPT, latents=to_torch(latents), **arguments).images.numpy().transpose(0, 2, 3, 1)
     pipe = lcm_jax.Pipeline.from_pretrained(models / name)
     ours = pipe(PROMPT, latents=latents, **arguments).images
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=2e-4 * np.abs(expected).max())
+    if name == "trailing":  # each of the two is seen
+        for other in ({"negative_prompt": ""}, {"clip_skip": 0}):
+            assert np.abs(pipe(PROMPT, latents=latents, **arguments | other).images - ours).max() > 0.01
+
+
+def test_what_cannot_act_is_a_warning_that_says_why(student, teacher):
+    arguments = {"num_inference_steps": 1, "output_type": "latent", "seed": 5}
+    with pytest.warns(UserWarning, match="negative_prompt has no effect: this model is an LCM.*use its teacher"):
+        student(PROMPT, negative_prompt="a photo", **arguments)
+    with pytest.warns(
+        UserWarning, match="negative_prompt has no effect without guidance: raise guidance_scale"
+    ) as told:
+        teacher(PROMPT, negative_prompt="a photo", guidance_scale=1, sampler="lcm", **arguments)
+    assert told[0].filename == __file__
 
 
 def test_a_network_without_guidance_input_is_guided_by_two_passes(teacher):
@@ -176,6 +195,77 @@ def test_noise_of_picture_i_is_that_of_any_batch_and_number_of_steps():
     assert len(np.unique(everything)) == everything.size
 
 
+def test_batches_make_the_same_images_with_one_program(student):
+    """An image's number alone decides its noise; the last batch is filled up."""
+    prompts = [PROMPT, "a red circle", "a blue square"]
+    arguments = {"num_inference_steps": 2, "seed": 5, "output_type": "latent"}
+    whole = student(prompts, **arguments).images
+    parts = student(prompts, batch_size=2, **arguments).images
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+    compiled = {key: function._cache_size() for key, function in student._compiled.items()}
+    np.testing.assert_array_equal(student(prompts[2], first=2, batch_size=2, **arguments).images, parts[2:])
+    own = draw_latents(count=3)
+    np.testing.assert_array_equal(
+        student(prompts, latents=own, batch_size=2, **arguments).images[2:],
+        student(prompts[2:], latents=own[2:], first=2, batch_size=2, **arguments).images,
+    )
+    assert {key: function._cache_size() for key, function in student._compiled.items()} == compiled
+
+
+def test_64_bit_types_change_no_bit(student):
+    arguments = {"num_inference_steps": 2, "seed": 5, "batch_size": 2, "output_type": "np"}
+    expected = student(PROMPT, **arguments).images
+    with jax.enable_x64(True):
+        latents, noise = pipeline.draw_noise(3, 2, 2, (2, 2, 4))
+        image = pipeline.draw_image_noise(3, (2, 2, 4))
+        assert latents.dtype == noise.dtype == image.dtype == np.float32
+        np.testing.assert_array_equal(student(PROMPT, **arguments).images, expected)
+    for narrow, wide in zip(pipeline.draw_noise(3, 2, 2, (2, 2, 4)), (latents, noise), strict=True):
+        np.testing.assert_array_equal(narrow, wide)
+    np.testing.assert_array_equal(pipeline.draw_image_noise(3, (2, 2, 4)), image)
+
+
+def test_a_pipeline_that_has_made_images_can_be_pickled(student):
+    arguments = {"num_inference_steps": 2, "seed": 5, "batch_size": 2, "output_type": "np"}
+    expected = student(PROMPT, **arguments).images
+    again = pickle.loads(pickle.dumps(student))
+    np.testing.assert_array_equal(again(PROMPT, **arguments).images, expected)
+
+
+# --- NaN ---
+
+
+@pytest.mark.parametrize(
+    "network, key, label",
+    [
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.bias", "text_encoder"),
+        ("unet", "conv_in.bias", "unet"),
+        ("vae", "decoder.conv_out.bias", "vae"),
+    ],
+)
+def test_weights_with_nan_are_an_error_that_names_the_network_and_the_parameter(student, network, key, label):
+    path = [part.replace(".", "_") for part in key.replace("layers.0", "layers_0").split(".")]
+    broken = copy.copy(student)
+    broken.params = jax.tree.map(lambda leaf: leaf, student.params)
+    leaf = broken.params[network]
+    for part in path[:-1]:
+        leaf = leaf[part]
+    leaf[path[-1]] = leaf[path[-1]].at[0].set(np.nan)
+    with pytest.raises(ModelError, match=f"{key} of the {label} contains NaN or infinity; fetch the weights again"):
+        broken(PROMPT, num_inference_steps=2, seed=5, batch_size=2, output_type="np")
+
+
+def test_float16_that_overflows_is_an_error_that_names_the_network_and_another_dtype(models):
+    half = lcm_jax.Pipeline.from_pretrained(models / "lcm", dtype="float16")
+    # XLA keeps float32 between the operations of a CPU: beyond its range, too.
+    half.params["vae"]["decoder"]["conv_in"]["bias"] += 3e38
+    with pytest.raises(ModelError, match="autoencoder's decoder gives NaN.* in float16.*use dtype float32 or bfloat16"):
+        half(PROMPT, num_inference_steps=1)
+    half.params["unet"]["conv_in"]["bias"] += 3e38
+    with pytest.raises(ModelError, match="UNet gives NaN.* in float16.*use dtype float32 or bfloat16"):
+        half(PROMPT, num_inference_steps=1)
+
+
 # --- what comes out ---
 
 
@@ -227,19 +317,36 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0; choose 1 to 50"),
         ({"num_inference_steps": 51}, "num_inference_steps is 51; choose 1 to 50"),
-        ({"prompt": []}, "prompt is \\[\\]; give a text"),
-        ({"prompt": ["a", 3]}, "prompt is .*; give a text"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; give 1 or more"),
-        ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np or latent"),
+        ({"prompt": []}, "prompt is \\[\\]; use a text"),
+        ({"prompt": ["a", 3]}, "prompt is .*; use a text"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; use 1 or more"),
+        ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np, latent"),
         ({"sampler": "heun"}, "sampler is 'heun'; choose"),
         ({"sampler": "ddim"}, "this model is an LCM; use sampler='lcm' or its teacher"),
-        ({"height": 17}, "height and width are 17 and 16; give multiples of 2"),
-        ({"width": 0}, "height and width are 16 and 0; give multiples of 2"),
-        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\); give \(1, 8, 8, 4\)"),
-        ({"latents": draw_latents(count=2)}, r"latents have shape \(2, 8, 8, 4\); give \(1, 8, 8, 4\)"),
-        ({"guidance_scale": 0.0}, "guidance_scale is 0.0; give 1"),
+        ({"height": 17}, "height and width are 17 and 16; use multiples of 2"),
+        ({"width": 0}, "height and width are 16 and 0; use multiples of 2"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\); use \(1, 8, 8, 4\)"),
+        ({"latents": draw_latents(count=2)}, r"latents have shape \(2, 8, 8, 4\); use \(1, 8, 8, 4\)"),
+        ({"guidance_scale": 0.0}, "guidance_scale is 0.0; use 1"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"seed": -1}, "seed is -1; give a number from 0"),
+        ({"seed": -1}, "seed is -1; use 0 to 2147483647"),
+        ({"num_inference_steps": "8"}, "num_inference_steps is '8'; use an integer"),
+        ({"num_inference_steps": None}, "num_inference_steps is None; use an integer"),
+        ({"guidance_scale": "8"}, "guidance_scale is '8'; use 1"),
+        ({"guidance_scale": None}, "guidance_scale is None; use 1"),
+        ({"guidance_scale": [8.0, 1.0]}, r"guidance_scale is \[8.0, 1.0\]; use 1"),
+        ({"seed": None}, "seed is None; use 0 to"),
+        ({"seed": 1.0}, "seed is 1.0; use 0 to"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt is True; use 1 or more"),
+        ({"height": "16"}, "height is '16'; use an integer"),
+        ({"width": 16.0}, "width is 16.0; use an integer"),
+        ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
+        ({"first": -1}, "first is -1; use 0 to"),
+        ({"clip_skip": 3}, "clip_skip is 3; use 0 to 2"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts and prompt 1; use one"),
+        ({"negative_prompt": 3}, "negative_prompt is 3; use a text"),
+        ({"prompt": "caf\udce9"}, r"prompt is 'caf\\udce9', which is not valid Unicode at character 3; use UTF-8"),
+        ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents have NaN or infinity; use"),
     ],
 )
 def test_bad_arguments_are_named_with_their_value_and_the_remedy(student, arguments, message):

@@ -1,11 +1,13 @@
 """`python -m lcm_jax.sample`, as a process of its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import reference_pipeline
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import lcm_jax
+from lcm_jax import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = "--num_inference_steps=2"
@@ -30,6 +33,28 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """The command within this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which the command adds to
+
+    def run_here(*arguments):
+        for name in sample.FLAGS:
+            sample.FLAGS[name].unparse()
+        monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
+        code = 0
+        try:
+            sample.run()
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # which Python prints, and ends with 1
+            code, err = 1, err + code
+        return code, out, err
+
+    return run_here
+
+
 def fails(result, *parts):
     """It says what is wrong in a line or two, without a traceback."""
     assert result.returncode != 0
@@ -44,10 +69,11 @@ def test_pictures_of_every_prompt_once(model, tmp_path):
     prompts.write_text("a blue square\n\na red square\n")
     output = tmp_path / "new" / "pictures"
     arguments = [f"--model={model}", "--prompt=a red circle", f"--prompts_file={prompts}", STEPS, f"--output={output}"]
-    result = run(*arguments, "--grid", "--seed=3")
+    result = run(*arguments, "--grid", "--seed=3", "--batch_size=2")
     assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"3/3 images  [\d.]+ images/s  0:00 left\n", result.stderr), result.stderr
     assert sorted(path.name for path in output.iterdir()) == ["000.png", "001.png", "002.png", "grid.png"]
-    assert all(part in result.stdout for part in ["3 pictures in", "pictures/s", str(output / "002.png")])
+    assert all(part in result.stdout for part in ["3 images in", "images/s", str(output / "002.png")])
 
     pipe = lcm_jax.Pipeline.from_pretrained(model)
     expected = pipe(["a red circle", "a blue square", "a red square"], num_inference_steps=2, seed=3).images
@@ -60,6 +86,85 @@ def test_pictures_of_every_prompt_once(model, tmp_path):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     fails(run(*arguments, "--seed=4"), "000.png exists already", "--overwrite")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_reader_that_goes_away_costs_no_image(here, model, tmp_path, monkeypatch):
+    """As `... 2>&1 | head -1`; the file of prompts is as Windows writes it."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "new"
+    prompts.write_bytes("a red circle\r\na größer circle".encode("utf-16"))
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, name, os.fdopen(writer, "w"))
+    code, _, _ = here(f"--model={model}", f"--prompts_file={prompts}", "--batch_size=1", STEPS, f"--output={output}")
+    assert code == 0 and sorted(path.name for path in output.iterdir()) == ["000.png", "001.png"]
+
+
+def test_ctrl_c_is_one_line_and_keeps_what_is_written(here, model, tmp_path, monkeypatch):
+    make = lcm_jax.Pipeline.__call__
+
+    def interrupted(self, prompts, **arguments):
+        if arguments["first"] == 2:
+            raise KeyboardInterrupt
+        return make(self, prompts, **arguments)
+
+    monkeypatch.setattr(lcm_jax.Pipeline, "__call__", interrupted)
+    arguments = [f"--model={model}", "--prompt=a red circle", STEPS, "--num_images_per_prompt=3", "--batch_size=1"]
+    code, _, error = here(*arguments, f"--output={tmp_path / 'new'}")
+    assert (code, error) == (130, f"interrupted: 2 of 3 images are in {tmp_path / 'new'}\n")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["000.png", "001.png"]
+
+
+def test_a_full_device_is_two_lines_that_say_what_to_lower(here, model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 40000000000000 bytes.\nStack:")
+
+    monkeypatch.setattr(lcm_jax.Pipeline, "__call__", full)
+    code, _, error = here(f"--model={model}", "--prompt=a red circle", f"--output={tmp_path / 'new'}")
+    assert code == 1 and error.splitlines() == [
+        "error: the device is out of memory; lower --batch_size, --height or --width, or use --dtype=bfloat16",
+        "RESOURCE_EXHAUSTED: Out of memory allocating 40000000000000 bytes.",
+    ]
+
+
+def test_weights_with_nan_write_no_image(here, model, tmp_path):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    file = next((broken / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["conv_in.bias"][0] = np.nan
+    save_file(tensors, file)
+    code, out, error = here(f"--model={broken}", "--prompt=a red circle", STEPS, f"--output={tmp_path / 'new'}")
+    assert (code, out) == (1, "") and len(error.splitlines()) == 1
+    assert f"error: {broken}: conv_in.bias of the unet contains NaN or infinity" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_text_is_named(here, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("größer\n".encode("latin-1"))
+    for arguments, message in [
+        (f"--prompts_file={tmp_path / 'latin.txt'}", f"error: {tmp_path / 'latin.txt'} is not UTF-8 (invalid start"),
+        ("--prompt=caf\udce9", "error: --prompt is 'caf\\udce9', which is not valid Unicode at character 3; use UTF-8"),
+    ]:
+        code, _, error = here(arguments, f"--output={tmp_path / 'new'}")
+        assert code == 1 and error.startswith(message) and len(error.splitlines()) == 1
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "lcm_jax.sample", "--prompt=a", f"--output={tmp_path / 'new'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "tpu"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    fails(result, "error: JAX_PLATFORMS is 'tpu', but JAX finds only cpu; unset JAX_PLATFORMS")
+
+
+def test_commands_can_be_imported_in_one_process():
+    """Their flags have the same names."""
+    code = (
+        "from lcm_jax import benchmark, convert, main, sample\n"
+        "sample.FLAGS(['', '--output=a']); convert.FLAGS(['', '--output=b', '--dry_run'])\n"
+        "print(sample.OUTPUT.value, convert.OUTPUT.value, convert.DRY_RUN.value, main.DRY_RUN.default)"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert imported.stdout == "a b True False\n", imported.stderr
 
 
 def test_pictures_with_loras(model, tmp_path):

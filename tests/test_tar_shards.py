@@ -124,9 +124,54 @@ def test_corrupt_records_are_skipped_counted_and_told(tmp_path):
         np.testing.assert_array_equal(again[i]["image"], found[i]["image"])
     assert source.unreadable.keys() == {6, 7, 8, 9, 10}
     reasons = told[1:]
-    assert len(reasons) == 5 and "as are 5 of 11 so far" in reasons[-1]
-    for line, reason in zip(reasons, ["pixels", "Truncated", "identify", "caption_field", "utf-8"], strict=True):
+    assert len(reasons) == 5 and "as are 5 of 11 so far (3 ImageError, 1 ValueError, 1 TextError)" in reasons[-1]
+    for line, reason in zip(reasons, ["pixels", "Truncated", "identify", "caption_field", "not UTF-8"], strict=True):
         assert reason in line, line
+
+
+def test_images_are_upright_and_composited_on_white(tmp_path):
+    """A phone's JPEG has its rows as the sensor read them; a PNG with alpha may have any color where it is clear."""
+    file = io.BytesIO()
+    half = np.zeros((8, 16, 3), np.uint8)
+    half[:, :8] = 255  # white on the left as stored; on top once turned
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(half).save(file, "JPEG", exif=exif, quality=95)
+    clear = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(clear, "PNG")
+    members = [member("0.jpg", file.getvalue()), member("0.txt", b"turned")]
+    members += [member("1.png", clear.getvalue()), member("1.txt", b"clear")]
+    source, _ = read(write(tmp_path / "a.tar", members))
+    assert source[0]["time_ids"][:2].tolist() == [16, 8]
+    top = 8 - int(source[0]["time_ids"][2])  # rows of the crop that are white
+    assert source[0]["image"].shape == (8, 8, 3)
+    assert (source[0]["image"][: max(top - 1, 0)] > 200).all() and (source[0]["image"][top + 1 :] < 55).all()
+    assert (source[1]["image"] == 255).all()
+
+
+def test_captions_in_other_encodings(tmp_path):
+    """What Windows editors write; anything else is counted, and a caption that no encoding has."""
+    texts = ["ä in UTF-8".encode("utf-8-sig"), "ä in UTF-16".encode("utf-16"), b"\xfe\xff" + "ä".encode("utf-16-be")]
+    members = []
+    for i, text in enumerate([*texts, "no mark".encode("utf-16-le")]):
+        members += [member(f"{i}.png", picture(i)), member(f"{i}.txt", text)]
+    members += [member("4.png", picture(4)), member("4.json", '{"caption": "ä"}'.encode("utf-16"))]
+    members += [member("5.png", picture(5)), member("5.json", b'{"caption": "\\ud800"}')]
+    source, told = read(write(tmp_path / "a.tar", members))
+    assert [source.caption(i) for i in (0, 1, 2, 4)] == ["ä in UTF-8", "ä in UTF-16", "ä", "ä"]
+    for i in (3, 5):
+        source.caption(i)
+    assert "NUL" in told[1] and "not valid Unicode" in told[2] and "(2 TextError)" in told[2]
+
+
+@pytest.mark.parametrize("ending, unpack", [("gz", "gunzip"), ("bz2", "bunzip2"), ("xz", "unxz")])
+def test_a_compressed_shard_is_an_error_that_says_how_to_unpack_it(ending, unpack, tmp_path):
+    path = tmp_path / f"a.tar.{ending}"
+    with tarfile.open(path, f"w:{ending}") as archive:
+        for info, data in pair("a", 1):
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=rf"a.tar.{ending}' is compressed.*`{unpack} .*a.tar.{ending}`"):
+        read(str(path))
 
 
 def test_a_set_without_a_readable_record_is_an_error(tmp_path):

@@ -21,12 +21,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lcm_jax.data import images, text
+
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 LONGEST_MEMBER = 2**28  # bytes of a picture or a caption; a longer one is no picture of a training set
 LONGEST_NAME = 2**20  # bytes of an extended header
 MOST_PIXELS = 2**26  # of a picture before it is shrunk: a small file can unpack to more than the memory holds
 TRIES = 1000  # records in place of an unreadable one before the set counts as unreadable
+COMPRESSED = {  # by a pattern of a file's first bytes, which a name in a tar does not begin with: how it is unpacked
+    rb"\x1f\x8b": "gunzip", rb"BZh[1-9]1AY&SY": "bunzip2", rb"\xfd7zXZ\x00": "unxz", rb"\x28\xb5\x2f\xfd": "unzstd",
+}  # fmt: skip
 
 # Kinds of members: those that speak of the member after them, and those without content whatever their size says.
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -156,7 +161,7 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, say: Callable
     """Reads the headers of `shards`; `say` gets a line on whatever was skipped.
 
     cache: a folder that keeps the result under a digest of the shards' names, lengths and times; a set of millions
-    takes minutes to index. Raises ValueError where no record is left.
+    takes minutes to index. Raises ValueError where no record is left, or a shard is compressed.
     """
     about = [(os.path.abspath(shard), os.stat(shard)) for shard in shards]
     identity = [(path, status.st_size, status.st_mtime_ns) for path, status in about]
@@ -169,6 +174,7 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, say: Callable
     for number, shard in enumerate(shards):
         file = os.open(shard, os.O_RDONLY)
         try:
+            _check_uncompressed(shard, os.pread(file, BLOCK, 0))
             parts.append(_records(number, members(file, os.fstat(file).st_size, skipped), skipped))
         finally:
             os.close(file)
@@ -187,6 +193,15 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, say: Callable
             np.save(file, records)
         os.replace(temporary, kept)
     return Index(tuple(shards), records)
+
+
+def _check_uncompressed(shard: str, head: bytes) -> None:
+    for beginning, unpack in COMPRESSED.items():
+        if re.match(beginning, head):
+            raise ValueError(
+                f"data.shards: {shard!r} is compressed, so that its records have no place to be read from; unpack it "
+                f"with `{unpack} {shard}` and name the .tar file"
+            )
 
 
 def _records(shard: int, found: Iterator[tuple[str, int, int]], skipped: Counter) -> np.ndarray:
@@ -229,6 +244,7 @@ class TarShards:
     def __init__(self, index: Index, size: int, seed: int = 0, caption_field: str = "caption", say=print):
         self.index, self.size, self.seed, self.caption_field = index, size, seed, caption_field
         self.unreadable: dict[int, str] = {}  # why, by number
+        self._causes: Counter = Counter()  # of these, by the kind of error
         self._say, self._lock = say, threading.Lock()
 
     def __len__(self) -> int:
@@ -252,7 +268,8 @@ class TarShards:
     def identity(self) -> str:
         """A digest of all that decides the records: places, shards' names and lengths, size, seed."""
         shards = [(shard, os.path.getsize(shard)) for shard in self.index.shards]
-        about = json.dumps([shards, self.size, self.seed, self.caption_field])
+        pixels = "upright, on white"  # another word for another way to make them, so that caches are made anew
+        about = json.dumps([shards, self.size, self.seed, self.caption_field, pixels])
         return hashlib.sha256(about.encode() + self.index.records.tobytes()).hexdigest()
 
     def _readable(self, i: int, read: Callable):
@@ -282,9 +299,13 @@ class TarShards:
             if number in self.unreadable:
                 return
             self.unreadable[number] = reason
-            count = len(self.unreadable)
+            self._causes[reason.split(":")[0]] += 1
+            count, causes = len(self.unreadable), ", ".join(f"{n} {kind}" for kind, n in self._causes.most_common())
         if count <= 10 or count % 100 == 0:
-            self._say(f"{self._name(number)} cannot be read ({reason}); skipped, as are {count} of {len(self)} so far")
+            self._say(
+                f"{self._name(number)} cannot be read ({reason}); skipped, as are {count} of {len(self)} so far "
+                f"({causes})"
+            )
 
     def _name(self, number: int) -> str:
         record = self.index.records[number]
@@ -306,26 +327,24 @@ class TarShards:
 
     def _caption(self, number: int) -> str:
         record = self.index.records[number]
-        text = self._bytes(record, "caption").decode("utf-8")
+        content = text.decode(self._bytes(record, "caption"), "the caption")
         if record["plain"]:
-            return text.strip()
-        fields = json.loads(text)
+            return content.strip()
+        fields = json.loads(content)
         if not isinstance(fields, Mapping) or not isinstance(fields.get(self.caption_field), str):
             raise ValueError(f"its JSON has no text {self.caption_field!r}; data.caption_field names another")
-        return fields[self.caption_field].strip()
+        return text.check_unicode(fields[self.caption_field], "the caption").strip()
 
     def _read(self, number: int) -> dict:
         caption = self._caption(number)
         data = self._bytes(self.index.records[number], "picture")
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as stored:
-            width, height = stored.size
-            if width * height > MOST_PIXELS:
-                raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
-            picture = stored.convert("RGB")
+        stored = images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), MOST_PIXELS)
+        picture = images.to_rgb(stored)
+        width, height = picture.size
         short = min(width, height)
         resized = (self.size * width // short, self.size * height // short)
         if max(resized) > MOST_PIXELS // self.size:
-            raise ValueError(f"{width} x {height} pixels are too long a strip")
+            raise images.ImageError(f"{width} x {height} pixels are too long a strip")
         picture = picture.resize(resized, Image.Resampling.BILINEAR)
         rng = np.random.default_rng([self.seed, number])
         top, left = (int(rng.integers(side - self.size + 1)) for side in resized[::-1])

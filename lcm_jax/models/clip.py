@@ -65,8 +65,8 @@ class TextConfig:
 class TextOutput(NamedTuple):
     """All in the compute dtype."""
 
-    last_hidden_state: jax.Array  # [B, L, D], the last layer after the final norm
-    pooled: jax.Array  # [B, D], last_hidden_state at the end-of-text token; [B, projection_dim] where it is projected
+    last_hidden_state: jax.Array  # [B, L, D], the last layer that is not skipped, after the final norm
+    pooled: jax.Array  # [B, D], the last layer after the norm, at the end-of-text token; [B, P] where it is projected
     hidden_states: tuple[jax.Array, ...]  # the embeddings, then each layer, [B, L, D] before the final norm
 
 
@@ -192,14 +192,15 @@ class TextTransformer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, token_ids: jax.Array) -> TextOutput:
+    def __call__(self, token_ids: jax.Array, skip: int) -> TextOutput:
         c = self.config
         states = Encoder(c, self.dtype, name="encoder")(Embeddings(c, self.dtype, name="embeddings")(token_ids))
-        last = layer_norm(c, self.dtype, "final_layer_norm")(states[-1])
+        norm = layer_norm(c, self.dtype, "final_layer_norm")
+        last = norm(states[-1])
         # Configs published before 2023 carry eos_token_id 2, which is no end of text: there it is the largest id.
         is_end = token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id
         pooled = jnp.take_along_axis(last, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
-        return TextOutput(last, pooled, states)
+        return TextOutput(norm(states[-1 - skip]) if skip else last, pooled, states)
 
 
 class CLIPTextModel(nn.Module):
@@ -213,12 +214,15 @@ class CLIPTextModel(nn.Module):
         return cls(read_config(config), dtype)
 
     @nn.compact
-    def __call__(self, token_ids: jax.Array) -> TextOutput:
-        """Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary gives NaN."""
+    def __call__(self, token_ids: jax.Array, skip: int = 0) -> TextOutput:
+        """skip: how many of the last layers last_hidden_state leaves out.
+
+        Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary gives NaN.
+        """
         length, limit = token_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise ValueError(f"CLIP text encoder: {length} tokens but max_position_embeddings {limit}; cut the prompt")
-        output = TextTransformer(self.config, self.dtype, name="text_model")(token_ids)
+        output = TextTransformer(self.config, self.dtype, name="text_model")(token_ids, skip)
         if not self.config.projects:
             return output
         project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")

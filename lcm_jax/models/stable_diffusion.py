@@ -122,20 +122,32 @@ class StableDiffusion:
         """The size of the guidance weight's embedding; None for a network without that input (a teacher)."""
         return self.unet.config["time_cond_proj_dim"]
 
-    def encode_prompt(self, params: Params, token_ids: jax.Array, time_ids: jax.Array | None = None):
+    @property
+    def max_clip_skip(self) -> int:
+        """The most layers that `encode_prompt` can leave out; its embeddings are left at least."""
+        if self.text_encoder_2 is None:
+            return self.text_encoder.config.num_hidden_layers
+        return min(each.config.num_hidden_layers for each in (self.text_encoder, self.text_encoder_2)) - 1
+
+    def encode_prompt(
+        self, params: Params, token_ids: jax.Array, time_ids: jax.Array | None = None, *, clip_skip: int = 0,
+        zero_empty: bool = True,
+    ):  # fmt: skip
         """Tokens -> what `denoise` takes as context. params: by network.
 
         Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> [B, L, D], the last layer after the final norm. SDXL:
         token_ids int32[B, 2, L], one row for each encoder, time_ids float32[B, 6] -> Conditioning of the layers before
-        the last, without the norm, and zeros for an empty prompt where the model wants it so.
+        the last, without the norm, and zeros for an empty prompt where the model wants it so and zero_empty is True.
+        clip_skip: the layer so many before that one, as in diffusers, at most `max_clip_skip`.
         """
         if self.text_encoder_2 is None:
-            return self.text_encoder.apply({"params": params["text_encoder"]}, token_ids).last_hidden_state
+            return self.text_encoder.apply({"params": params["text_encoder"]}, token_ids, clip_skip).last_hidden_state
         first = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids[:, 0])
         second = self.text_encoder_2.apply({"params": params["text_encoder_2"]}, token_ids[:, 1])
-        context = jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+        layer = -2 - clip_skip
+        context = jnp.concatenate([first.hidden_states[layer], second.hidden_states[layer]], axis=-1)
         pooled = second.pooled
-        if self.empty_is_zero:
+        if self.empty_is_zero and zero_empty:
             kept = token_ids[:, 0, 1] != token_ids[:, 0, -1]  # an empty prompt is all padding after its beginning
             context, pooled = context * kept[:, None, None], pooled * kept[:, None]
         return Conditioning(context, pooled, time_ids)

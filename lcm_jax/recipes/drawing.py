@@ -50,7 +50,9 @@ class Sampler:
         inputs = [self._inputs(draws, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
         if sampler not in self._compiled:
             function = jax.jit(
-                lambda params, table, *each: pipeline.generate(self._model, params, *each, sampler=sampler, table=table)
+                lambda params, table, *each: pipeline.generate(
+                    self._model, params, *each, sampler=sampler, table=table
+                )[0]
             )
             self._compiled[sampler] = function.lower(params, table, *inputs[0]).compile()
         began = time.monotonic()

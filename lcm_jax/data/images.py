@@ -1,0 +1,72 @@
+"""Image files and PIL images of every mode, as the RGB image that a person sees."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class ImageError(ValueError):
+    """A file or an image that cannot be shown."""
+
+
+def open_upright(
+    file: str | Path | BinaryIO, formats: Sequence[str] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Return the image of a file, turned as its EXIF orientation says; the first frame of an animation.
+
+    formats: Pillow's names of the formats to accept, all by default. max_pixels: the largest width x height to decode.
+    Raises ImageError if the file is not an image or has more pixels, and OSError if it cannot be opened.
+    """
+    try:
+        with Image.open(file, formats=formats) as stored:
+            width, height = stored.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise ImageError(f"{width} x {height} pixels are more than {max_pixels}")
+            return ImageOps.exif_transpose(stored)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission
+            raise
+        what = "" if hasattr(file, "read") else f"{file} is not an undamaged image; use another file: "
+        raise ImageError(f"{what}{error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a PIL image of any mode as 8-bit RGB.
+
+    Transparency, as an alpha channel or as a transparent color, is composited on white. 16 bits (I;16, and I, which
+    Pillow opens 16-bit PGM files as) are scaled to 8, not clipped. Floats (F) are 0..1 if none is above 1, else 0..255.
+    Raises ImageError if an I or F image has values outside these ranges.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(image)).convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    transparent = image.info.get("transparency")
+    if image.mode == "La":  # Pillow converts it to LA alone
+        image = image.convert("LA")
+    elif isinstance(transparent, tuple) and max(transparent) > 255:
+        image = image.copy()  # Pillow narrows the pixels of a 16-bit PNG to 8 bits, but not this color
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """Gray values of mode I, I;16 or F -> uint8[H, W], white at a transparent value."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        top = 1 if values.max() <= 1 else 255
+    else:
+        top = 65535
+    if not (values.min() >= 0 and values.max() <= top):  # NaN neither
+        raise ImageError(
+            f"an image of mode {image.mode} has values from {values.min()} to {values.max()}, outside 0..{top}; "
+            "save it with 8 or 16 bits"
+        )
+    gray = np.round(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    return gray
