@@ -1,6 +1,7 @@
 """What all commands share: XLA's flags and the cache of compiled programs, exit codes, and lines that people read."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def run(
         except (flags.Error, ValueError, OSError) as error:  # ModelError is a ValueError
             sys.exit(f"error: {error}")
         except KeyboardInterrupt as error:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would cut short what is removed at exit
             say(": ".join(["interrupted", *map(str, error.args)]), sys.stderr)
             sys.exit(130)
         except RuntimeError as error:  # jax.errors.JaxRuntimeError among others; jax may not be imported

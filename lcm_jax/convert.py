@@ -9,10 +9,11 @@
 
 It says what it found, reads and writes one tensor at a time, all or nothing, and reads the result back. A single file
 has no tokenizer, and does not tell how many heads its attention has: --base names a model in diffusers layout of the
-same family to take them from. What the file tells, or an option gives, wins over the base. Of a folder or hub id that
-is one network (an LCM's UNet, an autoencoder) the base is the rest of the model. Of a LoRA it is the model that it
-belongs to, which kohya's names need. --merge adds LoRAs to what is written; the input stays as it was, so that
-unmerging is to use it again.
+same family to take them from. What the file tells, or an option gives, wins over the base. If the input is a part of a
+model (a folder, hub id or single file of a UNet, an autoencoder, text encoders), --base supplies the rest. For a LoRA,
+a file or a folder that PEFT has saved, it is the model that the LoRA belongs to, which kohya's names need. float8
+becomes float16, in which it is exact, and keys of a single file that no network has a place for are listed. --merge
+adds LoRAs to what is written; the input stays as it was, so that unmerging is to use it again.
 Of a run it takes the newest checkpoint (--input=runs/sd/checkpoints/300 another): the EMA target, as exports do, or the
 student itself with --noema, or both in one file with --with_ema. --dry_run only says what it found.
 """
@@ -21,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +103,10 @@ def describe(model: "Model") -> dict[str, str]:
         dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
         size = f"{plural(len(tensors), 'tensor')}, {count:,} parameters, {dtypes}"
         command.say(f"  {name}: {size}, sha256 {digests[name][:16]}")
+    if model.left_out:
+        groups = Counter(key.partition(".")[0] for key in model.left_out).items()
+        names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups)
+        command.say(f"  left out, as no network has a place for {plural(len(model.left_out), 'tensor')}: {names}")
     return digests
 
 
@@ -135,9 +141,8 @@ def read_lora(path: Path, base: "Model | None"):
     from lcm_jax.weights import lora
     from lcm_jax.weights.stored import outline_of
 
-    tensors, metadata = lora.read_file(path)
     outlines = base and {name: outline_of(parts) for name, parts in base.tensors.items()}
-    return lora.read_lora(tensors, metadata, outlines, base.family if base else "sd1")
+    return lora.open_lora(path, outlines, base.family if base else "sd1")
 
 
 def convert_lora(path: Path) -> None:
@@ -196,6 +201,19 @@ def check_target() -> None:
         raise ModelError(f"--output={target} is a folder; give a file")
     elif target.suffix != ".safetensors":
         raise ModelError(f"--output={target} must end in .safetensors: pickles are read, never written")
+
+
+def check_space(target: Path, components: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Raise ModelError if the disk of `target` has less space than the tensors take: before anything is written."""
+    from lcm_jax.weights.stored import size_of
+
+    disk = next(folder for folder in target.absolute().parents if folder.exists())
+    needed, free = sum(map(size_of, components.values())), shutil.disk_usage(disk).free
+    if free < needed:
+        raise ModelError(
+            f"{target} needs {needed / 1e9:.3g} GB, and {disk} has {free / 1e9:.3g} GB free; free some space, or "
+            "choose another --output"
+        )
 
 
 def write_file(
@@ -318,7 +336,7 @@ def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
     from lcm_jax import stored_model
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import lora, stored
+    from lcm_jax.weights import lora, lora_settings, stored
 
     for flag in (INPUT, *(() if DRY_RUN.value else (OUTPUT, FORMAT))):
         if flag.value is None:
@@ -327,7 +345,8 @@ def convert() -> None:
     if not DRY_RUN.value:
         check_target()
     source = Path(INPUT.value)
-    if source.is_file() and lora.is_lora(folders.open_file(source)[0]):
+    adapter = (source / lora_settings.FILE).is_file()
+    if adapter or source.is_file() and lora.is_lora(folders.open_file(source)[0]):
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
         raise ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
@@ -359,8 +378,12 @@ def convert() -> None:
         model.tensors = {name: stored.narrow(tensors, DTYPE.value) for name, tensors in model.tensors.items()}
     if MERGE.value or DTYPE.value is not None:
         digests = digests_of(model.tensors, "changing")
+    check_space(Path(OUTPUT.value), model.tensors)
     write = {"ldm": write_ldm, "diffusers": write_folder, "orbax": write_orbax}[FORMAT.value]
-    write(model, Path(OUTPUT.value), digests)
+    try:
+        write(model, Path(OUTPUT.value), digests)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing unfinished is left") from None
     command.say(f"wrote {OUTPUT.value}, and read it back:")
     for name, digest in digests.items():
         command.say(f"  {name}: sha256 {digest[:16]}")

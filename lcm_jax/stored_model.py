@@ -19,9 +19,14 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, naming, single_file, single_file_configs
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.single_file_family import COMPONENTS, recognise
 from lcm_jax.weights.stored import Tensors, hollow, outline_of
 
 CONFIGS = "configs.json"  # in the folder of a model as an orbax checkpoint
+# The keys of that file and of a run's config.json that are read here, as `layout.read_json` takes them.
+STORED = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
+RUN = {"objective": (dict, True), "teacher": (str, False)}
+OBJECTIVE = {"name": (str, True), "num_ddim_steps": (int, False)}
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Model:
     tokenizer: Path | None = None
     index: dict[str, Any] | None = None
     guessed: frozenset[str] = frozenset()  # the options of its configs that a base knows better
+    left_out: tuple[str, ...] = ()  # keys of a single file that no component has a place for
 
 
 def read_model(
@@ -83,12 +89,16 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_file(name: str, ema: bool, prediction_type: str | None, scaling_factor: float | None) -> Model:
     """A single file. Raises ModelError where it is not one of a family that is known."""
-    tensors = folders.open_file(Path(name))[0]
+    tensors, metadata = folders.open_file(Path(name))
     outline = outline_of(tensors)
-    family = single_file.recognise(outline)
-    configs = single_file_configs.configs_of(outline, family, prediction_type, scaling_factor)
-    parts = single_file.open_diffusers(tensors, family, ema)
-    return Model(name, family, configs, parts, guessed=single_file_configs.GUESSED)
+    try:
+        family = recognise(outline)
+        configs = single_file_configs.configs_of(outline, family, prediction_type, scaling_factor, metadata)
+        parts = single_file.open_diffusers(tensors, family, ema)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+    left_out = tuple(single_file.left_out(outline, family, ema))
+    return Model(name, family, configs, parts, guessed=single_file_configs.GUESSED, left_out=left_out)
 
 
 def read_folder(name: str, variant: str | None = None, alone: bool = False) -> Model:
@@ -190,7 +200,8 @@ def read_run(workdir: Path, step: int | None, base: str | None, ema: bool, varia
 
     That is `base`, else the run's export, else the teacher that its config names. Raises ModelError.
     """
-    config = layout.read_json(workdir / "config.json")
+    config = layout.read_json(workdir / "config.json", RUN)
+    layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE)
     step, tree = read_checkpoint(workdir / "checkpoints", step, "ema" if ema else "params")
     print(f"{workdir}: the {'EMA target' if ema else 'student'} at step {step}")
     if config["objective"]["name"] == "autoencoder":
@@ -217,7 +228,13 @@ def read_run(workdir: Path, step: int | None, base: str | None, ema: bool, varia
 
 def read_orbax(folder: Path) -> Model:
     """A model as an orbax checkpoint, of which one component is held at a time. Raises ModelError."""
-    described = layout.read_json(folder / CONFIGS)
+    described = layout.read_json(folder / CONFIGS, STORED)
+    for name, config in described["configs"].items():
+        file = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}.get(name, "config.json")
+        layout.check_keys(folder / CONFIGS, config, layout.KEYS[file])
+    if described["family"] not in COMPONENTS:
+        families = ", ".join(COMPONENTS)
+        raise ModelError(f"{folder / CONFIGS}: family={layout.shown(described['family'])} is not one of {families}")
     step, outline = checkpointed(lambda checkpoint: checkpoint.read_outline(folder / "checkpoints"))
 
     held: dict[str, Tensors] = {}
@@ -235,7 +252,7 @@ def read_orbax(folder: Path) -> Model:
     tokenizer = folder / "tokenizer"
     return Model(
         str(folder), described["family"], described["configs"], tensors, tokenizer if tokenizer.is_dir() else None,
-        described.get("index"), frozenset(described.get("guessed", ())),
+        described.get("index"), frozenset(described.get("guessed") or ()),
     )  # fmt: skip
 
 

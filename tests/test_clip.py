@@ -163,13 +163,14 @@ def test_initial_values_suit_training_from_scratch():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]"),
-        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
-        ({"model_type": "t5"}, "model_type is 't5'"),
-        ({"architectures": ["CLIPVisionModel"]}, "architectures is .*CLIPVisionModel"),
-        ({"rotary": True}, "option rotary = True is unknown"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"num_hidden_layers": True, "vocab_size": 1e30}, "vocab_size=1e.30 .supported: an integer in 1.*layers=True"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),
+        ({"model_type": "t5"}, "model_type='t5'"),
+        ({"architectures": ["CLIPVisionModel"]}, "architectures=.*CLIPVisionModel"),
+        ({"rotary": True}, r"rotary=True \(unknown option\)"),
     ],
 )
 def test_an_unsupported_option_is_named(change, message):

@@ -18,8 +18,9 @@ from lcm_jax.stored_model import Model, read_file, take_base
 from lcm_jax.weights import single_file
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.pickles import read_pickle
-from lcm_jax.weights.single_file import open_diffusers, open_ldm, recognise, to_diffusers, to_ldm
+from lcm_jax.weights.single_file import open_diffusers, open_ldm, to_diffusers, to_ldm
 from lcm_jax.weights.single_file_configs import complete, configs_of
+from lcm_jax.weights.single_file_family import recognise
 from lcm_jax.weights.stored import Tensors
 from lcm_jax.weights.trees import all_params, to_params
 
@@ -541,8 +542,13 @@ def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
         (["double_blocks.0.img_attn.proj.weight"], "is Flux by its keys"),
         (["control_model.time_embed.0.weight"], "is a ControlNet by its keys"),
         (["conditioner.embedders.0.model.ln_final.bias"], "is the refiner of SDXL by its keys"),
-        (["down_blocks.0.resnets.0.conv1.weight"], "is the UNet of a diffusers folder"),
-        (["encoder.down_blocks.0.resnets.0.conv1.weight"], "is the autoencoder of a diffusers folder"),
+        (["text_model.final_layer_norm.weight"], "is the text encoder of a diffusers folder"),
+        (["controlnet_cond_embedding.conv_in.weight"], "is a ControlNet by its keys"),
+        (["edm_vpred.sigma_max", "model.diffusion_model.input_blocks.0.0.weight"], "is CosXL by its keys"),
+        (
+            ["first_stage_model.decoder.up.0.block.0.conv1.weight", "conditioner.embedders.0.transformer.x"],
+            r"no known family: .*found .*conditioner.embedders.0 \(1\)",
+        ),
         (["lora_unet_down_blocks_0.alpha"], "is a LoRA"),
         (["edm_mean", "model.diffusion_model.input_blocks.0.0.weight"], "is Playground 2.5"),
         (

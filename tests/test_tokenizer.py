@@ -135,8 +135,25 @@ def test_a_missing_or_damaged_folder_is_an_error(copy, tmp_path):
     with pytest.raises(ValueError, match="came up with 2 tokens"):
         tokenizer.load(copy)
     (copy / "vocab.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="vocab.json is not valid JSON"):
         tokenizer.load(copy)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
+def test_a_byte_order_mark_is_named(copy, name, encoding):
+    (copy / name).write_text((copy / name).read_text(encoding="utf-8"), encoding=encoding)
+    with pytest.raises(ValueError, match=f"{name} begins with a byte order mark; save it as UTF-8 without one"):
+        tokenizer.load(copy)
+
+
+@pytest.mark.parametrize("length", ["77", None, True, 2, 7.5, [77]])
+def test_the_length_is_an_integer(copy, length):
+    config = json.loads((copy / "tokenizer_config.json").read_text()) | {"model_max_length": length}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model_max_length") as caught:
+        tokenizer.load(copy)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_vocabulary_without_its_ends_is_an_error(copy):

@@ -154,6 +154,103 @@ def test_bin_files_are_read_where_there_are_no_safetensors(copy, tmp_path, varia
     assert_same_tensors(folders.read_component(copy, "unet", variant)[1], other)
 
 
+def rename_weights(folder, ending: str, variant: str | None, shards: bool, spelling: int = 0) -> None:
+    """Rewrites the weights of a component under other names; spelling: of the index of a variant's shards."""
+    whole = next(folder.glob("*.safetensors"))
+    tensors, stem = safetensors.numpy.load_file(whole), whole.stem
+    whole.unlink()
+    stem = "pytorch_model" if (stem, ending) == ("model", "bin") else stem
+    middle = f".{variant}" if variant else ""
+    save = lambda part, name: (  # noqa: E731
+        safetensors.numpy.save_file(part, folder / name, {"format": "pt"}) if ending == "safetensors"
+        else torch.save({key: torch.from_numpy(tensor) for key, tensor in part.items()}, folder / name)
+    )  # fmt: skip
+    if not shards:
+        save(tensors, f"{stem}{middle}.{ending}")
+        return
+    names = [f"{stem}{middle}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    if spelling == 2:
+        names = [f"{stem}-0000{i}-of-00002{middle}.{ending}" for i in (1, 2)]
+    placed = {key: names[i % 2] for i, key in enumerate(tensors)}
+    for name in names:
+        save({key: tensors[key] for key in tensors if placed[key] == name}, name)
+    index = [f"{stem}.{ending}.index{middle}.json", f"{stem}{middle}.{ending}.index.json",
+             f"{stem}.{ending}{middle}.index.json"][spelling]  # fmt: skip
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+MIXTURES = [  # by network: ending, variant, whether sharded, spelling of the index
+    {"unet": ("safetensors", "fp16", False), "vae": ("safetensors", None, False), "text_encoder": ("bin", None, False)},
+    {"unet": ("safetensors", None, True), "vae": ("bin", "fp16", False), "text_encoder": ("safetensors", "fp16", True)},
+    {"unet": ("safetensors", "fp16", True), "vae": ("bin", None, False), "text_encoder": ("bin", "fp16", False)},
+    {"unet": ("safetensors", "fp16", True, 2), "vae": ("safetensors", "fp16", False)},
+    {"text_encoder": ("safetensors", "fp16", False)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_what_diffusers_loads_from_a_mixture_is_loaded(copy, mixture):
+    """safetensors and .bin, whole and sharded, of which only some networks have the variant."""
+    for part, how in mixture.items():
+        rename_weights(copy / part, *how)
+    theirs = reference_pipeline.LatentConsistencyModelPipeline.from_pretrained(copy, variant="fp16")
+    for part in NETWORKS:
+        expected = {naming.modern_key(part, k): t.numpy() for k, t in getattr(theirs, part).state_dict().items()}
+        expected.pop(None, None)
+        found = folders.read_component(copy, part, "fp16")[1]
+        assert_same_tensors({naming.modern_key(part, key): tensor for key, tensor in found.items()}, expected)
+
+
+@pytest.mark.parametrize("spelling", [0, 1, 2])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_every_spelling_of_an_index_is_read(copy, ending, spelling):
+    for part in NETWORKS:
+        expected = folders.read_component(copy, part)[1]
+        rename_weights(copy / part, ending, "fp16", True, spelling)
+        assert_same_tensors(folders.read_component(copy, part, "fp16")[1], expected)
+
+
+def test_shards_and_whole_weights_in_one_folder(copy):
+    """diffusers takes the shards of its networks, transformers the whole file of its own."""
+    for part in NETWORKS:
+        whole = next((copy / part).glob("*.safetensors"))
+        content = whole.read_bytes()
+        rename_weights(copy / part, "safetensors", None, True)
+        tensors = {key: tensor + 1 for key, tensor in safetensors.numpy.load(content).items()}
+        safetensors.numpy.save_file(tensors, whole, {"format": "pt"})
+    theirs = reference_pipeline.LatentConsistencyModelPipeline.from_pretrained(copy)
+    for part, key in [("unet", "conv_in.bias"), ("text_encoder", "text_model.final_layer_norm.bias")]:
+        state = {naming.modern_key(part, k): t.numpy() for k, t in getattr(theirs, part).state_dict().items()}
+        found = {naming.modern_key(part, k): t for k, t in folders.read_component(copy, part)[1].items()}
+        np.testing.assert_array_equal(found[key], state[key])
+
+
+def test_a_hub_model_of_mixed_variants_gives_its_files():
+    names = {
+        "unet": ["config.json", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"],
+        "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
+        "text_encoder": ["config.json", "pytorch_model.bin"],
+    }
+    files = ["model_index.json", *(f"{part}/{name}" for part, each in names.items() for name in each)]
+    needed = layout.needed_files("m", files, "fp16")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in needed
+    assert "unet/diffusion_pytorch_model.safetensors" not in needed
+    assert {"vae/diffusion_pytorch_model.safetensors", "text_encoder/pytorch_model.bin"} <= set(needed)
+    with pytest.raises(ModelError, match="no weights of the unet in the variant bf16"):
+        layout.needed_files("m", files, "bf16")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_in_the_encodings_of_windows_is_read(copy, encoding):
+    path = copy / "unet" / "config.json"
+    expected = layout.read_json(path)
+    path.write_text(json.dumps(expected | {"_note": "ä"}, ensure_ascii=False), encoding=encoding)
+    assert layout.read_json(path) == expected | {"_note": "ä"}
+    path.write_text(json.dumps({"_note": "ä"}, ensure_ascii=False), encoding="latin-1")
+    with pytest.raises(ModelError, match="unet/config.json is not valid JSON .'utf-8' codec"):
+        layout.read_json(path)
+
+
 def test_bfloat16_and_not_a_numbers_keep_their_bits(tmp_path):
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**16, (5, 7), np.uint16)  # all sorts of numbers, infinities and payloads of NaN among them
@@ -222,17 +319,19 @@ def test_all_wrong_keys_in_one_error(student, abstract):
     broken["mid_block.resnets.0.norm1.bias"] = broken["mid_block.resnets.0.norm1.bias"].astype(np.float64)
     with pytest.raises(ModelError) as caught:
         trees.to_params("unet", broken, abstract["unet"], "some/folder")
-    lines = str(caught.value).splitlines()
-    assert lines[0].startswith("unet of some/folder") and "3 keys missing" in lines[0]
-    assert set(lines[1:]) == {
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("unet of some/folder") and "(2 keys missing -, 1 extra +, 3 of another shape" in first
+    assert second.split("; ") == [
         "- conv_out.bias",
         "- time_embedding.linear_1.weight",
-        "- mid_block.resnets.0.norm1.bias",
         "+ extra.0.weight float32[2, 3]",
-        "+ mid_block.resnets.0.norm1.bias float64[16]",
-        f"! conv_in.weight: {[9, *shape[1:]]} in the file, {shape} by the config",
-        "! mid_block.resnets.0.norm1.weight: [5] in the file, [16] by the config",
-    }
+        f"! conv_in.weight {[9, *shape[1:]]}, by the config {shape}",
+        "! mid_block.resnets.0.norm1.bias float64, which is not one of float32, bfloat16, float16",
+        "! mid_block.resnets.0.norm1.weight [5], by the config [16]",
+    ]
+    with pytest.raises(ModelError, match=r"\d+ more -$") as caught:
+        trees.to_params("unet", {}, abstract["unet"])
+    assert len(str(caught.value).splitlines()) == 2 and len(str(caught.value)) < 1000
 
 
 def test_a_key_twice_under_two_names_is_extra(student, abstract):
@@ -292,10 +391,10 @@ def test_a_shard_is_missing_or_lacks_a_tensor(tmp_path):
 
     safetensors.numpy.save_file({"a": np.ones(2)}, tmp_path / "m-00001-of-00002.safetensors")
     index(a="m-00001-of-00002.safetensors", b="m-00001-of-00002.safetensors")
-    with pytest.raises(ModelError, match="promises 1 tensor that its shards lack: b"):
+    with pytest.raises(ModelError, match="promises 1 tensor that its shards lack: 'b'"):
         folders.read_tensors(tmp_path, "m")
     index(a="m-00001-of-00002.safetensors", b="m-00002-of-00002.safetensors")
-    with pytest.raises(ModelError, match="00002-of-00002.safetensors is missing"):
+    with pytest.raises(ModelError, match="names the shard .m-00002-of-00002.safetensors., which is missing"):
         folders.read_tensors(tmp_path, "m")
     index(a="../m-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match="outside its folder"):

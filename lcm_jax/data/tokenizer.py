@@ -1,7 +1,9 @@
 """CLIP's byte-pair tokenizer: building one for a closed set of words, loading one strictly, captions to token ids."""
 
+import codecs
 import json
 import os
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 LONGEST = 4096  # transformers stands 1e30 in for a model_max_length that the folder does not give
 
 
@@ -110,12 +114,44 @@ def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) 
     write("tokenizer.json", fast.to_str(pretty=True))
 
 
+def read_file(path: Path) -> dict:
+    """Return the JSON object in a file of a tokenizer. Raises ValueError that names the file.
+
+    transformers reads the same files, as UTF-8 only, so that another encoding is an error here.
+    """
+    content = path.read_bytes()
+    if content.startswith(MARKS):
+        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {reprlib.repr(value)}, not a JSON object; fetch it again")
+    return value
+
+
 def read_vocabulary(folder: Path) -> dict[str, int]:
-    if (folder / "vocab.json").is_file():
-        return json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    if (folder / "tokenizer.json").is_file():
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+    """Return token -> id from vocab.json or tokenizer.json, after a look at every file that transformers reads."""
+    found = {path.name: read_file(path) for path in sorted(folder.glob("*.json")) if path.name in FILES}
+    if (merges := folder / "merges.txt").is_file() and merges.read_bytes().startswith(MARKS):
+        raise ValueError(f"{merges} begins with a byte order mark; save it as UTF-8 without one")
+    length = found.get("tokenizer_config.json", {}).get("model_max_length", LONGEST)
+    if type(length) not in (int, float):  # 1e30 stands for none
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length={reprlib.repr(length)} is not supported; it must be "
+            "an integer"
+        )
+    if "vocab.json" in found:
+        name, vocab = "vocab.json", found["vocab.json"]
+    elif "tokenizer.json" in found:
+        name, model = "tokenizer.json", found["tokenizer.json"].get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+    else:
+        raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+    if not isinstance(vocab, dict) or not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):
+        raise ValueError(f"{folder / name} has no vocabulary of tokens and their ids; fetch it again")
+    return vocab
 
 
 def load(folder: str | Path):
@@ -126,27 +162,35 @@ def load(folder: str | Path):
     """
     folder = Path(folder)
     transformers = import_transformers()
+    vocab = read_vocabulary(folder)
     try:
-        vocab = read_vocabulary(folder)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except FileNotFoundError:
-        raise
+        empty, names = tokenizer("")["input_ids"], {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise ValueError(f"tokenizer in {folder} cannot be read ({error}); fetch its files again") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"tokenizer in {folder} cannot be read ({reason}); fetch its files again") from error
 
     if tokenizer.vocab_size != len(vocab) or len(vocab) < 256:
         raise ValueError(
             f"tokenizer in {folder} came up with {tokenizer.vocab_size} tokens, its vocabulary file has {len(vocab)}; "
             "its files are damaged or of another tokenizer: fetch them again"
         )
-    for name, token in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token)):
+    for name, token in names.items():
         if token not in vocab:
-            raise ValueError(f"tokenizer in {folder}: {name} {token!r} is not in its vocabulary; fetch its files again")
-    ends = [vocab[tokenizer.bos_token], vocab[tokenizer.eos_token]]
-    if (empty := tokenizer("")["input_ids"]) != ends:
-        raise ValueError(f"tokenizer in {folder} encodes '' as {empty}, not {ends}; it must be a CLIP tokenizer")
+            shown = reprlib.repr(token)
+            raise ValueError(f"tokenizer in {folder}: {name} {shown} is not in its vocabulary; fetch its files again")
+    ends = [vocab[token] for token in names.values()]
+    if empty != ends:
+        raise ValueError(
+            f"tokenizer in {folder} encodes '' as {reprlib.repr(empty)}, not {ends}; it must be a CLIP tokenizer"
+        )
     if tokenizer.model_max_length > LONGEST:
         raise ValueError(f"tokenizer in {folder} has no model_max_length; add it to tokenizer_config.json")
+    if type(tokenizer.model_max_length) is not int or tokenizer.model_max_length < 3:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length={tokenizer.model_max_length} is not supported; it "
+            f"must be an integer in 3..{LONGEST}"
+        )
     return tokenizer
 
 

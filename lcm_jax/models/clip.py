@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.models.attention import attention
+from lcm_jax.models.layers import SIZE, Between, check_config
 
 # What transformers writes beside a model's own options, with no effect on the numbers of this network.
 BOILERPLATE = frozenset(
@@ -30,17 +31,16 @@ BOILERPLATE = frozenset(
 
 PROJECTING = "CLIPTextModelWithProjection"
 
-# Options that this encoder has in one value only: any other would change the numbers.
-FIXED = {
-    "add_cross_attention": (False,),
-    "architectures": (None, ["CLIPTextModel"], ["CLIPModel"], [PROJECTING]),
-    "attention_dropout": (0, None),
-    "cross_attention_hidden_size": (None,),
-    "dropout": (0, None),
-    "is_decoder": (False,),
-    "model_type": ("clip_text_model",),
-    "pruned_heads": ({}, None),
-}
+# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
+SUPPORTED = dict.fromkeys(BOILERPLATE) | {
+    "vocab_size": (range(1, 2**24),), "hidden_size": (SIZE,), "intermediate_size": (SIZE,),
+    "num_hidden_layers": (range(1, 129),), "num_attention_heads": (SIZE,), "max_position_embeddings": (SIZE[1:],),
+    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (Between(0, 1),), "eos_token_id": (range(2**24),),
+    "projection_dim": (SIZE,), "initializer_range": (Between(0, 1e3),), "initializer_factor": (Between(0, 1e3),),
+    "add_cross_attention": (False,), "architectures": (None, ["CLIPTextModel", "CLIPModel"], [PROJECTING]),
+    "attention_dropout": (0, None), "cross_attention_hidden_size": (None,), "dropout": (0, None),
+    "is_decoder": (False,), "model_type": ("clip_text_model",), "pruned_heads": ({}, None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,14 @@ class TextOutput(NamedTuple):
 
 def read_config(config: Mapping[str, Any]) -> TextConfig:
     """A published config.json as it stands -> TextConfig. Raises ValueError on an option that is not supported."""
+    check_config("CLIPTextModel", config, SUPPORTED)
     own = {field.name for field in fields(TextConfig)} - {"projects"}
-    for name, value in config.items():
-        if name in FIXED:
-            if value not in FIXED[name]:
-                allowed = " or ".join(repr(choice) for choice in FIXED[name])
-                raise ValueError(f"CLIP text encoder: {name} is {value!r}; only {allowed} is supported")
-        elif name not in own and name not in BOILERPLATE:
-            raise ValueError(f"CLIP text encoder: option {name} = {value!r} is unknown; if inert, remove it")
-
     projects = config.get("architectures") == [PROJECTING]
     options = TextConfig(**{name: value for name, value in config.items() if name in own}, projects=projects)
-    if options.hidden_act not in ("quick_gelu", "gelu"):
-        raise ValueError(f"CLIP text encoder: hidden_act is {options.hidden_act!r}; supported are quick_gelu and gelu")
-    if not isinstance(options.eos_token_id, int):
-        raise ValueError(f"CLIP text encoder: eos_token_id is {options.eos_token_id!r}; it must be one integer")
     if options.hidden_size % options.num_attention_heads:
         raise ValueError(
-            f"CLIP text encoder: hidden_size {options.hidden_size} is not a multiple of "
-            f"num_attention_heads {options.num_attention_heads}"
+            f"CLIPTextModel config: hidden_size={options.hidden_size} is not a multiple of "
+            f"num_attention_heads={options.num_attention_heads}"
         )
     return options
 

@@ -1,7 +1,8 @@
 """The blocks that the autoencoder and the UNet share. NHWC; submodule names follow the keys of diffusers' weights."""
 
+import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,23 +17,73 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Holds a published config.json against what is implemented.
+class Between(NamedTuple):
+    """In a table of supported values: any number from `low` to `high`."""
 
-    supported: option -> tuple of the values that work, or None where any value does. Keys that begin with an underscore
-    are notes. Raises ValueError that names every option which is unknown or has a value that is not supported.
+    low: float
+    high: float
+
+
+# In such a table, beside the values themselves: a range is any integer of it, [kinds] a list of what is one of them.
+SIZE = range(1, 2**16 + 1)  # channels, tokens, pixels
+COUNT = range(1, 65)  # of layers, levels, heads
+LONGEST = 64  # list
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxtuple, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 12, 12, 60, 60, 30
+
+
+def supports(kind: Any, value: Any) -> bool:
+    """Return True if a value of a config.json is `kind`: a value, a range, Between, or [kinds]. true is not 1."""
+    if isinstance(kind, list):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) <= LONGEST
+            and all(any(supports(one, each) for one in kind) for each in value)
+        )
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, Between):
+        return type(value) in (int, float) and kind.low <= value <= kind.high
+    return isinstance(value, bool) == isinstance(kind, bool) and value == kind
+
+
+def name_of(kind: Any) -> str:
+    if isinstance(kind, list):
+        return "a list of " + " or ".join(map(name_of, kind))
+    if isinstance(kind, range):
+        return f"an integer in {kind.start}..{kind.stop - 1}"
+    return f"a number in [{kind.low:g}, {kind.high:g}]" if isinstance(kind, Between) else repr(kind)
+
+
+def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str, tuple | None]) -> None:
+    """Check a published config.json against what is implemented.
+
+    supported: option -> tuple of the values that work and of kinds of values (see `supports`), or None for an option
+    that changes nothing here. Keys that begin with an underscore are notes. Raises ValueError that names every option
+    which is unknown or has a value that is not supported.
     """
     wrong = []
     for option, value in config.items():
         if option.startswith("_"):
             continue
+        shown = f"{option if option.isidentifier() else SHORT.repr(option)}={SHORT.repr(value)}"
         if option not in supported:
-            wrong.append(f"{option}={value!r} (unknown option)")
-        elif supported[option] is not None and value not in supported[option]:
-            allowed = ", ".join(repr(v) for v in supported[option])
-            wrong.append(f"{option}={value!r} (supported: {allowed})")
+            wrong.append(f"{shown} (unknown option)")
+        elif supported[option] is not None and not any(supports(kind, value) for kind in supported[option]):
+            wrong.append(f"{shown} (supported: {', '.join(map(name_of, supported[option]))})")
     if wrong:
-        raise ValueError(f"{network} config has options that are not supported: {'; '.join(wrong)}")
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{network} config has options that are not supported: {'; '.join(wrong[:8])}{more}")
+
+
+def check_groups(network: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every width of `block_out_channels`, which must have one, is in whole groups of norms."""
+    widths, groups = config["block_out_channels"], config["norm_num_groups"]
+    if not widths or any(width % groups for width in widths):
+        raise ValueError(
+            f"{network} config: block_out_channels={list(widths)!r} is not supported; it needs at least one width, "
+            f"each a multiple of norm_num_groups={groups}"
+        )
 
 
 def freeze(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Text encoders, UNet and autoencoder as one latent diffusion model: pure functions of parameters and arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,15 @@ from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
 
 Params = Any
+
+
+@contextmanager
+def in_file(name: str) -> Iterator[None]:
+    """Errors about a config begin with the name of its file in the model's folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
@@ -62,16 +72,20 @@ class StableDiffusion:
         Raises ValueError that names an option which is not supported, or two networks that do not fit each other.
         """
         check_scheduler(configs["scheduler"])
-        unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
+        with in_file("unet/config.json"):
+            unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
         # SDXL's autoencoder says of itself that it overflows in half precision.
         upcast = configs["vae"].get("force_upcast", False) and jnp.dtype(dtype) == jnp.float16
-        tiny = configs["vae"].get("_class_name") == "AutoencoderTiny"
-        vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(configs["vae"], jnp.float32 if upcast else dtype)
-        text_encoder = CLIPTextModel.from_config(configs["text_encoder"], dtype)
+        kind = AutoencoderTiny if configs["vae"].get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+        with in_file("vae/config.json"):
+            vae = kind.from_config(configs["vae"], jnp.float32 if upcast else dtype)
+        with in_file("text_encoder/config.json"):
+            text_encoder = CLIPTextModel.from_config(configs["text_encoder"], dtype)
         width, channels = text_encoder.config.hidden_size, vae.config["latent_channels"]
         text_encoder_2 = None
         if "text_encoder_2" in configs:
-            text_encoder_2 = CLIPTextModel.from_config(configs["text_encoder_2"], dtype)
+            with in_file("text_encoder_2/config.json"):
+                text_encoder_2 = CLIPTextModel.from_config(configs["text_encoder_2"], dtype)
             width += text_encoder_2.config.hidden_size
             if not text_encoder_2.config.projects:
                 raise ValueError(

@@ -9,7 +9,18 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.layers import ACTIVATIONS, Conv, Dtype, activation, check_config, freeze, upsample_nearest
+from lcm_jax.models.layers import (
+    ACTIVATIONS,
+    COUNT,
+    SIZE,
+    Between,
+    Conv,
+    Dtype,
+    activation,
+    check_config,
+    freeze,
+    upsample_nearest,
+)
 
 DEFAULTS = {
     "in_channels": 3, "out_channels": 3, "encoder_block_out_channels": (64, 64, 64, 64),
@@ -17,8 +28,12 @@ DEFAULTS = {
     "num_encoder_blocks": (1, 3, 3, 3), "num_decoder_blocks": (3, 3, 3, 1), "scaling_factor": 1.0, "shift_factor": 0.0,
 }  # fmt: skip
 
-# Every option of the published config.json files: the values that are implemented, None for any.
-SUPPORTED = dict.fromkeys(DEFAULTS) | {
+# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
+SUPPORTED = {
+    "in_channels": (SIZE,), "out_channels": (SIZE,), "encoder_block_out_channels": ([SIZE],),
+    "decoder_block_out_channels": ([SIZE],), "latent_channels": (SIZE,), "num_encoder_blocks": ([COUNT],),
+    "num_decoder_blocks": ([COUNT],), "scaling_factor": (Between(1e-6, 1e6),),
+    "shift_factor": (None, Between(-1e6, 1e6)),
     "act_fn": tuple(ACTIVATIONS), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
     "force_upcast": (True, False), "latent_magnitude": None, "latent_shift": None,  # of a storage as bytes, not used
     "block_out_channels": None,

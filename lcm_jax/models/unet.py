@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import (
     ACTIVATIONS,
+    COUNT,
+    SIZE,
+    Between,
     Conv,
     Downsample,
     Dtype,
@@ -17,6 +20,7 @@ from lcm_jax.models.layers import (
     Upsample,
     activation,
     check_config,
+    check_groups,
     freeze,
 )
 
@@ -37,8 +41,18 @@ DEFAULTS = {
     "projection_class_embeddings_input_dim": None,
 }  # fmt: skip
 
-# The values that are implemented, of every option that a published config.json may hold; None for any.
-SUPPORTED = dict.fromkeys(DEFAULTS) | {
+DEPTH = range(65)  # transformer blocks; levels without attention may have 0
+# The values that are implemented, of every option that a published config.json may hold (see `supports` in layers.py).
+SUPPORTED = {
+    "sample_size": (None, SIZE, [SIZE]), "in_channels": (SIZE,), "out_channels": (SIZE,), "freq_shift": (0, 1),
+    "down_block_types": (list(DOWN_BLOCKS),), "up_block_types": (list(UP_BLOCKS),), "block_out_channels": ([SIZE],),
+    "layers_per_block": (COUNT, [COUNT]), "mid_block_scale_factor": (Between(1e-3, 1e3),), "norm_num_groups": (SIZE,),
+    "norm_eps": (Between(0, 1),), "cross_attention_dim": (SIZE, [SIZE]),
+    "transformer_layers_per_block": (DEPTH, [DEPTH, [DEPTH]]),
+    "reverse_transformer_layers_per_block": (None, DEPTH, [DEPTH, [DEPTH]]), "attention_head_dim": (SIZE, [SIZE]),
+    "num_attention_heads": (None, SIZE, [SIZE]), "time_embedding_dim": (None, SIZE),
+    "time_cond_proj_dim": (None, SIZE), "addition_time_embed_dim": (None, SIZE),
+    "projection_class_embeddings_input_dim": (None, SIZE),
     "center_input_sample": (True, False), "flip_sin_to_cos": (True, False), "mid_block_type": MID_BLOCKS,
     "act_fn": tuple(ACTIVATIONS), "use_linear_projection": (True, False), "upcast_attention": (True, False, None),
     "downsample_padding": (0, 1), "conv_in_kernel": (1, 3, 5), "conv_out_kernel": (1, 3, 5),
@@ -211,6 +225,19 @@ class MidLevel(Level):
         return resnet(1, self.attend(0, x, context)) if self.depths else x
 
 
+def check_heads(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a level has more attention heads than channels, or a size is not (height, width)."""
+    heads, size = config["num_attention_heads"] or config["attention_head_dim"], config["sample_size"]
+    each = heads if isinstance(heads, list | tuple) else [heads] * len(config["block_out_channels"])
+    if any(head > width for head, width in zip(each, config["block_out_channels"], strict=True)):
+        raise ValueError(
+            f"UNet2DConditionModel config: {heads!r} attention heads are not supported; use at most one per channel "
+            f"of block_out_channels={list(config['block_out_channels'])!r}"
+        )
+    if isinstance(size, list | tuple) and len(size) != 2:
+        raise ValueError(f"UNet2DConditionModel config: sample_size={size!r} is not supported; use [height, width]")
+
+
 def check_depths(config: Mapping[str, Any], levels: int) -> None:
     """Raises ValueError for numbers of transformer blocks that are not one, one a level, or a list a level."""
     layers = config["layers_per_block"]
@@ -277,6 +304,7 @@ class UNet2DCondition(nn.Module):
         """
         check_config("UNet2DConditionModel", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
+        check_groups("UNet2DConditionModel", config)
         levels = len(config["block_out_channels"])
         for option, supported in [("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)]:
             kinds = config[option]
@@ -289,6 +317,7 @@ class UNet2DCondition(nn.Module):
             value = config[option]
             if isinstance(value, list | tuple) and len(value) != levels:
                 raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} must be one value or {levels}")
+        check_heads(config)
         check_depths(config, levels)
         if config["addition_embed_type"] and not (
             config["addition_time_embed_dim"] and config["projection_class_embeddings_input_dim"]

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import (
+    COUNT,
+    SIZE,
+    Between,
     Conv,
     Downsample,
     Dtype,
@@ -15,18 +18,21 @@ from lcm_jax.models.layers import (
     ResnetBlock,
     Upsample,
     check_config,
+    check_groups,
     freeze,
 )
 
 EPSILON = 1e-6
 
-# Every option of the published config.json files: the values that are implemented, None for any.
+# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
-    "in_channels": None, "out_channels": None, "block_out_channels": None, "layers_per_block": None,
-    "latent_channels": None, "norm_num_groups": None, "sample_size": None, "scaling_factor": None,
-    "shift_factor": None, "latents_mean": (None,), "latents_std": (None,), "force_upcast": (True, False),
+    "in_channels": (SIZE,), "out_channels": (SIZE,), "block_out_channels": ([SIZE],), "layers_per_block": (COUNT,),
+    "latent_channels": (SIZE,), "norm_num_groups": (SIZE,), "sample_size": None,
+    "scaling_factor": (Between(1e-6, 1e6),), "shift_factor": (None, Between(-1e6, 1e6)),
+    "latents_mean": (None,), "latents_std": (None,), "force_upcast": (True, False),
     "use_quant_conv": (True, False), "use_post_quant_conv": (True, False), "mid_block_add_attention": (True, False),
-    "act_fn": ("silu", "swish", "gelu", "mish", "relu"), "down_block_types": None, "up_block_types": None,
+    "act_fn": ("silu", "swish", "gelu", "mish", "relu"),
+    "down_block_types": (["DownEncoderBlock2D"],), "up_block_types": (["UpDecoderBlock2D"],),
 }  # fmt: skip
 
 
@@ -142,6 +148,7 @@ class AutoencoderKL(nn.Module):
         """config: a published config.json as it stands. Raises ValueError that names what is not supported."""
         check_config("AutoencoderKL", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
+        check_groups("AutoencoderKL", config)
         levels = len(config["block_out_channels"])
         for option, kind in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]:
             if tuple(config.get(option, (kind,) * levels)) != (kind,) * levels:

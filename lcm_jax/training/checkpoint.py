@@ -104,6 +104,7 @@ def write_tree(
     outline: arrays whose numbers do not matter. read: that at a.b.c in the tree, by this name; each is read twice.
     advance is told how many bytes were written. Raises CheckpointError.
     """
+    _ignore_orphans()
     leaves = jax.tree_util.tree_leaves_with_path(outline)
     sums = {
         jax.tree_util.keystr(path): checksum(read(jax.tree_util.keystr(path, simple=True, separator=".")))

@@ -17,22 +17,37 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, unwritten
-from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, weight_file
-from lcm_jax.weights.stored import Advance, Tensors, map_safetensors, outline_of, size_of, write_safetensors
+from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, shown, variant_of, weight_file
+from lcm_jax.weights.stored import Advance, Tensors, map_safetensors, outline_of, size_of, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+POINTER = b"version https://git-lfs"  # what git leaves in the place of a large file that it did not fetch
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def open_file(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file, or of torch's .bin, .ckpt and .pt; nothing is read but the names."""
-    if path.suffix not in PICKLES:
-        return map_safetensors(path)
-    tensors = pickles.read_pickle(path)
-    return Tensors(tensors, tensors.__getitem__), {}
+    """Return (tensors, metadata) of a safetensors file or of one by torch.save; only the names are read.
+
+    The content says which it is, not the ending: people rename files. float8 is read as float16, in which each of its
+    numbers is exact. Raises ModelError.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): copy it again") from None
+    if start == POINTER:
+        raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository")
+    # The first eight bytes of safetensors are a length and may be any, behind them is a JSON object.
+    if start[8:9] != b"{" and start.startswith(pickles.STARTS):
+        tensors = pickles.read_pickle(path)
+        return widen(Tensors(tensors, tensors.__getitem__), path), {}
+    tensors, metadata = map_safetensors(path)
+    return widen(tensors, path), metadata
 
 
 def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors:
@@ -52,16 +67,19 @@ def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors
     if not chosen.endswith(".json"):
         return open_file(folder / chosen)[0]
     index = folder / chosen
-    placed = read_json(index)["weight_map"]
+    if not (placed := read_json(index)["weight_map"]):
+        raise ModelError(f"{index} names no tensors in its weight_map: copy the model again")
     where: dict[str, Tensors] = {}
     for name in sorted(set(placed.values())):
-        if Path(name).name != name:
-            raise ModelError(f"{index} names a shard outside its folder: {name!r}")
+        if Path(name).name != name or "\0" in name:
+            raise ModelError(f"{index} names a shard outside its folder: {shown(name)}")
+        if name not in names:
+            raise ModelError(f"{index} names the shard {shown(name)}, which is missing: copy the model again")
         shard, _ = open_file(folder / name)
         where |= dict.fromkeys(shard, shard)
     if missing := sorted(placed.keys() - where.keys()):
         count = plural(len(missing), "tensor")
-        raise ModelError(f"{index} promises {count} that its shards lack: {', '.join(missing[:5])}")
+        raise ModelError(f"{index} promises {count} that its shards lack: {shown(', '.join(missing[:5]))}")
     return Tensors({key: shard.outline[key] for key, shard in where.items()}, lambda key: where[key][key])
 
 
@@ -71,13 +89,17 @@ def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[st
 
 
 def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], Tensors]:
-    """(config.json, tensors by PyTorch name) of one network; name: unet, vae or text_encoder."""
+    """Return (config.json, tensors by PyTorch name) of one network; name: unet, vae or text_encoder.
+
+    variant: of its weights, unless only other networks of the folder have files of it, as in diffusers.
+    """
     part = folder / name
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: give one that has a {name}/ folder")
     if not part.is_dir():
         raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
-    return read_json(part / "config.json"), open_tensors(part, FILES[name], variant)
+    names = {other: [path.name for path in (folder / other).glob("*")] for other in NETWORKS}
+    return read_json(part / "config.json"), open_tensors(part, FILES[name], variant_of(names, name, variant))
 
 
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ CLASSES = {
     "tokenizer_2": ("transformers", ("CLIPTokenizer",)),
 }
 SECOND = ("text_encoder_2", "tokenizer_2")
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 60, 60, 30
 
 
 def locate(model: str | Path, variant: str | None = None, alone: bool = False) -> Path:
@@ -68,9 +71,9 @@ def to_convert(model: str | Path, what: str, based: bool = True) -> ModelError:
 
 
 def is_component(folder: Path) -> bool:
-    """Whether it is the folder of one network, as some are published: config.json beside its weights."""
+    """Return True if `folder` holds a single network, as some are published: config.json beside its weights."""
     return (folder / "config.json").is_file() and any(
-        path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
+        path.suffix.lower() in (".safetensors", ".bin") for path in folder.iterdir()
     )
 
 
@@ -91,13 +94,15 @@ def needed_files(model: str, names: Collection[str], variant: str | None = None,
         )
     folders = {name.partition("/")[0] for name in names}
     needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
+    inside = {
+        part: [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")] for part in NETWORKS
+    }
     for part in NETWORKS:
-        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        found = component_files(inside, FILES[part], variant)
+        found = component_files(inside[part], FILES[part], variant_of(inside, part, variant))
         if not found and part in folders:
             raise ModelError(
                 f"{model} has no weights of the {part}{f' in the variant {variant}' if variant else ''}: there are "
-                f"{', '.join(inside)}"
+                f"{', '.join(inside[part])}"
             )
         needed += [f"{part}/{name}" for name in found]
     return needed
@@ -116,44 +121,122 @@ def component_files(names: Collection[str], stem: str, variant: str | None = Non
 
 
 def weight_file(names: Collection[str], stem: str, variant: str | None = None) -> str | None:
-    """Which of a component's files has its weights, or the index of its shards; None where there is none.
+    """Return the file among `names` that holds a component's weights, or the index of its shards; None without one.
 
-    safetensors before .bin. stem: of FILES; transformers' .bin files are called pytorch_model.
+    The order is that of diffusers and transformers: safetensors before .bin; where a folder has both whole weights and
+    shards, transformers reads the whole ones and diffusers the shards. Three spellings of a variant's index are read:
+    `model.safetensors.index.fp16.json` and the earlier `model.fp16.safetensors.index.json` and
+    `model.safetensors.fp16.index.json`. stem: of FILES; transformers' .bin files are called pytorch_model.
     """
     middle = f".{variant}" if variant else ""
     for name, kind in ((stem, "safetensors"), (PICKLED.get(stem, stem), "bin")):
         whole = f"{name}{middle}.{kind}"
-        for found in (whole, f"{whole}.index.json", f"{name}.{kind}.index{middle}.json"):
+        shards = (f"{name}.{kind}.index{middle}.json", f"{whole}.index.json", f"{name}.{kind}{middle}.index.json")
+        for found in (whole, *shards) if stem in PICKLED else (*shards, whole):
             if found in names:
                 return found
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def variant_of(names: Mapping[str, Collection[str]], part: str, variant: str | None) -> str | None:
+    """Return the variant in which to read the network `part` of a model whose files are `names`, by network.
+
+    As in diffusers, a network without files of the variant is read without it if another network has some.
+    """
+    have = [other for other in names if weight_file(names[other], FILES[other], variant)]
+    return variant if part in have or not have else None
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+ENTRY = "a [library, class] pair"
+# The keys of each file that are read here, and the kind of their values; the networks' own options are checked by the
+# networks. Keys with True must be there.
+KEYS: dict[str, dict[str, tuple[Any, bool]]] = {
+    "model_index.json": {"_class_name": (str, False), "force_zeros_for_empty_prompt": (bool, False)}
+    | dict.fromkeys((*CLASSES, "scheduler"), (ENTRY, False)),
+    "config.json": {"_class_name": (str, False), "architectures": ([str], False)},
+    "scheduler_config.json": {"_class_name": (str, True), "prediction_type": (str, False)},
+    "index.json": {"weight_map": ({str: str}, True)},
+}
+NAMES = {str: "a string", bool: "true or false", dict: "an object", int: "an integer", ENTRY: ENTRY}
+
+
+def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) -> dict[str, Any]:
+    """Return the JSON object in a file: UTF-8, or what its byte order mark says, as editors on Windows write.
+
+    keys: (kind, required) of the keys that are checked; by default those that KEYS has for a file of this name. null
+    counts as absent. Raises ModelError that names the file, and the key, for anything else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): copy it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds {shown(content)}, not a JSON object: copy it again")
+    check_keys(path, content, keys_of(path.name) if keys is None else keys)
+    return content
+
+
+def check_keys(path: Path, content: Mapping[str, Any], keys: Mapping[str, tuple[Any, bool]]) -> None:
+    """The check of `read_json`, for an object that is part of a file."""
+    for key, (kind, required) in keys.items():
+        value = content.get(key)
+        if value is None and required:
+            raise ModelError(f"{path} has no {key}: copy it again")
+        if value is not None and not is_kind(value, kind):
+            raise ModelError(f"{path}: {key}={shown(value)} is not supported; it must be {name_of(kind)}")
+
+
+def keys_of(name: str) -> Mapping[str, tuple[Any, bool]]:
+    return KEYS["index.json"] if ".index." in name else KEYS.get(name, {})
+
+
+def is_kind(value: Any, kind: Any) -> bool:
+    """kind: a type, [type] for a list of it, {str: type} for an object of it, or ENTRY."""
+    if kind is ENTRY:
+        return isinstance(value, list) and len(value) == 2 and all(each is None or type(each) is str for each in value)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(type(each) is kind[0] for each in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(type(each) is kind[str] for each in value.values())
+    return type(value) is kind
+
+
+def name_of(kind: Any) -> str:
+    if isinstance(kind, list):
+        return f"a list of {NAMES[kind[0]].removeprefix('a ').removeprefix('an ')}s"
+    if isinstance(kind, dict):
+        return f"an object of {NAMES[kind[str]].removeprefix('a ').removeprefix('an ')}s"
+    return NAMES[kind]
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error: shortened, on one line."""
+    return SHORT.repr(value)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json. Raises ModelError where a component is of a class that is not supported."""
-    index = read_json(folder / "model_index.json")
+    """Return model_index.json. Raises ModelError where a component is of a class that is not supported."""
+    path = folder / "model_index.json"
+    index = read_json(path)
     for name, (_, expected) in CLASSES.items():
-        entry = index.get(name)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if name in SECOND and not any(index.get(other, [None])[0] for other in SECOND):
+        library, found = index.get(name) or [None, None]
+        found = found if library else None
+        if name in SECOND and not any((index.get(other) or [None])[0] for other in SECOND):
             continue
         if str(found).removesuffix("Fast") not in expected:
             supported = " or ".join(expected)
-            raise ModelError(f"{folder / 'model_index.json'}: {name} is {found!r}; only {supported} is supported")
+            raise ModelError(f"{path}: {name} is {shown(found)}; only {supported} is supported")
     if other := sorted({"controlnet", "motion_adapter", "text_encoder_3"} & index.keys()):
-        raise ModelError(f"{folder / 'model_index.json'}: {index.get('_class_name')} with {other[0]} is not supported")
+        raise ModelError(f"{path}: {shown(index.get('_class_name'))} with {other[0]} is not supported")
     return index
 
 
 def networks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The networks that a model_index.json names: text_encoder_2 is in some."""
-    return tuple(name for name in NETWORKS if index.get(name, [None])[0])
+    return tuple(name for name in NETWORKS if (index.get(name) or [None])[0])

@@ -7,8 +7,10 @@ of the weight that it changes without `.weight`. Two namings:
    of the module turned to `_`. That cannot be undone without the names themselves: `base` gives them. SDXL's are often
    those of the single-file layout. Text encoders: lora_te_ and, where there are two, lora_te1_ and lora_te2_.
 2. PEFT's, as diffusers writes it: `unet.<module>.lora_A.weight` (down), `.lora_B.weight` (up), alpha among the file's
-   metadata. Older files of diffusers have `.lora.down.weight`, `.lora_linear_layer.down.weight` or
-   `.processor.to_q_lora.down.weight`; they are read, never written.
+   metadata. PEFT itself writes `base_model.model.<module>.lora_A.weight`, and alpha to adapter_config.json beside the
+   file (lora_settings.py). OneTrainer has `unet.<module>.lora_down.weight` and `.alpha`, older files of diffusers have
+   `.lora.down.weight`, `.lora_linear_layer.down.weight` or `.processor.to_q_lora.down.weight`; they are read, never
+   written.
 
 Where a file says no alpha it is the rank.
 """
@@ -22,8 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lcm_jax.weights import lora_settings
 from lcm_jax.weights.diffusers_folder import open_file
 from lcm_jax.weights.errors import ModelError, overflowing
+from lcm_jax.weights.layout import read_json, shown
+from lcm_jax.weights.lora_settings import METADATA
 from lcm_jax.weights.single_file import names_in_folder, rename
 
 
@@ -52,9 +57,10 @@ PREFIXES = {
     "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
 }  # fmt: skip
 KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2)_)([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+WRAPPED = "base_model.model."  # PEFT's own prefix
 PEFT = re.compile(
-    r"(?:base_model\.model\.)?((?:unet|text_encoder|text_encoder_2)\.)?(.+?)"
-    r"\.(?:lora_(A|B)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))"
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2|lora_unet|lora_te|lora_te1|lora_te2)\.)?(.+?)"
+    r"\.(?:lora_(A|B)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?[._](down|up)\.weight|(alpha))"
 )
 OLD_ATTENTION = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": "up"}
@@ -62,16 +68,17 @@ LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": 
 OTHERS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
     "lora_mid": "LoCon with a Tucker core", "lora_embedding": "a LoRA of an embedding table",
+    ".diff": "a full difference of weights (LyCORIS)", ".w_norm": "a full difference of norms (LyCORIS)",
+    ".b_norm": "a full difference of norms (LyCORIS)", ".lora_B.bias": "a LoRA with biases",
 }  # fmt: skip
-METADATA = (
-    "lora_adapter_metadata"  # diffusers' name for PEFT's settings, JSON, each key with the component's name first
-)
 ALPHA_DTYPE = "alpha_dtype"  # ours: JSON has numbers of one kind only
+ALPHA_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
+SAID = (METADATA, ALPHA_DTYPE, lora_settings.FILE)  # of a file's metadata, what alpha is read from
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     return any(
-        KOHYA.fullmatch(key) or ".lora_A." in key or re.search(r"[._]lora\.(down|up)\.|_layer\.down\.", key)
+        KOHYA.fullmatch(key) or ".lora_A." in key or re.search(r"[._]lora[._](down|up)\.|_layer\.down\.", key)
         for key in keys
     )
 
@@ -84,10 +91,45 @@ def naming_of(keys: Iterable[str]) -> str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def find_file(path: Path) -> Path:
+    """Return `path`, or the weights in it where it is the folder of a PEFT adapter. Raises ModelError without any."""
+    if not path.is_dir():
+        return path
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise ModelError(f"{path} has no adapter_model.safetensors: use a LoRA file, or a folder that PEFT has saved")
+
+
 def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file, or of a pickle, which has no metadata. Raises ModelError."""
+    """Return (tensors, metadata) of a LoRA: a .safetensors file, a pickle, or a folder that PEFT has saved.
+
+    The metadata include adapter_config.json beside `adapter_model.*`. Raises ModelError that names the file, and the
+    key, for NaN, an alpha that is no scalar, and settings that are not supported.
+    """
+    path = find_file(path)
     tensors, metadata = open_file(path)
-    return dict(tensors), {key: value for key, value in metadata.items() if key != "format"}
+    metadata = {key: value for key, value in metadata.items() if key != "format"}
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha") and tensor.size != 1:
+            raise ModelError(f"{path}: {key} has the shape {list(tensor.shape)}, not one number; copy the file again")
+        if not np.issubdtype(tensor.dtype, np.integer) and not np.isfinite(tensor.astype(np.float32)).all():
+            what = "NaN" if np.isnan(tensor.astype(np.float32)).any() else "infinity"
+            raise ModelError(f"{path}: {key} holds {what}; use another file, its training has diverged")
+    config = path.with_name(lora_settings.FILE)
+    if path.stem == "adapter_model" and config.is_file():
+        metadata[lora_settings.FILE] = json.dumps(read_json(config))
+    lora_settings.read_settings(metadata, str(path))
+    return dict(tensors), metadata
+
+
+def open_lora(path: Path, base: "Components | None" = None, family: str = "sd1") -> "LoRA":
+    """Return the LoRA of a file or folder; base and family as in `read_lora`. Raises ModelError that names `path`."""
+    tensors, metadata = read_file(path)
+    try:
+        return read_lora(tensors, metadata, base, family)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def file_and_weight(text: str) -> tuple[Path, float]:
@@ -136,11 +178,15 @@ def read_lora(
             f"{some(unknown)}; {kinship(tensors, base)}"
         )
     alphas = alphas_of(metadata, parts)
+    if not alphas and any(key.startswith(WRAPPED) for key in tensors) and not any("alpha" in p for p in parts.values()):
+        raise ModelError(f"alpha is unknown: PEFT keeps it in {lora_settings.FILE}, which must be beside the file")
     updates: Updates = {}
     for (component, module), part in parts.items():
         if "down" not in part or "up" not in part:
             raise ModelError(f"{component}.{module} has only {' and '.join(part)}; copy the file again")
         alpha = part.get("alpha", alphas.get((component, module)))
+        if np.size(alpha) != 1:
+            raise ModelError(f"{component}.{module}: alpha has the shape {list(np.shape(alpha))}, not one number")
         update = Update(part["down"], part["up"], None if alpha is None else np.asarray(alpha).reshape(()))
         if update.down.ndim not in (2, 4) or update.up.shape[1:2] != update.down.shape[:1] or 0 in update.down.shape:
             raise ModelError(
@@ -148,7 +194,7 @@ def read_lora(
                 "in common; copy the file again"
             )
         updates.setdefault(component, {})[module] = update
-    lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in (METADATA, ALPHA_DTYPE)})
+    lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in SAID})
     if base is not None:
         check(lora, base)
     return lora
@@ -181,7 +227,9 @@ def place_of_peft(key: str, base: Components | None) -> tuple[str, str, str] | N
     match = PEFT.fullmatch(key)
     if match is None:
         return None
-    component, module = (match[1] or "unet.")[:-1], match[2]
+    component, module = PREFIXES.get(f"{match[1]}_", match[1] or "unet"), match[2]
+    if match[1] is None and module.startswith("text_model."):
+        component = "text_encoder"
     if component.startswith("text_encoder") and not module.startswith(("text_model.", "text_projection")):
         module = f"text_model.{module}"
     if base is not None and f"{module}.weight" not in base.get(component, {}):
@@ -190,26 +238,19 @@ def place_of_peft(key: str, base: Components | None) -> tuple[str, str, str] | N
     return component, module, LEAVES.get(leaf, leaf)
 
 
-def alphas_of(metadata: Mapping[str, str], parts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
-    """What PEFT's settings say of each (component, module)."""
-    try:
-        settings = json.loads(metadata.get(METADATA) or "{}")
-        dtype = np.dtype(metadata.get(ALPHA_DTYPE, "float32"))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"the file's metadata cannot be read ({error}); copy the file again") from None
+def alphas_of(
+    metadata: Mapping[str, str], parts: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Return what PEFT's settings say of each (component, module)."""
+    if (dtype := metadata.get(ALPHA_DTYPE, "float32")) not in ALPHA_DTYPES:
+        raise ModelError(f"metadata: {ALPHA_DTYPE}={shown(dtype)} is not supported; use {', '.join(ALPHA_DTYPES)}")
+    settings = lora_settings.read_settings(metadata, "metadata")
+    strengths = {name: lora_settings.Strengths(each, name or lora_settings.FILE) for name, each in settings.items()}
     found = {}
-    for component, module in parts:
-        own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
-        for option in ("use_rslora", "use_dora"):
-            if own.get(option):
-                raise ModelError(f"{option} of the {component} is not supported: merge it with the tool that made it")
-        alpha = own.get("lora_alpha")
-        for pattern, value in (own.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # PEFT's rule
-                alpha = value
-                break
-        if alpha is not None:
-            found[component, module] = np.asarray(alpha, dtype)
+    for (component, module), part in parts.items():
+        own = strengths.get(component, strengths.get(""))
+        if own is not None and "down" in part:
+            found[component, module] = np.asarray(own.alpha(module, len(part["down"])), dtype)
     return found
 
 
@@ -333,6 +374,8 @@ def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[s
             key = f"{module}.weight"
             tensor = components[component][key]
             total = tensor.astype(np.float32)
+            if not np.isfinite(total).all():
+                raise ModelError(f"{component}.{key} of the model holds NaN or infinity; use another model")
             for lora, weight in loras:
                 if update := lora.updates.get(component, {}).get(module):
                     total = total + delta(update, tensor.shape, weight)

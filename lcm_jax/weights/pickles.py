@@ -20,6 +20,7 @@ from lcm_jax.weights.errors import ModelError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a row that torch wrote before version 1.6
 VERSION = 1001
+STARTS = (b"PK", b"\x80")  # of a file by torch.save, since 1.6 and before
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -91,9 +92,9 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError) as error:  # numpy maps no empty file
         raise ModelError(f"{path} cannot be read ({error}): copy it again") from None
     start = bytes(mapped[:4])
-    if start.startswith(b"PK"):
+    if start.startswith(STARTS[0]):
         content, storages = read_zip(path, mapped)
-    elif start.startswith(b"\x80"):
+    elif start.startswith(STARTS[1]):
         content, storages = read_legacy(path, mapped)
     else:
         raise ModelError(f"{path} is no file of torch.save: it starts with {start!r}; give a .ckpt, .bin or .pt file")

@@ -15,14 +15,14 @@ no published name in this layout. Here it is `model.diffusion_model.time_embed.c
 
 What diffusers has no place for is dropped in reading: the noise schedule, `position_ids`, `logit_scale`, losses, the
 averaged weights (`model_ema.*`, unless they are asked for), and of sd2 the text encoder's 24th layer and projection,
-which the model does not use. All else comes back bit for bit.
+which the model does not use; `left_out` lists such keys. All else comes back bit for bit.
 
 Of `stored.Tensors` only the outlines are looked at first, and each tensor is read when it is asked for. Where shapes
-alone matter, a Mapping of shapes does as well. What they tell of the networks is in single_file_configs.py.
+alone matter, a Mapping of shapes does as well. single_file_family.py detects the family, and single_file_configs.py
+makes the networks' configs from the shapes.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
 from typing import Any
@@ -31,29 +31,10 @@ import numpy as np
 
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.naming import modern_key
+from lcm_jax.weights.single_file_family import MARKS, has, prefixes_of
 from lcm_jax.weights.stored import Tensors, outline_of
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-# By family: the component of diffusers and the prefix of its keys.
-COMPONENTS = {
-    "sd1": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
-    "sd2": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "unet": UNET, "vae": VAE, "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    "vae": {"vae": ""},
-}  # fmt: skip
-VAE_PREFIXES = ("", VAE, "vae.")  # that a file of an autoencoder alone may have
 OPEN_CLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))
-# Keys of other models that look alike.
-OTHERS = {
-    "control_model.": "a ControlNet", "depth_model.": "a depth-to-image model", "embedder.model.": "unCLIP",
-    "conditioner.embedders.0.model.": "the refiner of SDXL", "edm_mean": "Playground 2.5",
-    f"{UNET}label_emb.weight": "an upscaler", f"{UNET}joint_blocks.": "Stable Diffusion 3",
-    f"{UNET}double_blocks.": "Flux", "double_blocks.": "Flux", "lora_unet_": "a LoRA",
-    "down_blocks.": "the UNet of a diffusers folder", "encoder.down_blocks.": "the autoencoder of a diffusers folder",
-}  # fmt: skip
 
 RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -69,6 +50,14 @@ OPEN_LAYER = {
     "attn.in_proj_bias": "self_attn.qkv_proj.bias",
 }  # fmt: skip
 PROJECTION = "text_projection.weight"
+# The first parts of diffusers' own keys, which some files of one network have.
+OWN = {
+    "unet": (
+        "conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out",
+        "conv_out",
+    ),
+    "vae": ("encoder", "decoder", "quant_conv", "post_quant_conv"),
+}  # fmt: skip
 
 # What diffusers has no place for, of each component.
 NO_VAE = re.compile(r"(?!encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
@@ -77,63 +66,6 @@ NO_OPEN_CLIP = re.compile(r"logit_scale$|attn_mask$")
 # Stable Diffusion 2 takes the layer before the last of ViT-H's 24.
 NO_SD2_CLIP = re.compile(NO_OPEN_CLIP.pattern + r"|text_projection$|transformer\.resblocks\.23\.")
 NOTHING = re.compile(r"(?!)")
-
-
-# ---- which model it is ----------------------------------------------------------------------------------------------
-
-
-def recognise(tensors: Mapping[str, Any]) -> str:
-    """The family of a file: sd1, sd2, sdxl or vae. tensors: arrays or shapes by key; at most one is looked at.
-
-    Raises ModelError, with the keys that were looked for and those that are there, for any other file.
-    """
-    for mark, what in OTHERS.items():
-        if has(tensors, mark):
-            raise ModelError(
-                f"this file is {what} by its keys {mark}*, which is not supported here; "
-                "looked for Stable Diffusion 1.x, 2.x, XL or an autoencoder in the layout of their authors"
-            )
-    if f"{UNET}input_blocks.0.0.weight" in tensors:
-        labels = has(tensors, f"{UNET}label_emb.")
-        found = [family for family in ("sd1", "sd2", "sdxl") if has_text_encoders(tensors, family)]
-        if not found and not has(tensors, "cond_stage_model.") and not has(tensors, "conditioner."):
-            key = first(tensors, "attn2.to_k.weight")  # a UNet alone: by the width of the text that it attends to
-            width = shape_of(tensors[key])[1] if key else None
-            found = ["sdxl"] if labels else {768: ["sd1"], 1024: ["sd2"]}.get(width, [])
-        if len(found) == 1 and labels == (found[0] == "sdxl"):
-            return found[0]
-    elif any(f"{prefix}decoder.up.0.block.0.conv1.weight" in tensors for prefix in VAE_PREFIXES):
-        return "vae"
-    prefixes = Counter(".".join(key.split(".")[:3]) for key in tensors)
-    there = ", ".join(f"{prefix} ({n})" for prefix, n in prefixes.most_common(8)) or "no keys"
-    texts = "; ".join(
-        f"{family}: {' and '.join(prefix for part, prefix in parts.items() if part.startswith('text'))}"
-        for family, parts in COMPONENTS.items()
-        if family != "vae"
-    )
-    raise ModelError(
-        f"this file is of no known family: looked for {UNET}input_blocks.0.0.weight with the text encoders of one "
-        f"family ({texts}; {UNET}label_emb. in sdxl only), or for decoder.up.0.block.0.conv1.weight of an "
-        f"autoencoder; found {there}. Give a Stable Diffusion 1.x, 2.x or XL file"
-    )
-
-
-def has(keys: Iterable[str], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in keys)
-
-
-def has_text_encoders(keys: Iterable[str], family: str) -> bool:
-    prefixes = [prefix for part, prefix in COMPONENTS[family].items() if part.startswith("text")]
-    return all(has(keys, prefix) for prefix in prefixes)
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    """Of an array, or of what is a shape already."""
-    return tuple(getattr(value, "shape", value))
-
-
-def first(keys: Iterable[str], ending: str) -> str | None:
-    return next((key for key in keys if key.endswith(ending)), None)
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -206,6 +138,8 @@ def open_clip_names(layers: int) -> dict[str, str]:
 
 def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]:
     """The table for a component from its keys in this layout, without their prefix."""
+    if has(keys, "down_blocks.") or has(keys, "encoder.down_blocks."):
+        return {head: head for head in OWN[component]}
     if component == "unet":
         layers = [0]
         for n in range(1, count(keys, "input_blocks.")):
@@ -288,8 +222,9 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
         keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
         names, dropped = names_in_file(component, family, keys.keys()), dropped_of(component, family)
         for short, key in keys.items():
-            if not dropped.match(short):
+            if not dropped.match(short) and key not in MARKS:
                 new = rename(short, names)
+                new = modern_key(component, new) if new and component == "vae" else new
                 if new is None or places.setdefault((component, new), key) != key:
                     wrong.append(key)
     if wrong:
@@ -309,13 +244,10 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
     return places
 
 
-def prefixes_of(keys: Iterable[str], family: str) -> Mapping[str, str]:
-    """The prefix of each component of a family. An autoencoder alone has one of several."""
-    if family not in COMPONENTS:
-        raise ModelError(f"the family is {family!r}; choose one of {', '.join(COMPONENTS)}")
-    if family != "vae":
-        return COMPONENTS[family]
-    return {"vae": next((prefix for prefix in VAE_PREFIXES if has(keys, f"{prefix}decoder.")), "")}
+def left_out(tensors: Mapping[str, Any], family: str, ema: bool = False) -> list[str]:
+    """Return the keys of a file that no component has a place for, in its order; `open_diffusers` does without them."""
+    taken = {*locate(tensors, family, ema).values(), *MARKS}
+    return [key for key in tensors if key not in taken]
 
 
 def dropped_of(component: str, family: str) -> re.Pattern:

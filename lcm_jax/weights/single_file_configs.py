@@ -1,14 +1,20 @@
 """What the networks of a single file are: the configs that diffusers keeps beside the weights, told by the shapes."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Container, Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from lcm_jax.weights.errors import ModelError
-from lcm_jax.weights.single_file import OPEN_CLIP, PROJECTION, count, first, has, locate, shape_of
+from lcm_jax.weights.layout import shown
+from lcm_jax.weights.single_file import OPEN_CLIP, PROJECTION, count, locate
+from lcm_jax.weights.single_file_family import first, has, shape_of
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# Metadata keys of the prediction type: that of Stability AI's ModelSpec, and ComfyUI's.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTION_NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -24,13 +30,15 @@ LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_
 
 
 def configs_of(
-    tensors: Mapping[str, Any], family: str, prediction_type: str | None = None, scaling_factor: float | None = None
-) -> dict[str, dict[str, Any]]:
+    tensors: Mapping[str, Any], family: str, prediction_type: str | None = None, scaling_factor: float | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
 
     tensors: arrays or shapes by key; about twenty are looked at.
     prediction_type: what the UNet predicts, "epsilon" or "v_prediction". The scheduler has it where it is given, or
-    told by the key `v_pred`; where it has none, sd1 and sdxl predict epsilon, and sd2 is not known (`complete`).
+    told by the key `v_pred` or by the metadata; where it has none, sd1 and sdxl predict epsilon, and sd2 is not known
+    (`complete`).
     scaling_factor: of the latents, which a file of an autoencoder alone does not tell.
     The file does not tell either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1
     and heads of width 64 in all others; the schedule; the pixels that were trained on.
@@ -59,8 +67,8 @@ def configs_of(
         elif component != "unet":
             configs[component] = text_config(shape, keys, (family, component) in OPEN_CLIP)
     if "unet" in components:
-        if prediction_type is None and "v_pred" in tensors:
-            prediction_type = "v_prediction"
+        if prediction_type is None:
+            prediction_type = read_prediction(tensors, metadata)
         pooled = configs.get("text_encoder_2", {}).get("projection_dim")
         unet = unet_config(shapes("unet"), components["unet"].keys(), family, pooled)
         if family == "sd2" and prediction_type == "v_prediction":
@@ -69,10 +77,30 @@ def configs_of(
         kind = {"_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler"}
         kind |= {"timestep_spacing": "leading"} if family == "sdxl" else {}
         kind = LCM if unet["time_cond_proj_dim"] else kind
-        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}
+        velocity = prediction_type == "v_prediction"
+        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors and velocity else {}
         told = {} if prediction_type is None else {"prediction_type": prediction_type}
         configs["scheduler"] = SCHEDULE | kind | zero | told
     return configs
+
+
+def read_prediction(keys: Container[str], metadata: Mapping[str, str]) -> str | None:
+    """Return what the UNet of a file predicts by its marks and metadata, None where they are silent.
+
+    Raises ModelError where they contradict each other, or name what is not supported.
+    """
+    found = {"the key v_pred": "v_prediction"} if "v_pred" in keys else {}
+    for key in PREDICTION_KEYS:
+        if value := metadata.get(key):
+            name = PREDICTION_NAMES.get(value.strip().lower())
+            if name is None:
+                choices = " or ".join(PREDICTION_TYPES)
+                raise ModelError(f"metadata {key}={shown(value)} is not supported; pass --prediction_type={choices}")
+            found[f"metadata {key}"] = name
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{where} says {name}" for where, name in found.items())
+        raise ModelError(f"this file contradicts itself: {said}; pass --prediction_type")
+    return next(iter(found.values()), None)
 
 
 def marks_of(scheduler: Mapping[str, Any]) -> dict[str, np.ndarray]:

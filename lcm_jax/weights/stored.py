@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {name: short for short, name in DTYPES.items()}
 Advance = Callable[[int], None]  # is told how many bytes were done
+# Keys of what float8 weights are multiplied by, as ComfyUI's and torchao's files have them.
+SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -89,6 +92,25 @@ def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         return np.memmap(path, like.dtype, "r", offset, like.shape).view(np.ndarray)
 
     return Tensors(outline, read), metadata
+
+
+def widen(tensors: Tensors, path: Path) -> Tensors:
+    """`tensors` with those in float8 as float16, which holds each of their numbers exactly; `path` is their file's.
+
+    Raises ModelError for float8 that is scaled by other tensors, and for types whose numbers float16 cannot hold.
+    """
+    narrow = {key: like for key, like in tensors.outline.items() if like.dtype.name.startswith("float8")}
+    if not narrow:
+        return tensors
+    if scaled := next((key for key in tensors if SCALED.search(key)), None):
+        raise ModelError(
+            f"{path} has float8 weights with scales beside them ({scaled}), which are not supported: use the file in "
+            "float16 or bfloat16"
+        )
+    if other := next((key for key, like in narrow.items() if like.dtype.name == "float8_e8m0fnu"), None):
+        raise ModelError(f"{path}: {other} is float8_e8m0fnu, which is not supported: use the file in float16")
+    outline = tensors.outline | {key: hollow("float16", like.shape) for key, like in narrow.items()}
+    return Tensors(outline, lambda key: tensors[key].astype(outline[key].dtype, copy=False))
 
 
 def write_safetensors(

@@ -17,7 +17,7 @@ Params = dict[str, Any]
 def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, where: str = "") -> Params:
     """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs), in the stored dtypes.
 
-    Raises ModelError that lists every key that is missing, extra or of another shape.
+    Raises ModelError of two lines: how many keys are missing, extra, or of another shape or dtype, and some of each.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
     found: dict[tuple[str, ...], np.ndarray] = {}
@@ -27,24 +27,31 @@ def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, wh
         if modern is None:
             continue
         path = naming.to_path(modern, tensor.ndim)
-        if path in wanted and path not in found and tensor.dtype.name in DTYPES:
+        if path in wanted and path not in found:
             found[path] = naming.to_array(path, tensor)
         else:
             extra.append(f"+ {key} {tensor.dtype.name}{list(tensor.shape)}")
     missing = [f"- {naming.to_key(path)}" for path in wanted if path not in found]
-    shapes = [
-        f"! {naming.to_key(path)}: {naming.tensor_shape(path, found[path].shape)} in the file, "
-        f"{naming.tensor_shape(path, shape)} by the config"
-        for path, shape in wanted.items()
-        if path in found and found[path].shape != shape
-    ]
-    if problems := [*sorted(missing), *sorted(extra), *sorted(shapes)]:
+    other = []
+    for path, array in found.items():
+        key, shape = naming.to_key(path), naming.tensor_shape(path, array.shape)
+        if array.shape != wanted[path]:
+            other.append(f"! {key} {shape}, by the config {naming.tensor_shape(path, wanted[path])}")
+        elif array.dtype.name not in DTYPES:
+            other.append(f"! {key} {array.dtype.name}, which is not one of {', '.join(DTYPES)}")
+    if missing or extra or other:
         raise ModelError(
-            f"{name}{f' of {where}' if where else ''}: weights and config.json disagree "
-            f"({len(missing)} keys missing -, {len(extra)} extra +, {len(shapes)} of another shape !); "
-            "use the config that belongs to these weights\n" + "\n".join(problems)
+            f"{name}{f' of {where}' if where else ''}: weights and config.json disagree ({len(missing)} keys missing "
+            f"-, {len(extra)} extra +, {len(other)} of another shape or dtype !); use the config that belongs to these "
+            "weights\n" + "; ".join(some(missing) + some(extra) + some(other))
         )
     return unflatten_dict(found)
+
+
+def some(problems: list[str], most: int = 5) -> list[str]:
+    """The first of them in alphabetical order, and how many more there are."""
+    more = [f"{len(problems) - most} more {problems[0][0]}"] if len(problems) > most else []
+    return sorted(problems)[:most] + more
 
 
 def all_params(
