@@ -193,7 +193,7 @@ def test_what_diffusers_loads_from_a_mixture_is_loaded(copy, mixture):
     """safetensors and .bin, whole and sharded, of which only some networks have the variant."""
     for part, how in mixture.items():
         rename_weights(copy / part, *how)
-    theirs = reference_pipeline.LatentConsistencyModelPipeline.from_pretrained(copy, variant="fp16")
+    theirs = reference_pipeline.diffusers.LatentConsistencyModelPipeline.from_pretrained(copy, variant="fp16")
     for part in NETWORKS:
         expected = {naming.modern_key(part, k): t.numpy() for k, t in getattr(theirs, part).state_dict().items()}
         expected.pop(None, None)
@@ -218,7 +218,7 @@ def test_shards_and_whole_weights_in_one_folder(copy):
         rename_weights(copy / part, "safetensors", None, True)
         tensors = {key: tensor + 1 for key, tensor in safetensors.numpy.load(content).items()}
         safetensors.numpy.save_file(tensors, whole, {"format": "pt"})
-    theirs = reference_pipeline.LatentConsistencyModelPipeline.from_pretrained(copy)
+    theirs = reference_pipeline.diffusers.LatentConsistencyModelPipeline.from_pretrained(copy)
     for part, key in [("unet", "conv_in.bias"), ("text_encoder", "text_model.final_layer_norm.bias")]:
         state = {naming.modern_key(part, k): t.numpy() for k, t in getattr(theirs, part).state_dict().items()}
         found = {naming.modern_key(part, k): t for k, t in folders.read_component(copy, part)[1].items()}
