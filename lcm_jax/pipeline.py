@@ -14,10 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.diffusion import samplers
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.schedule import alpha_sigma, lcm_timesteps, solver_timesteps
+from lcm_jax.diffusion.samplers import SAMPLERS, Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.finite import Finite, all_finite, check_finite
@@ -27,38 +26,15 @@ from lcm_jax.weights import layout, naming, trees
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights.errors import ModelError
 
-SAMPLERS = {
-    "LCMScheduler": "lcm", "DDIMScheduler": "ddim", "PNDMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmsolver++", "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-}  # fmt: skip
-RANDOM_SAMPLERS = ("lcm", "euler_ancestral")  # which add noise at each step but the last
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def timesteps(model: StableDiffusion, sampler: str, steps: int) -> np.ndarray:
-    """The sampler's timesteps, descending int32[steps]. DDIM and Euler have the spacing of the scheduler's config, and
-    DPM-Solver++ the trailing one. Raises ValueError for a number of steps that the grid does not hold."""
-    config, total = model.scheduler, len(model.schedule.alphas_cumprod)
-    if sampler == "lcm":
-        return lcm_timesteps(steps, 1.0, config.get("original_inference_steps", 50), total)
-    if sampler in ("ddim", "euler", "euler_ancestral"):
-        return solver_timesteps(steps, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), total)
-    return solver_timesteps(steps, "trailing", 0, total)
+def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
+    """The steps of the sampler of that name for this model, by its scheduler_config.json.
 
-
-def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> samplers.Table:
-    """The sampler's steps for this model. Raises ValueError as `timesteps` does."""
-    grid = timesteps(model, sampler, steps)
-    if sampler == "lcm":
-        return samplers.consistency_table(grid, model.schedule)
-    if sampler == "ddim":
-        # Where a scheduler's config is silent this is diffusers' default for its class.
-        to_one = model.scheduler.get("set_alpha_to_one", model.scheduler.get("_class_name") != "PNDMScheduler")
-        return samplers.ddim_table(grid, model.schedule, to_one)
-    if sampler in ("euler", "euler_ancestral"):
-        return samplers.euler_table(grid, model.schedule, sampler == "euler_ancestral")
-    return samplers.dpm_solver_pp_table(grid, model.schedule)
+    Raises ValueError for a number of steps that the sampler does not have, and for options that it does not support.
+    """
+    return SAMPLERS[sampler].make_table(model.schedule, model.scheduler, steps)
 
 
 def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> jax.Array:
@@ -71,7 +47,7 @@ def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> j
 
 def sample_latents(
     model: StableDiffusion, params, context, negative, masked, latents, noise, guidance_scale, *, sampler: str,
-    table: samplers.Table,
+    table: Table,
 ) -> jax.Array:  # fmt: skip
     """Noise to scaled latents float32[B, h, w, c]: pure, and one `lax.scan`.
 
@@ -98,16 +74,8 @@ def sample_latents(
             cond, uncond = jnp.split(output, 2)
             return classifier_free(uncond, cond, weight)
 
-    if sampler == "lcm":
-        return samplers.sample_consistency(network, latents, table, noise, model.schedule)
-    if sampler == "ddim":
-        return samplers.sample_ddim(network, latents, table, model.schedule)
-    if sampler in ("euler", "euler_ancestral"):
-        if model.scheduler.get("timestep_spacing") == "trailing":  # diffusers then begins with sigma noise, and no x0
-            latents = latents * alpha_sigma(model.schedule, table.timesteps[0])[1]
-        noise = noise if sampler == "euler_ancestral" else None
-        return samplers.sample_euler(network, latents, table, noise, model.schedule)
-    return samplers.sample_dpm_solver_pp(network, latents, table, model.schedule)
+    chosen = SAMPLERS[sampler]
+    return chosen.sample(network, latents, table, model.schedule, noise if chosen.adds_noise else None)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -117,15 +85,15 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 def generate(
     model: StableDiffusion, params, token_ids, negative_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, table: samplers.Table, clip_skip: int = 0,
+    inpainting: Inpainting | None = None, *, sampler: str, table: Table, clip_skip: int = 0,
     zero_empty: bool = True, decode: bool = True,
 ) -> tuple[jax.Array, Finite]:  # fmt: skip
     """Token ids to images uint8[B, H, W, 3], or to scaled latents float32[B, h, w, c] without `decode`: pure.
 
     params: by network; token_ids: int32[B, L]; negative_ids: int32[L] or int32[B, L], what to guide away from, as a
     rule the empty prompt (SDXL: a row for each encoder, [B, 2, L] and [2, L], and time_ids float32[B, 6]); latents:
-    float32[B, h, w, c], standard normal; noise: float32[n - 1 or more, B, h, w, c], which `lcm` and `euler_ancestral`
-    use; guidance_scale: float32[] in diffusers' convention, w + 1, which goes in as an embedding where the UNet has
+    float32[B, h, w, c], standard normal; noise: float32[n - 1 or more, B, h, w, c], for a sampler that adds
+    noise; guidance_scale: float32[] in diffusers' convention, w + 1, which goes in as an embedding where the UNet has
     that input, and else as guidance without a classifier, its two passes as one batch of 2B. inpainting: for a UNet
     that takes it. sampler: one of SAMPLERS. table: its steps, see `sampler_table`. clip_skip: see `encode_prompt`;
     the prompt's alone. zero_empty: whether an empty negative prompt may be zeros.
@@ -288,11 +256,11 @@ class Pipeline:
     @property
     def sampler(self) -> str:
         """The sampler that the folder's scheduler asks for, one of SAMPLERS."""
-        name = self.configs["scheduler"]["_class_name"]
-        if name not in SAMPLERS:
-            names = ", ".join(dict.fromkeys(SAMPLERS.values()))
-            raise ValueError(f"scheduler {name} is not supported; choose the sampler: {names}")
-        return SAMPLERS[name]
+        scheduler = self.configs["scheduler"]["_class_name"]
+        names = [name for name, sampler in SAMPLERS.items() if sampler.scheduler == scheduler]
+        if not names:
+            raise ValueError(f"scheduler {scheduler} is not supported; choose the sampler: {', '.join(SAMPLERS)}")
+        return names[0]
 
     def __call__(
         self, prompt: str | Sequence[str], num_inference_steps: int = 4, guidance_scale: float = 8.0, seed: int = 0,
@@ -326,7 +294,7 @@ class Pipeline:
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
         sampler = self._check_sampler(sampler)
         steps = arguments.integer("num_inference_steps", num_inference_steps)
-        timesteps(self.model, sampler, steps)  # raises on a number that the grid does not hold
+        sampler_table(self.model, sampler, steps)  # raises on a number that the grid does not hold
         skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
         height, width = self._check_size(height, width)
         shape = self._latent_shape(height, width)
@@ -349,10 +317,11 @@ class Pipeline:
         run = self._jitted(
             sampler, steps, clip_skip=skip, zero_empty=negative_prompt is None, decode=output_type != "latent"
         )
+        draws = steps if SAMPLERS[sampler].adds_noise else 1
         parts = []
         for start in range(0, count, batch):
             chosen = np.minimum(start + np.arange(batch), count - 1)
-            drawn, noise = draw_noise(seed, batch, steps if sampler in RANDOM_SAMPLERS else 1, shape, first + start)
+            drawn, noise = draw_noise(seed, batch, draws, shape, first + start)
             drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)[chosen]
             outputs = run(
                 self.params, token_ids[chosen], negative_ids[chosen], drawn, noise, jnp.float32(scale), time_ids,
@@ -370,7 +339,7 @@ class Pipeline:
         return Output([Image.fromarray(each) for each in result])
 
     def _check_sampler(self, sampler: str | None) -> str:
-        sampler = arguments.choice("sampler", sampler or self.sampler, tuple(dict.fromkeys(SAMPLERS.values())))
+        sampler = arguments.choice("sampler", sampler or self.sampler, tuple(SAMPLERS))
         if sampler != "lcm" and self.model.guidance_embedding_dim is not None:
             raise ValueError(f"sampler is {sampler!r}, but this model is an LCM; use sampler='lcm' or its teacher")
         return sampler

@@ -39,7 +39,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Images made at once; lower it if 
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
-    ["lcm", "ddim", "dpmsolver++", "euler", "euler_ancestral"],
+    ["lcm", "ddim", "pndm", "dpmsolver++", "euler", "euler_ancestral"],
     "Sampler; defaults to the model's scheduler.",
     **OWN,
 )

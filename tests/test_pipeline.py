@@ -15,6 +15,7 @@ import reference_pipeline
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.diffusion.schedule import lcm_scheduler, make_schedule
 from lcm_jax.recipes.drawing import Sampler
 from lcm_jax.weights.errors import ModelError
 
@@ -98,8 +99,6 @@ def test_solvers_follow_the_folder_as_diffusers_does(models, name):
     """Classifier-free guidance, the grid of timesteps and the last step, from the scheduler's config."""
     latents = draw_latents()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(models / name)
-    if name == "pndm":  # it is replaced by DDIM with the same config, as diffusers' users do
-        theirs.scheduler = reference_pipeline.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
     if name == "trailing":
@@ -124,6 +123,24 @@ def test_what_cannot_act_is_a_warning_that_says_why(student, teacher):
     ) as told:
         teacher(PROMPT, negative_prompt="a photo", guidance_scale=1, sampler="lcm", **arguments)
     assert told[0].filename == __file__
+
+
+def test_a_sampler_that_is_not_supported_is_refused_only_where_it_samples(models, tmp_path):
+    folder = shutil.copytree(models / "dpm", tmp_path / "sde")
+    path = folder / "scheduler" / "scheduler_config.json"
+    odd = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    pipe = lcm_jax.Pipeline.from_pretrained(folder)
+    arguments = {"num_inference_steps": 2, "output_type": "latent"}
+    with pytest.raises(
+        ValueError, match="algorithm_type 'sde-dpmsolver\\+\\+' is not supported; use 'dpmsolver\\+\\+'"
+    ):
+        pipe(PROMPT, **arguments)
+    assert np.isfinite(pipe(PROMPT, sampler="euler", **arguments).images).all()
+    pipe.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / path.relative_to(folder)).read_text()) == pipe.configs["scheduler"]
+    student = lcm_scheduler(pipe.configs["scheduler"], 50)
+    np.testing.assert_array_equal(make_schedule(student).alphas_cumprod, pipe.model.schedule.alphas_cumprod)
 
 
 def test_a_network_without_guidance_input_is_guided_by_two_passes(teacher):
@@ -368,8 +385,7 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
         return folder
 
     for part, options, message in [
-        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True is not supported"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported"),
+        ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, "beta_start '0.1' is not supported; use a number"),
         ("unet/config.json", {"cross_attention_dim": 24}, "dim is 24, the text encoder's hidden_size 16"),
         ("unet/config.json", {"block_out_channels": [16, 16]}, "unet of .*another shape"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
@@ -385,7 +401,7 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
         lcm_jax.Pipeline.from_pretrained(folder)
 
     folder = changed("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler")
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; choose the sampler: lcm, ddim, dpm"):
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; choose the sampler: lcm, ddim, pndm"):
         lcm_jax.Pipeline.from_pretrained(folder)(PROMPT)
     tokenizers.build(reference_pipeline.WORDS, folder / "tokenizer", model_max_length=30)
     with pytest.raises(ModelError, match="model_max_length is 30, above the text encoder's max_position_embeddings 12"):

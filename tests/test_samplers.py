@@ -1,23 +1,16 @@
-"""The three samplers equal diffusers' schedulers, step for step, given the same network and the same noise."""
+"""Every sampler equals diffusers' scheduler, step for step, given the same network and the same noise."""
 
-from functools import partial
+import json
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.samplers import (
-    consistency_table,
-    ddim_table,
-    dpm_solver_pp_table,
-    euler_table,
-    sample_consistency,
-    sample_ddim,
-    sample_dpm_solver_pp,
-    sample_euler,
-)
-from lcm_jax.diffusion.schedule import PREDICTION_TYPES, lcm_timesteps, make_schedule, solver_timesteps
+from lcm_jax.diffusion.grids import SPACINGS, lcm_timesteps, solver_timesteps
+from lcm_jax.diffusion.samplers import SAMPLERS, consistency_table, ddim_table, sample_consistency, sample_ddim
+from lcm_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,8 +36,8 @@ def follow(scheduler, timesteps):
     return z.numpy()
 
 
-def assert_same(ours, theirs):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5 * np.abs(theirs).max())
+def assert_same(ours, theirs, tolerance=5e-5):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -56,7 +49,7 @@ def test_consistency_sampling_equals_lcm_scheduler(n, strength, kind, monkeypatc
     schedule = make_schedule(SD | {"prediction_type": kind})
     expected, noise = follow_lcm(diffusers.LCMScheduler(**SD, prediction_type=kind), n, strength, monkeypatch)
     table = consistency_table(lcm_timesteps(n, strength), schedule)
-    ours = sample_consistency(network, jnp.asarray(Z), table, noise, schedule)
+    ours = sample_consistency(network, jnp.asarray(Z), table, schedule, noise)
     assert_same(ours, expected)
 
 
@@ -69,7 +62,7 @@ def test_consistency_sampling_on_the_grid_and_table_of_the_embedded_student(n, m
     assert timesteps.tolist() == scheduler.timesteps.tolist() and timesteps[0] == 999
     schedule = make_schedule(config)
     table = consistency_table(timesteps, schedule)
-    assert_same(sample_consistency(network, jnp.asarray(Z), table, noise, schedule), expected)
+    assert_same(sample_consistency(network, jnp.asarray(Z), table, schedule, noise), expected)
 
 
 def follow_lcm(scheduler, n, strength, monkeypatch):
@@ -102,63 +95,197 @@ def test_ddim_equals_ddim_scheduler(spacing, offset, to_one, kind):
         assert_same(sample_ddim(network, jnp.asarray(Z), table, schedule), expected)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-def test_dpm_solver_equals_dpm_solver_multistep_scheduler(spacing, kind):
-    schedule = make_schedule(SD | {"prediction_type": kind})
-    for n, strength in [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (20, 1.0), (50, 1.0), (20, 0.5), (7, 0.3)]:
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            **SD, prediction_type=kind, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0
+# ---- the options of scheduler_config.json ---------------------------------------------------------------------------
+
+ROWS = 32
+NOISE = np.random.default_rng(5).standard_normal((ROWS, *Z.shape)).astype(np.float32)
+# What a config needs for its class to sample as Stable Diffusion does.
+NEEDED = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
+
+
+@cache
+def program(name: str, kind: str):
+    """The sampler of that name, compiled once for all tables."""
+    sampler, schedule = SAMPLERS[name], make_schedule(SD | {"prediction_type": kind})
+    noise = NOISE if sampler.adds_noise else None
+    return jax.jit(lambda table: sampler.sample(network, jnp.asarray(Z), table, schedule, noise))
+
+
+def assert_sampled_as_in_diffusers(name, options, counts, monkeypatch, kind="epsilon", tolerance=5e-5):
+    """Equal timesteps, and latents at the end, for a config with these options; it may be one of another class."""
+    sampler, config = SAMPLERS[name], SD | {"prediction_type": kind} | NEEDED.get(name, {}) | options
+    theirs = getattr(diffusers, sampler.scheduler).from_config(config)
+    for n in counts:
+        drawn = iter(NOISE)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor",
+            lambda *_, drawn=drawn, **__: torch.tensor(next(drawn)),
         )
-        scheduler.set_timesteps(n)
-        theirs = scheduler.timesteps[n - int(n * strength) :]
-        if spacing == "trailing":
-            assert solver_timesteps(n, strength=strength).tolist() == theirs.tolist()
-        table = dpm_solver_pp_table(theirs.numpy().astype(np.int32), schedule)
-        ours = sample_dpm_solver_pp(network, jnp.asarray(Z), table, schedule)
-        assert_same(ours, follow(scheduler, theirs))
+        theirs.set_timesteps(n)
+        table = sampler.make_table(make_schedule(config), config, n)
+        np.testing.assert_allclose(table.timesteps, theirs.timesteps.numpy(), rtol=0, atol=2e-3)
+        z = torch.tensor(Z) * theirs.init_noise_sigma
+        for t in theirs.timesteps:
+            z = theirs.step(torch_network(theirs.scale_model_input(z, t), t), t, z).prev_sample
+        assert_same(program(name, kind)(table.padded(ROWS)), z.numpy(), tolerance)
+
+
+def written(scheduler) -> dict:
+    """scheduler_config.json as `scheduler` writes it."""
+    return json.loads(scheduler.to_json_string())
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+def test_spacings(name, kind, monkeypatch):
+    if kind == "sample" and name in ("pndm", "euler_ancestral"):
+        pytest.skip("diffusers does not have it")
+    for spacing, offset in [*((spacing, 0) for spacing in SPACINGS), ("leading", 1), (None, 1)]:
+        options = {"timestep_spacing": spacing, "steps_offset": offset} if spacing else {}
+        assert_sampled_as_in_diffusers(name, options, (1, 2, 4, 7, 20), monkeypatch, kind=kind)
+
+
+@pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta", "lu"])
+@pytest.mark.parametrize("name", ["euler", "dpmsolver++"])
+def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
+    if (name, sigmas) == ("euler", "lu"):
+        pytest.skip("diffusers does not have it")
+    option = {"use_lu_lambdas" if sigmas == "lu" else f"use_{sigmas}_sigmas": True}
+    for kind, spacing, final in [
+        ("epsilon", "linspace", "zero"), ("v_prediction", "leading", "sigma_min"), ("epsilon", "trailing", "sigma_min"),
+    ]:  # fmt: skip
+        options = option | {"timestep_spacing": spacing, "steps_offset": 1, "final_sigmas_type": final}
+        assert_sampled_as_in_diffusers(name, options, (1, 3, 8, 25), monkeypatch, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("euler", {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0}),
+        ("euler", {"use_exponential_sigmas": True, "sigma_max": 12.0, "timestep_spacing": "leading"}),
+        ("ddim", {"set_alpha_to_one": False}),
+        ("pndm", {"set_alpha_to_one": True}),
+        ("dpmsolver++", {"solver_type": "heun"}),
+        ("dpmsolver++", {"solver_type": "heun", "lower_order_final": False, "use_karras_sigmas": True}),
+        ("dpmsolver++", {"solver_type": "bh2"}),
+        ("dpmsolver++", {"solver_order": 1}),
+        ("dpmsolver++", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+        ("dpmsolver++", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+        ("dpmsolver++", {"lambda_min_clipped": -5.1}),
+    ],
+)
+def test_options_of_one_class(name, options, monkeypatch):
+    assert_sampled_as_in_diffusers(name, options, (2, 5, 20), monkeypatch)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize(
+    ("theirs", "options"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+        ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False, "clip_sample": False}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading", "sigma_max": 12.0}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+        ("UniPCMultistepScheduler", {"solver_type": "bh2", "use_exponential_sigmas": True}),
+    ],
+)
+def test_another_sampler_takes_the_options_that_it_has(name, theirs, options, monkeypatch):
+    """As the from_config of its class in diffusers, which would clip latents if a config did not say clip_sample."""
+    config = written(getattr(diffusers, theirs)(**SD, **options))
+    assert config["_class_name"] == theirs and len(config) > 9
+    assert_sampled_as_in_diffusers(name, NEEDED.get(name, {}) | config, (4, 20), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lcm", {"timestep_scaling": 5.0}, "timestep_scaling 5.0 is not supported; use 10.0"),
+        (
+            "lcm",
+            {"original_inference_steps": 0},
+            "original_inference_steps 0 is not supported; use a whole number from 1",
+        ),
+        (
+            "lcm",
+            {"original_inference_steps": "50"},
+            "original_inference_steps '50' is not supported; use a whole number",
+        ),
+        ("lcm", {"thresholding": True}, "thresholding True is not supported; use false"),
+        ("ddim", {"clip_sample": True}, "clip_sample True is not supported; use false"),
+        ("ddim", {"_class_name": "DDIMScheduler"}, "clip_sample True is not supported; use false"),
+        ("ddim", {"timestep_spacing": None}, "timestep_spacing None is not supported; use 'leading' or 'trailing' or"),
+        ("ddim", {"steps_offset": -1}, "steps_offset -1 is not supported; use a whole number from 0 to 1000"),
+        ("ddim", {"steps_offset": [1]}, r"steps_offset \[1\] is not supported; use a whole number"),
+        ("pndm", {}, "skip_prk_steps False is not supported; use true, or another sampler"),
+        (
+            "pndm",
+            {"skip_prk_steps": True, "prediction_type": "sample"},
+            "prediction_type 'sample' is not supported; use",
+        ),
+        (
+            "euler",
+            {"interpolation_type": "log_linear"},
+            "interpolation_type 'log_linear' is not supported; use 'linear'",
+        ),
+        ("euler", {"timestep_type": "continuous"}, "timestep_type 'continuous' is not supported; use 'discrete'"),
+        ("euler", {"final_sigmas_type": "one"}, "final_sigmas_type 'one' is not supported; use 'zero' or 'sigma_min'"),
+        ("euler", {"use_karras_sigmas": "true"}, "use_karras_sigmas 'true' is not supported; use true or false"),
+        (
+            "euler",
+            {"use_karras_sigmas": True, "sigma_min": -1},
+            "sigma_min -1 is not supported; use a number between 0",
+        ),
+        ("euler", {"use_karras_sigmas": True, "sigma_min": 20.0}, "noise levels of 4 steps do not fall"),
+        (
+            "euler",
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "use_karras_sigmas and use_beta_sigmas exclude",
+        ),
+        ("dpmsolver++", {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported; use false"),
+        (
+            "dpmsolver++",
+            {"algorithm_type": "sde-dpmsolver++"},
+            "algorithm_type 'sde-dpmsolver\\+\\+' is not supported; use",
+        ),
+        ("dpmsolver++", {"solver_order": 3}, "solver_order 3 is not supported; use 1 or 2"),
+        ("dpmsolver++", {"variance_type": "learned"}, "variance_type 'learned' is not supported; use None"),
+        ("dpmsolver++", {"lambda_min_clipped": -1.0}, "lambda_min_clipped -1.0 is not supported; use a number between"),
+    ],
+)
+def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, message):
+    config = SD | options
+    schedule = make_schedule(config)
+    with pytest.raises(ValueError, match=message) as caught:
+        SAMPLERS[name].make_table(schedule, config, 4)
+    assert "\n" not in str(caught.value)
+    other = "euler_ancestral" if "steps_offset" not in options and "timestep_spacing" not in options else "lcm"
+    SAMPLERS[other].make_table(schedule, config, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+def test_a_number_of_steps_that_the_grid_does_not_hold(name):
+    config = SD | NEEDED.get(name, {}) | {"timestep_spacing": "leading", "steps_offset": 1}
+    for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmsolver++" else [])]:
+        most = 999 if name == "dpmsolver++" else most
+        with pytest.raises(ValueError, match=f"num_inference_steps is {n}; choose 1 to {most}$"):
+            SAMPLERS[name].make_table(make_schedule(config), config, n)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 50])
-def test_zero_snr_tables_are_sampled_as_in_diffusers(n, kind):
-    """Where alpha is 0 at the first step. diffusers' other two put 2^-12 there, also where it reads the network."""
-    config = SD | {"rescale_betas_zero_snr": True, "prediction_type": kind}
-    schedule, timesteps = make_schedule(config), solver_timesteps(n)
-    assert schedule.alphas_cumprod[timesteps[0]] == 0
-    ddim = diffusers.DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
-    ddim.set_timesteps(n)
-    table = ddim_table(timesteps, schedule)
-    assert_same(sample_ddim(network, jnp.asarray(Z), table, schedule), follow(ddim, ddim.timesteps))
-    dpm = diffusers.DPMSolverMultistepScheduler(**config, timestep_spacing="trailing")
-    dpm.set_timesteps(n)
-    found = sample_dpm_solver_pp(network, jnp.asarray(Z), dpm_solver_pp_table(timesteps, schedule), schedule)
-    np.testing.assert_allclose(found, follow(dpm, dpm.timesteps), atol=1e-3)
-
-    euler = diffusers.EulerDiscreteScheduler(**config, timestep_spacing="trailing")
-    euler.set_timesteps(n)
-    z = torch.tensor(Z) * euler.init_noise_sigma
-    for t in euler.timesteps:
-        z = euler.step(torch_network(euler.scale_model_input(z, t), t), t, z).prev_sample
-    found = sample_euler(network, jnp.asarray(Z), euler_table(timesteps, schedule), None, schedule)
-    np.testing.assert_allclose(found, z.numpy(), atol=1e-3)
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler"])
+def test_zero_snr_tables_are_sampled_as_in_diffusers(name, kind, monkeypatch):
+    """Where alpha is 0 at the first step; for all but DDIM 2^-12 stands for it."""
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert make_schedule(SD | options | {"prediction_type": kind}).alphas_cumprod[-1] == 0
+    tolerance = 2e-3 if name == "euler" else 5e-5  # diffusers' latents are in the thousands, in float32
+    assert_sampled_as_in_diffusers(name, options, (1, 2, 4, 8, 30), monkeypatch, kind=kind, tolerance=tolerance)
 
 
-def every_sampler(network, schedule, noise):
-    """(what makes the table of some timesteps, what samples by it), for each sampler."""
-    return {
-        "lcm": (consistency_table, lambda z, table: sample_consistency(network, z, table, noise, schedule)),
-        "ddim": (ddim_table, lambda z, table: sample_ddim(network, z, table, schedule)),
-        "euler": (euler_table, lambda z, table: sample_euler(network, z, table, None, schedule)),
-        "euler_ancestral": (
-            partial(euler_table, ancestral=True),
-            lambda z, table: sample_euler(network, z, table, noise, schedule),
-        ),
-        "dpmsolver++": (dpm_solver_pp_table, lambda z, table: sample_dpm_solver_pp(network, z, table, schedule)),
-    }
+# ---- the programs ---------------------------------------------------------------------------------------------------
 
 
-SAMPLERS = list(every_sampler(network, make_schedule(SD), None))
+def trailing_table(name: str, schedule, n: int):
+    return SAMPLERS[name].make_table(schedule, {"timestep_spacing": "trailing", "skip_prk_steps": True}, n)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -171,9 +298,9 @@ def test_a_sampler_is_one_scan_under_one_jit(name):
         traced.append(t.shape)
         return network(z, t)
 
-    z, noise = jnp.asarray(Z), jnp.zeros((7, *Z.shape))
-    make_table, sample = every_sampler(counted, schedule, noise)[name]
-    end = jax.jit(lambda z: sample(z, make_table(solver_timesteps(8), schedule)))(z)
+    z, noise = jnp.asarray(Z), jnp.zeros((7, *Z.shape)) if SAMPLERS[name].adds_noise else None
+    table = trailing_table(name, schedule, 8)
+    end = jax.jit(lambda z: SAMPLERS[name].sample(counted, z, table, schedule, noise))(z)
     assert traced == [(2,)] and end.shape == z.shape and end.dtype == jnp.float32
 
 
@@ -184,19 +311,18 @@ def test_one_program_takes_any_number_of_steps(name):
 
     def counted(z, t):
         traced.append(t.shape)
-        jax.debug.callback(lambda t: asked.append(int(t)), t[0], ordered=True)
+        jax.debug.callback(lambda t: asked.append(float(t)), t[0], ordered=True)
         return network(z, t)
 
-    noise = jnp.asarray(np.random.default_rng(1).standard_normal((7, *Z.shape)).astype(np.float32))
-    make_table, sample = every_sampler(counted, schedule, noise)[name]
-    program = jax.jit(sample)
+    noise = jnp.asarray(NOISE[:8]) if SAMPLERS[name].adds_noise else None
+    program = jax.jit(lambda z, table: SAMPLERS[name].sample(counted, z, table, schedule, noise))
     for n in (1, 2, 4, 8):
-        timesteps = solver_timesteps(n)
-        ours = program(jnp.asarray(Z), make_table(timesteps, schedule).padded(8))
+        table = trailing_table(name, schedule, n)
+        ours = program(jnp.asarray(Z), table.padded(9))
         jax.effects_barrier()
-        assert asked == timesteps.tolist()
+        assert asked == table.timesteps.tolist()
         assert traced == [(2,)]
-        alone = every_sampler(network, schedule, noise)[name][1](jnp.asarray(Z), make_table(timesteps, schedule))
+        alone = SAMPLERS[name].sample(network, jnp.asarray(Z), table, schedule, noise)
         np.testing.assert_allclose(ours, alone, atol=1e-5)
         asked.clear()
 
@@ -204,5 +330,5 @@ def test_one_program_takes_any_number_of_steps(name):
 def test_one_consistency_step_asks_for_no_noise():
     schedule = make_schedule(SD)
     table = consistency_table(lcm_timesteps(1), schedule)
-    end = sample_consistency(network, jnp.asarray(Z), table, jnp.zeros((0, *Z.shape)), schedule)
+    end = sample_consistency(network, jnp.asarray(Z), table, schedule, jnp.zeros((0, *Z.shape)))
     assert jnp.isfinite(end).all()

@@ -4,17 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.grids import lcm_timesteps, solver_timesteps
 from lcm_jax.diffusion.schedule import (
     PREDICTION_TYPES,
     Schedule,
     add_noise,
     alpha_sigma,
-    lcm_timesteps,
+    lcm_scheduler,
     make_schedule,
     predict_noise,
     predict_x0,
     skipping_steps,
-    solver_timesteps,
     training_target,
     velocity,
 )  # fmt: skip
@@ -39,13 +39,50 @@ def test_tables_equal_diffusers(config):
     np.testing.assert_allclose(table, theirs, rtol=5e-6, atol=1e-9)
 
 
-def test_a_config_that_is_not_supported_is_an_error():
-    with pytest.raises(ValueError, match="beta_schedule is 'sigmoid'; choose linear, scaled_linear"):
-        make_schedule({"beta_schedule": "sigmoid"})
-    with pytest.raises(ValueError, match="prediction_type is 'flow'; choose epsilon, sample, v_prediction"):
-        make_schedule(SD | {"prediction_type": "flow"})
-    with pytest.raises(ValueError, match="'epsilon', which says nothing .* choose sample or v_prediction"):
-        make_schedule(SD | {"rescale_betas_zero_snr": True})
+@pytest.mark.parametrize("name", ["DDIMScheduler", "LCMScheduler"])
+def test_a_silent_config_has_the_defaults_of_its_class(name):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = getattr(diffusers, name)().alphas_cumprod.numpy()
+    silent = {"_class_name": name}
+    np.testing.assert_allclose(make_schedule(silent).alphas_cumprod, theirs, rtol=5e-6)
+    student = lcm_scheduler(silent, 50)
+    np.testing.assert_array_equal(make_schedule(student).alphas_cumprod, make_schedule(silent).alphas_cumprod)
+    named = {key: value for key, value in student.items() if key[0] != "_"}
+    np.testing.assert_allclose(diffusers.LCMScheduler(**named).alphas_cumprod.numpy(), theirs, rtol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported; use 'linear' or 'scaled_linear' or"),
+        ({"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\] is not supported; use 'linear'"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow' is not supported; use 'epsilon' or 'sample' or 'v_pre"),
+        ({"prediction_type": None}, "prediction_type None is not supported; use 'epsilon'"),
+        ({"rescale_betas_zero_snr": True}, "'epsilon', which says nothing .* choose sample or v_prediction"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr 'yes' is not supported; use true or false"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not supported; use a whole number from 2 to"),
+        ({"num_train_timesteps": None}, "num_train_timesteps None is not supported; use a whole number"),
+        ({"num_train_timesteps": [1000]}, r"num_train_timesteps \[1000\] is not supported; use a whole number"),
+        ({"num_train_timesteps": -5}, "num_train_timesteps -5 is not supported; use a whole number"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is not supported; use a whole number"),
+        ({"num_train_timesteps": True}, "num_train_timesteps True is not supported; use a whole number"),
+        ({"beta_start": "0.1"}, "beta_start '0.1' is not supported; use a number between 0 and 1"),
+        ({"beta_end": -0.02}, "beta_end -0.02 is not supported; use a number between 0 and 1"),
+        ({"beta_end": float("nan")}, "beta_end nan is not supported; use a number between 0 and 1"),
+        ({"trained_betas": "betas.npy"}, "trained_betas 'betas.npy' is not supported; use a list of numbers between"),
+        ({"trained_betas": 0.5}, "trained_betas 0.5 is not supported; use a list of numbers between 0 and 1"),
+        (
+            {"trained_betas": ["0.1"] * 1000},
+            r"trained_betas \['0.1', .*\.\.\.\] is not supported; use a list of numbers",
+        ),
+        ({"trained_betas": [[0.1], [0.1, 0.2]]}, "trained_betas .* is not supported; use a list of numbers"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers and num_train_timesteps is 1000; use as many"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_an_error_of_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_schedule(SD | options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_alpha_and_sigma():
@@ -126,7 +163,7 @@ def test_a_strength_out_of_range(strength):
         lcm_timesteps(4, strength)
 
 
-@pytest.mark.parametrize(("spacing", "offset"), [("trailing", 0), ("leading", 0), ("leading", 1)])
+@pytest.mark.parametrize(("spacing", "offset"), [("trailing", 0), ("leading", 0), ("leading", 1), ("linspace", 0)])
 def test_many_step_grids_equal_diffusers(spacing, offset):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(**SD, timestep_spacing=spacing, steps_offset=offset)
@@ -145,8 +182,8 @@ def test_many_step_errors():
     for n in (0, 1001):
         with pytest.raises(ValueError, match=f"num_inference_steps is {n}; choose 1 to 1000"):
             solver_timesteps(n)
-    with pytest.raises(ValueError, match="timestep_spacing is 'linspace'; choose trailing or leading"):
-        solver_timesteps(10, "linspace")
+    with pytest.raises(ValueError, match="num_inference_steps is 1000, whose first timestep is 1000 with steps_offset"):
+        solver_timesteps(1000, "leading", 1)
     for strength in (0.05, 1.2):
         with pytest.raises(ValueError, match=f"strength is {strength} with 10 steps; choose a number from 0.1 to 1"):
             solver_timesteps(10, strength=strength)

@@ -1,14 +1,12 @@
 """Single steps of the probability-flow ODE, on a problem whose answer is known."""
 
-from functools import partial
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.samplers import ddim_table, dpm_solver_pp_table, sample_ddim, sample_dpm_solver_pp
-from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, solver_timesteps
+from lcm_jax.diffusion.samplers import SAMPLERS, make_dpm_solver_pp_table
+from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule
 from lcm_jax.diffusion.solvers import ddim_step, dpm_solver_pp_2m_step
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -25,9 +23,10 @@ def test_a_ddim_step_stays_on_a_straight_trajectory():
 
 def test_the_multistep_update_is_first_order_ddim_without_its_second_term():
     """First-order DPM-Solver is DDIM: ratio z + first x0 = alpha x0 + sigma e."""
-    schedule, timesteps = make_schedule(SD), np.array([999, 499], np.int32)
-    ratio, first, second = dpm_solver_pp_table(timesteps, schedule).coefficients[0]
-    assert second == 0
+    schedule = make_schedule(SD)
+    table = make_dpm_solver_pp_table(schedule, {"timestep_spacing": "trailing"}, 2)
+    _, _, ratio, first, second = table.coefficients[0]
+    assert second == 0 and table.timesteps.tolist() == [999, 499]
     x0, noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 1)).astype(np.float32)
     z = add_noise(schedule, x0, noise, jnp.array([999]))
     ours = dpm_solver_pp_2m_step(z, x0, np.zeros_like(x0), ratio, first, second)
@@ -44,19 +43,21 @@ def gaussian(schedule):
     return network
 
 
-def errors(sampler, table, counts, schedule):
+def errors(name, counts, schedule):
     """Largest distance from the ODE's exact solution: z scales with the standard deviation of its marginal."""
     z = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 1)), jnp.float32)
     alpha, sigma = alpha_sigma(schedule, jnp.array(999))
     exact = z * SPREAD / jnp.sqrt(alpha**2 * SPREAD**2 + sigma**2)
-    ends = [sampler(gaussian(schedule), z, table(solver_timesteps(n), schedule), schedule) for n in counts]
+    config = {"timestep_spacing": "trailing", "skip_prk_steps": True, "set_alpha_to_one": True}
+    sampler = SAMPLERS[name]
+    tables = [sampler.make_table(schedule, config, n) for n in counts]
+    ends = [sampler.sample(gaussian(schedule), z, table, schedule, None) for table in tables]
     return [float(jnp.abs(end - exact).max()) for end in ends]
 
 
 def test_ddim_and_dpm_solver_converge_to_the_exact_solution():
     schedule = make_schedule(SD)
-    ddim = errors(sample_ddim, partial(ddim_table, set_alpha_to_one=True), (10, 20, 40), schedule)
-    dpm = errors(sample_dpm_solver_pp, dpm_solver_pp_table, (10, 20, 40), schedule)
+    ddim, dpm = (errors(name, (10, 20, 40), schedule) for name in ("ddim", "dpmsolver++"))
     assert ddim[0] > 1.7 * ddim[1] > 1.7**2 * ddim[2], ddim  # first order: half the step, half the error
     assert dpm[0] > 2 * dpm[1] > 4 * dpm[2], dpm  # its last step, to sigma = 0, is of first order
     assert all(b < a for a, b in zip(ddim, dpm, strict=True)), (ddim, dpm)

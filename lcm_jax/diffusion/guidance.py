@@ -17,7 +17,7 @@ def capped(w: jax.Array, t: jax.Array, caps: Sequence[tuple[int, float]]) -> jax
     w: float32[B]; t: int32[B]. caps: (timestep, most) pairs, timesteps rising; from that timestep on, towards noise, w
     counts as `most` where it is more. ((0, 0.0), (300, inf)) guides an interval, as arXiv 2404.07724 does.
     """
-    most = jnp.full(w.shape, jnp.inf)
+    most = jnp.full(w.shape, jnp.inf, jnp.float32)
     for first, limit in caps:
         most = jnp.where(t >= first, limit, most)
     return jnp.minimum(w, most)

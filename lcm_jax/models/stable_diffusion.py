@@ -27,21 +27,6 @@ def in_file(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option of scheduler_config.json that changes the pictures and is not implemented."""
-    clips = config.get("clip_sample", config.get("_class_name") == "DDIMScheduler")  # diffusers' default
-    for option, value, allowed in [
-        ("clip_sample", clips, False),
-        ("thresholding", config.get("thresholding", False), False),
-        ("timestep_scaling", config.get("timestep_scaling", 10.0), 10.0),
-        ("use_karras_sigmas", config.get("use_karras_sigmas") or False, False),
-        ("algorithm_type", config.get("algorithm_type", "dpmsolver++"), "dpmsolver++"),
-        ("solver_order", config.get("solver_order", 2), 2),
-    ]:
-        if value != allowed:
-            raise ValueError(f"scheduler config: {option}={value!r} is not supported; only {allowed!r} is")
-
-
 class Conditioning(NamedTuple):
     """What SDXL's UNet is told: both encoders' layers side by side, the second's pooled output, and the sizes."""
 
@@ -59,7 +44,7 @@ class StableDiffusion:
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModel | None  # SDXL has two
     schedule: Schedule
-    scheduler: Mapping[str, Any]  # scheduler_config.json, for the grid of timesteps that it asks for
+    scheduler: Mapping[str, Any]  # scheduler_config.json, for the samplers
     empty_is_zero: bool  # the empty prompt is zeros to the UNet (SDXL's force_zeros_for_empty_prompt)
 
     @classmethod
@@ -71,7 +56,6 @@ class StableDiffusion:
 
         Raises ValueError that names an option which is not supported, or two networks that do not fit each other.
         """
-        check_scheduler(configs["scheduler"])
         with in_file("unet/config.json"):
             unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
         # SDXL's autoencoder says of itself that it overflows in half precision.

@@ -21,7 +21,7 @@ class Draws(NamedTuple):
 def draw(rng: jax.Array, batch, *, downscale: int, channels: int) -> Draws:
     """batch: {"image": uint8[B,H,W,3]}; downscale: pixels per latent along one axis."""
     b, height, width, _ = batch["image"].shape
-    return Draws(jax.random.normal(rng, (b, height // downscale, width // downscale, channels)))
+    return Draws(jax.random.normal(rng, (b, height // downscale, width // downscale, channels), jnp.float32))
 
 
 def loss(params, target, frozen, batch, draws: Draws, *, networks: Networks, kl_weight: float):

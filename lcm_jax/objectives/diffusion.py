@@ -35,12 +35,12 @@ def draw(
     """
     b, h, w, c2 = batch["moments"].shape
     posterior, noise, time, keep = jax.random.split(rng, 4)
-    u = jax.random.uniform(time, (b,))
+    u = jax.random.uniform(time, (b,), jnp.float32)
     return Draws(
-        posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
-        noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
+        posterior=jax.random.normal(posterior, (b, h, w, c2 // 2), jnp.float32),
+        noise=jax.random.normal(noise, (b, h, w, c2 // 2), jnp.float32),
         t=jnp.minimum(num_train_timesteps * u**timestep_power, num_train_timesteps - 1).astype(jnp.int32),
-        keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
+        keep_prompt=jax.random.uniform(keep, (b,), jnp.float32) >= empty_prompts,
     )
 
 

@@ -45,11 +45,11 @@ def draw(rng: jax.Array, batch, *, num_ddim_steps: int, w_min: float, w_max: flo
     b, h, w, c2 = batch["moments"].shape
     posterior, noise, index, weight, keep = jax.random.split(rng, 5)
     return Draws(
-        posterior=jax.random.normal(posterior, (b, h, w, c2 // 2)),
-        noise=jax.random.normal(noise, (b, h, w, c2 // 2)),
-        index=jax.random.randint(index, (b,), 0, num_ddim_steps),
-        w=jax.random.uniform(weight, (b,), minval=w_min, maxval=w_max),
-        keep_prompt=jax.random.uniform(keep, (b,)) >= empty_prompts,
+        posterior=jax.random.normal(posterior, (b, h, w, c2 // 2), jnp.float32),
+        noise=jax.random.normal(noise, (b, h, w, c2 // 2), jnp.float32),
+        index=jax.random.randint(index, (b,), 0, num_ddim_steps, jnp.int32),
+        w=jax.random.uniform(weight, (b,), jnp.float32, minval=w_min, maxval=w_max),
+        keep_prompt=jax.random.uniform(keep, (b,), jnp.float32) >= empty_prompts,
     )
 
 
@@ -71,7 +71,7 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
     out those near the picture, on which all others build. Consistency training weighs in the same spirit (2310.14189).
     """
     if weighting == "uniform":
-        return jnp.ones(s.shape)
+        return jnp.ones(s.shape, jnp.float32)
     if weighting == "inverse_sigma":
         return 1.0 / alpha_sigma(schedule, s)[1].reshape(s.shape)
     raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
@@ -91,7 +91,7 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
         raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
     noise, context, w_embedding = jax.tree.map(lambda a: a[chosen], (noise, context, w_embedding))
-    t = jnp.full(count, last)
+    t = jnp.full(count, last, jnp.int32)
     output = networks.student(target["unet"], noise, t, context, w_embedding)
     own = consistency_function(schedule, output, noise, t)
     return z.at[chosen].set(jax.lax.stop_gradient(own))

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lcm_jax import pipeline
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
 
@@ -32,7 +33,11 @@ class Sampler:
         self._ids, self._empty = tokenize(prompts), tokenize([""])[0]
         self._time_ids = None if model.text_encoder_2 is None else pipeline.make_time_ids(self._batch, (size, size))
         self._inpainting = inpainting
-        self._most = {sampler: max(every, default=0) for sampler, every in plan.items()}
+        self._rows = {
+            name: len(pipeline.sampler_table(model, name, max(every)).timesteps)
+            for name, every in plan.items()
+            if every
+        }
         self._compiled: dict = {}
 
     def of(self, prompts: list[str]) -> "Sampler":
@@ -44,9 +49,9 @@ class Sampler:
     def __call__(self, params, sampler: str, steps: int, guidance_scale: float) -> tuple[np.ndarray, float]:
         """(uint8[len(prompts), H, W, 3], seconds without compilation). params: by network."""
         params = jax.block_until_ready(jax.device_put({name: params[name] for name in self._model.networks}))
-        most = self._most[sampler]
-        table = pipeline.sampler_table(self._model, sampler, steps).padded(most)
-        draws = most if sampler in pipeline.RANDOM_SAMPLERS else 1
+        rows = self._rows[sampler]
+        table = pipeline.sampler_table(self._model, sampler, steps).padded(rows)
+        draws = rows if SAMPLERS[sampler].adds_noise else 1
         inputs = [self._inputs(draws, first, guidance_scale) for first in range(0, len(self.prompts), self._batch)]
         if sampler not in self._compiled:
             function = jax.jit(

@@ -30,12 +30,12 @@ def draw_masks(rng: jax.Array, count: int, height: int, width: int) -> jax.Array
     """float32[count, height, width, 1]: a rectangle of ones, each side from a quarter of the picture's to all of it,
     or ones alone (`EVERYWHERE`)."""
     extents, corners, everywhere = jax.random.split(rng, 3)
-    everywhere = jax.random.uniform(everywhere, (count, 1)) < EVERYWHERE
-    extent = jnp.where(everywhere, 1.0, jax.random.uniform(extents, (count, 2), minval=0.25))
-    first = jax.random.uniform(corners, (count, 2)) * (1.0 - extent)
+    everywhere = jax.random.uniform(everywhere, (count, 1), jnp.float32) < EVERYWHERE
+    extent = jnp.where(everywhere, 1.0, jax.random.uniform(extents, (count, 2), jnp.float32, minval=0.25))
+    first = jax.random.uniform(corners, (count, 2), jnp.float32) * (1.0 - extent)
 
     def inside(axis: int, size: int) -> jax.Array:
-        middle = (jnp.arange(size) + 0.5)[None] / size
+        middle = (jnp.arange(size, dtype=jnp.float32) + 0.5)[None] / size
         return (middle >= first[:, axis, None]) & (middle <= (first + extent)[:, axis, None])
 
     return (inside(0, height)[:, :, None] & inside(1, width)[:, None, :]).astype(jnp.float32)[..., None]
@@ -53,7 +53,7 @@ def masking(
         step, mask, posterior = jax.random.split(rng, 3)
         b, h, w, c2 = batch["moments"].shape
         masks = draw_masks(mask, b, h * model.downscale, w * model.downscale)
-        return Draws(draw(step, batch), masks, jax.random.normal(posterior, (b, h, w, c2 // 2)))
+        return Draws(draw(step, batch), masks, jax.random.normal(posterior, (b, h, w, c2 // 2), jnp.float32))
 
     def beside(denoise: Callable) -> Callable:
         def denoise_beside(params, z, t, context, *guidance):
@@ -84,5 +84,5 @@ def to_paint(model: StableDiffusion, records: Sequence, count: int) -> pipeline.
     mask, noise = jax.random.split(jax.random.key(SEED))
     shape = (count, height // model.downscale, width // model.downscale, model.vae.config["latent_channels"])
     return pipeline.Inpainting(
-        to_float(images), draw_masks(mask, count, height, width), jax.random.normal(noise, shape)
+        to_float(images), draw_masks(mask, count, height, width), jax.random.normal(noise, shape, jnp.float32)
     )

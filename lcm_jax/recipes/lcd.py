@@ -133,6 +133,10 @@ def lcd_job(config, workdir: Path) -> Job:
     configs = student_configs(config, teacher.configs)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
     lcd.check_w_caps(config.objective.w_caps, len(model.schedule.alphas_cumprod) - 1)  # before hours of encoding
+    for each, plan in ((teacher.model, config.report.teacher), (model, config.report.student)):
+        for name, every in plan.items():
+            for steps in every:
+                pipeline.sampler_table(each, name, steps)  # raises where the report after hours of training would
     # On the host from here on: what the devices hold is what the loop puts there.
     teacher.params = jax.device_get(teacher.params)
     frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}

@@ -1,0 +1,82 @@
+"""Grids of timesteps, and of noise levels sigma / alpha between them, as diffusers spaces them."""
+
+import numpy as np
+from scipy.special import betaincinv
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def lcm_timesteps(
+    num_inference_steps: int, strength: float = 1.0, original_steps: int = 50, num_train_timesteps: int = 1000
+) -> np.ndarray:
+    """The n timesteps of the few-step sampler, descending int32[n], out of the grid that distillation used.
+
+    strength < 1 begins further down, for image to image. Raises ValueError when n is not in 1..int(50 strength).
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; choose a number above 0 and at most 1")
+    grid = (np.arange(1, int(original_steps * strength) + 1) * (num_train_timesteps // original_steps) - 1)[::-1]
+    if not 1 <= num_inference_steps <= len(grid):
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}; choose 1 to {len(grid)}"
+            f"{f' (at strength {strength})' if strength < 1 else ''}, best 2 to 8"
+        )
+    indices = np.floor(np.linspace(0, len(grid), num_inference_steps, endpoint=False)).astype(int)
+    return grid[indices].astype(np.int32)
+
+
+def spaced(n: int, spacing: str, steps_offset: int, num_train_timesteps: int, skip_last: bool = False) -> np.ndarray:
+    """n timesteps of one of SPACINGS, descending float64[n]; those of `linspace` are not rounded.
+
+    skip_last: one step more is made and left out, as DPM-Solver's grids are, unless the spacing is trailing.
+    Raises ValueError if there are not so many timesteps.
+    """
+    total = num_train_timesteps
+    points = n + (skip_last and spacing != "trailing")
+    if n < 1 or points > total:
+        raise ValueError(f"num_inference_steps is {n}; choose 1 to {total + n - points}")
+    if spacing == "trailing":
+        return np.round(np.arange(total, 0, -total / n))[:n] - 1
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, points)[::-1][:n]
+    grid = (np.arange(points) * (total // points))[::-1][:n] + float(steps_offset)
+    if grid[0] >= total:
+        raise ValueError(
+            f"num_inference_steps is {n}, whose first timestep is {grid[0]:g} with steps_offset {steps_offset}; "
+            f"use fewer, so that it is below {total}"
+        )
+    return grid
+
+
+def solver_timesteps(
+    num_inference_steps: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000,
+    strength: float = 1.0,
+) -> np.ndarray:  # fmt: skip
+    """The n timesteps of a many-step solver, descending int32[n], at diffusers' DDIM spacing, one of SPACINGS.
+
+    strength < 1 keeps the last int(n strength) of them, for image to image.
+    Raises ValueError when n is not in 1..num_train_timesteps, or strength leaves no step.
+    """
+    n = num_inference_steps
+    grid = np.round(spaced(n, spacing, steps_offset, num_train_timesteps))
+    if not 1 <= int(n * strength) <= n:
+        raise ValueError(f"strength is {strength} with {n} steps; choose a number from {1 / n:.3g} to 1")
+    return grid[n - int(n * strength) :].astype(np.int32)
+
+
+# ---- noise levels, descending float64[n] from `high` to `low` -------------------------------------------------------
+
+
+def karras_sigmas(high: float, low: float, n: int) -> np.ndarray:
+    """Evenly spaced in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
+    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
+
+
+def exponential_sigmas(high: float, low: float, n: int) -> np.ndarray:
+    """Evenly spaced in log sigma."""
+    return np.exp(np.linspace(np.log(high), np.log(low), n))
+
+
+def beta_sigmas(high: float, low: float, n: int) -> np.ndarray:
+    """Spaced as the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173)."""
+    return low + betaincinv(0.6, 0.6, np.linspace(1, 0, n)) * (high - low)
