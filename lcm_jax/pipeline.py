@@ -34,7 +34,11 @@ def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
 
     Raises ValueError for a number of steps that the sampler does not have, and for options that it does not support.
     """
-    return SAMPLERS[sampler].make_table(model.schedule, model.scheduler, steps)
+    config = model.scheduler
+    if model.text_encoder_2 is None and sampler != "lcm":
+        # diffusers' StableDiffusionPipeline sets these two whatever the file contains: old files have the class's own.
+        config = dict(config) | {"steps_offset": 1, "clip_sample": False}
+    return SAMPLERS[sampler].make_table(model.schedule, config, steps)
 
 
 def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> jax.Array:

@@ -27,10 +27,16 @@ PROMPT = "a red circle above a blue square"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders written by diffusers, by the name of their scheduler: lcm (a student), ddim, trailing, pndm, dpm."""
+    """Folders written by diffusers, by the name of their scheduler: lcm (a student), ddim, trailing, pndm, dpm.
+
+    silent: a scheduler that clips, as pixels need, and leaves steps_offset to its class.
+    """
     folder = tmp_path_factory.mktemp("models")
     for name in reference_pipeline.SCHEDULERS:
         reference_pipeline.build(folder / "tokenizer", name).save_pretrained(folder / name)
+    shutil.copytree(folder / "ddim", folder / "silent")
+    config = folder / "silent" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "DDIMScheduler", "clip_sample": True} | reference_pipeline.SCHEDULE))
     return folder
 
 
@@ -94,7 +100,7 @@ def test_several_steps_are_those_of_diffusers_given_the_same_noise(models, stude
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", ["ddim", "trailing", "pndm", "dpm"])
+@pytest.mark.parametrize("name", ["ddim", "silent", "trailing", "pndm", "dpm"])
 def test_solvers_follow_the_folder_as_diffusers_does(models, name):
     """Classifier-free guidance, the grid of timesteps and the last step, from the scheduler's config."""
     latents = draw_latents()
