@@ -19,7 +19,7 @@ from lcm_jax import cost
 from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.recipes import lcd
+from lcm_jax.recipes import lcd, settings
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import check_batch_size
 from lcm_jax.training.state import create_state, make_optimizer
@@ -57,14 +57,16 @@ def figures(config) -> dict[str, Any]:
     """All that `show` tells, as plain numbers; bytes are those of one device.
 
     config: as of a run. mesh.data = -1 stands for the devices that this machine has. Raises ValueError for another
-    objective, RunError for a batch that does not fit the mesh.
+    objective and a setting out of its range, RunError for a batch that does not fit the mesh.
     """
+    settings.check(config)
     if config.objective.name != "lcd":
         raise ValueError(f"--dry_run knows the objective lcd; this config has {config.objective.name!r}")
     dtype = jnp.dtype(config.train.dtype)
     configs, source = teacher_configs(config)
     teacher = StableDiffusion.from_configs(configs, dtype)
     model = StableDiffusion.from_configs(lcd.student_configs(config, configs), dtype, remat=config.train.remat)
+    lcd.check_samplers(config, teacher, model)
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
     local = check_batch_size(config, mesh.size)
 
@@ -123,10 +125,8 @@ def figures(config) -> dict[str, Any]:
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
-    """As `sharding.make_mesh`, of devices that need not be there. Raises ValueError for less than one of them."""
-    data = max(jax.device_count() // max(fsdp, 1), 1) if data == -1 else data
-    if data < 1 or fsdp < 1:
-        raise ValueError(f"mesh.data x mesh.fsdp is {data} x {fsdp}; give 1 or more of each, or mesh.data=-1")
+    """As `sharding.make_mesh`, of devices that need not be there."""
+    data = max(jax.device_count() // fsdp, 1) if data == -1 else data
     return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 

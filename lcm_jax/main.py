@@ -1,27 +1,25 @@
 """Train by a config file: distil, fine-tune, or train a model from scratch.
 
-    python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/shapes
-    python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/long --config.train.steps=4000
-    python -m lcm_jax.main --config=configs/lcd.py:sd15 --dry_run
+    python -m lcm_jax.main --config=shapes --workdir=runs/shapes
+    python -m lcm_jax.main --config=shapes --workdir=runs/long --config.train.steps=4000
+    python -m lcm_jax.main --config=lcd:sd15 --dry_run
 
-Every key of the config can be set by --config.group.key=value. The same command in the same workdir goes on where a
-stopped run left off.
+--list_configs lists the bundled configs; --config also takes a file, such as configs/shapes.py. Every key of the config
+can be set by --config.group.key=value. The same command in the same workdir goes on where a stopped run left off.
 """
 
-import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; an argument follows a colon.")
+from lcm_jax import config_files
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A bundled config or a file; an argument follows a colon.")
+LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "Only list the bundled configs.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, metrics, report, export.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would take: memory, work, time. Needs no weights.")
-flags.mark_flag_as_required("config")
-flags.register_multi_flags_validator(
-    ["workdir", "dry_run"], lambda given: given["dry_run"] or given["workdir"], "Flag --workdir must have a value."
-)
 
 
 def main(argv: list[str]) -> int:
@@ -29,24 +27,28 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
     # Imported late, so that --help and a mistyped option answer at once.
-    from lcm_jax import command, dry_run
-    from lcm_jax.recipes import RECIPES
-    from lcm_jax.training.checkpoint import CheckpointError
-    from lcm_jax.training.loop import RunError, check_run, train
+    from lcm_jax.errors import RunError, check_devices, keep_interrupts, phase
 
-    config = CONFIG.value
-    if config.objective.name not in RECIPES:
-        print(f"objective.name is {config.objective.name!r}; choose one of {', '.join(RECIPES)}", file=sys.stderr)
-        return 2
     try:
-        command.configure_jax()
-        if DRY_RUN.value:
-            dry_run.show(dry_run.figures(config))
-            return 0
-        workdir = Path(WORKDIR.value)
-        check_run(workdir, config)
-        train(RECIPES[config.objective.name](config, workdir), config, workdir)
-    except (RunError, CheckpointError, ValueError, OSError) as error:
+        with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
+            from lcm_jax import command, dry_run
+            from lcm_jax.recipes import make_job
+            from lcm_jax.training.loop import train
+
+            keep_interrupts()
+            command.configure_jax()
+            check_devices()
+            config = CONFIG.value
+            if DRY_RUN.value:
+                dry_run.show(dry_run.figures(config))
+                return 0
+            workdir = Path(WORKDIR.value)
+            job = make_job(config, workdir)
+        train(job, config, workdir)
+    except KeyboardInterrupt as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 130
+    except (RunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -55,20 +57,18 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; a mistake in them is an error of one line that names the nearest right word."""
     try:
-        rest = flags.FLAGS(argv)
-        if CONFIG.value is not None:
-            CONFIG.value.to_dict()  # reports a config file that did not load
+        rest = flags.FLAGS(config_files.by_file(argv))
+        if LIST_CONFIGS.value:
+            print(config_files.listing())
+            sys.exit(0)
+        if CONFIG.value is None:
+            raise flags.ValidationError("--config is missing; use a file, or a name from --list_configs")
+        CONFIG.value.to_dict()  # reports a config file that did not load
+        if not (DRY_RUN.value or WORKDIR.value):
+            raise flags.ValidationError("--workdir is missing; name the folder of the run")
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
-        text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
-        named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
-        for flag in (a.split("=")[0] for a in argv if named and a.lstrip("-").startswith("config.")):
-            if named[1] in flag.split("."):  # a key that the config lacks
-                sys.exit(f"error: {flag} is no key of the config. {hint[0] if hint else 'Its file names them all.'}")
-        lines = text.replace("\\n", "\n").splitlines()
-        if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
-            lines = [lines[-1].removeprefix("ValueError: ")]
-        sys.exit("error: " + " ".join(" ".join(lines).split()))
+        sys.exit(f"error: {config_files.explain(error, argv)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,13 +119,15 @@ def test_order_of_the_identity_does_not_matter(tmp_path):
 
 
 def test_a_cache_that_was_cut_off_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", lambda: 1)
-    with pytest.raises(RuntimeError, match="killed"):
-        _cache(tmp_path, Encoder(fail_at=2))
-    assert all(".part-" in folder.name for folder in tmp_path.iterdir())
-    monkeypatch.setattr("os.getpid", lambda: 2)  # the run that is started next
+    with monkeypatch.context() as killed:
+        killed.setattr("lcm_jax.data.latents.shutil.rmtree", lambda *_, **__: None)  # a killed process deletes nothing
+        with pytest.raises(RuntimeError, match="killed"):
+            _cache(tmp_path, Encoder(fail_at=2))
+    assert [".part-" in path.name for path in tmp_path.iterdir() if path.is_dir()] == [True]
     encode = Encoder()
-    assert len(_cache(tmp_path, encode)) == 10 and encode.sizes == [4, 4, 4]
+    cache = _cache(tmp_path, encode)
+    assert len(cache) == 10 and encode.sizes == [4, 4, 4]
+    assert list(tmp_path.iterdir()) == [Path(cache.folder)], "what the killed process left is gone"
 
 
 def test_cache_feeds_the_loader(tmp_path):

@@ -10,8 +10,9 @@ PACKAGE = ROOT / "lcm_jax"
 
 # From the mathematics down to the commands; any other file at the top of the package is a command.
 ROOMS = (
-    "diffusion", "models", "weights", "data", "objectives", "training", "evaluation", "sampling", "pipeline", "report",
-    "recipes", "cost", "dry_run", "stored_model", "command", "benchmarks", "commands",
+    "errors", "locks", "output", "config_files", "diffusion", "models", "weights", "data", "objectives", "training",
+    "evaluation", "sampling", "pipeline", "report", "recipes", "cost", "dry_run", "stored_model", "command",
+    "benchmarks", "commands",
 )  # fmt: skip
 FILES = {"os", "io", "pathlib", "json", "shutil", "tempfile", "tarfile", "PIL", "safetensors", "huggingface_hub"}
 DEVICES = {"jax.sharding", "jax.experimental"}

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from whole_runs import QUICK, checkpoints_of, shrunk_lcd
 
+from lcm_jax import locks
+from lcm_jax.errors import Interrupted
 from lcm_jax.training import loop
-from lcm_jax.training.logging import ProgressReport
+from lcm_jax.training.checkpoint import CheckpointError
+from lcm_jax.training.logging import ProgressReport, Recorder
 from lcm_jax.training.loop import Job, RunError, check_workdir, train
 
 X = np.linspace(-1, 1, 8, dtype=np.float32)
@@ -40,7 +43,7 @@ def line(**more) -> Job:
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
     points = iter([{"x": X, "y": 3 * X}, {"x": X, "y": np.nan * X}])
     job = line(batches=lambda step: points)
-    with pytest.raises(RunError, match=r"step 2: .*loss is nan.*last good checkpoint"):
+    with pytest.raises(RunError, match=r"^step 2: .*loss is nan; checkpoint 1 in .* is kept; start in another"):
         train(job, config_of(**{"train.steps": 30}), tmp_path)
     assert checkpoints_of(tmp_path) == [1]
 
@@ -129,6 +132,114 @@ def test_a_finished_run_knows_its_seconds_and_what_it_began_from(tmp_path):
     assert taken[0] >= 2 and taken[1] >= 2, "what earlier processes of the run have taken counts"
     with pytest.raises(RunError, match="was begun with other weights: teacher changed since"):
         train(replace(job, origin={"teacher": "0" * 64}), config_of(), tmp_path)
+
+
+def test_no_state_that_is_not_finite_is_saved_or_exported(tmp_path):
+    """The last update's loss is the loss before it: only the state itself shows what the update made of it."""
+    exported = []
+    job = line(finish=lambda ema, seconds: exported.append(ema))
+    message = r"^step 1: .params\['slope'\] and \d+ more arrays are not finite.*no checkpoint in .*lower optimizer"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        train(job, config_of(**{"optimizer.learning_rate": np.nan, "train.steps": 1}), tmp_path)
+    assert "\n" not in str(caught.value) and not exported and checkpoints_of(tmp_path) == []
+
+
+def test_zero_is_never_and_the_last_update_is_logged_and_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_PENDING", 2)
+    never = {f"{group}.every_steps": 0 for group in ("log", "sample", "checkpoint")} | {"train.steps": 5}
+    assert train(line(preview=None), config_of(**never), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5] and checkpoints_of(tmp_path / "run") == [5]
+    points = chain([{"x": X, "y": np.nan * X}], repeat({"x": X, "y": 3 * X}))
+    with pytest.raises(RunError, match="^step 1: .*loss is nan; there is no checkpoint in .* yet"):
+        train(line(batches=lambda step: points), config_of(**never | {"train.steps": 10**9}), tmp_path / "other")
+
+
+def test_what_cannot_be_printed_or_logged_costs_no_update(tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(ProgressReport, "update", broken)
+    with pytest.raises(BrokenPipeError):
+        train(line(), config_of(**{"train.steps": 1}), tmp_path)
+    assert checkpoints_of(tmp_path) == [1]
+
+
+def test_a_workdir_that_another_run_holds_is_refused_before_anything_is_compiled(tmp_path):
+    with (
+        locks.lock(tmp_path / "lock"),
+        pytest.raises(
+            RunError, match=rf"is in use by process {os.getpid()} on .* since .*; wait for it, or use another"
+        ),
+    ):
+        train(line(draw=None), config_of(), tmp_path)
+    assert train(line(), config_of(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_file_of_a_workdir_is_named_with_the_remedy(content, tmp_path):
+    assert train(line(), config_of(**{"train.steps": 1}), tmp_path)
+    for name, remedy in (("config.json", "the config of this command"), ("origin.json", "the weights that the config")):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match=rf"{name} is damaged \(.*\); restore it, or delete it .*{remedy}"):
+            train(line(), config_of(**{"train.steps": 1}), tmp_path)
+        (tmp_path / name).write_bytes(before)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_others_are_counted(tmp_path, capsys):
+    path, good = tmp_path / "metrics.jsonl", '{"step": 1, "seconds": 7.5}'
+    path.write_text(good + '\n{"step": 2, "sec')
+    Recorder(tmp_path, 5, print).close()
+    assert path.read_text() == good + "\n" and capsys.readouterr().out == ""
+    path.write_bytes(b'\xff\n[3]\n{"step": "4"}\n' + good.encode() + b"\n\0\0")
+    recorder = Recorder(tmp_path, 5, print)
+    recorder.close()
+    assert path.read_text() == good + "\n" and recorder.seconds == 7.5
+    assert capsys.readouterr().out == f"warning: {path} has 3 damaged lines, which are dropped\n"
+
+
+def test_too_little_memory_says_what_to_lower_and_what_is_kept(tmp_path):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64.0GiB.\nmore")
+
+    config = config_of(**{"sample.every_steps": 2})
+    for changed, message in (
+        ({"batches": exhausted}, "opening the data; lower train.batch_size, raise train.accumulate .* begin again"),
+        ({"preview": exhausted}, "sampling a preview; lower sample.batch_size; checkpoint 2 in .* is kept"),
+        ({"finish": exhausted}, "the export and the report; lower report.batch_size; checkpoint 2 in .* is kept; run"),
+    ):
+        with pytest.raises(RunError, match=rf"^out of memory \(64.0 GiB\) while .*{message}") as caught:
+            train(line(**changed), config, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_leaves_a_preview_at_once_and_ends_a_report_with_what_is_kept(tmp_path):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+        raise AssertionError("it was not interrupted")
+
+    config = config_of(**{"sample.every_steps": 1, "checkpoint.every_steps": 0})
+    assert not train(line(preview=interrupt), config, tmp_path)
+    assert checkpoints_of(tmp_path) == [1]
+    with pytest.raises(
+        Interrupted, match="^interrupted while writing the export and the report; checkpoint 2 in .*kept"
+    ):
+        train(line(finish=interrupt), config, tmp_path)
+
+
+def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_says_otherwise(tmp_path):
+    hang_up = lambda step: (os.kill(os.getpid(), signal.SIGHUP) or {"x": X, "y": X} for _ in repeat(0))  # noqa: E731
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(line(batches=hang_up), config_of(), tmp_path / "nohup")
+        signal.signal(signal.SIGHUP, lambda *_: None)  # batches are read before the loop listens
+        assert not train(line(batches=hang_up), config_of(**{"train.steps": 9}), tmp_path / "closed")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints_of(tmp_path / "nohup") == [1, 2] and checkpoints_of(tmp_path / "closed")[-1] < 9
 
 
 def test_progress_tells_speed_loss_and_time_left(capsys):

@@ -13,9 +13,9 @@ from tensorboardX.proto import event_pb2
 from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.recipes import RECIPES
+from lcm_jax.recipes import RECIPES, make_job
 from lcm_jax.recipes.lcd import student_configs
-from lcm_jax.training.loop import RunError, check_run, train
+from lcm_jax.training.loop import RunError, train
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.errors import ModelError
 
@@ -26,8 +26,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def run(config, workdir: Path) -> bool:
-    check_run(workdir, config)
-    return train(RECIPES[config.objective.name](config, workdir), config, workdir)
+    return train(make_job(config, workdir), config, workdir)
 
 
 def board(folder: Path) -> dict[tuple[int, str], float]:
@@ -78,6 +77,23 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     capsys.readouterr()
     assert run(config, tmp_path / "run"), "a finished run may be started again"
     assert "this run is complete" in capsys.readouterr().out
+    export = (tmp_path / "run" / "export").stat().st_mtime_ns
+    config.report.update({"guidance_scale": 2.0, "teacher": {"ddim": (1,)}, "student": {"lcm": (1,)}})
+    config.sample.student_steps = ()
+    job = make_job(config, tmp_path / "run")
+    job.finish({"unet": student.params["unet"]}, 1.0)  # other settings of the report: a new one, of the same export
+    assert f"report.guidance_scale is 8.0 in {tmp_path / 'run' / 'report.json'} and 2.0" in capsys.readouterr().out
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert again["guidance_scale"] == 2.0 and again["settings"]["per_task"] == 1 and again != report
+    assert (tmp_path / "run" / "export").stat().st_mtime_ns == export
+    (tmp_path / "run" / "report.json").write_text("{")
+    with pytest.raises(RunError, match="report.json is damaged .*delete it, and the same command makes it again"):
+        job.finish({}, 1.0)
+    (tmp_path / "run" / "report.json").unlink()
+    tokenizer = (teacher / "tokenizer").rename(teacher / "elsewhere")
+    with pytest.raises(RunError, match="tokenizer is gone, .*; put it back, and run the same command: the checkpoints"):
+        job.finish({"unet": student.params["unet"]}, 1.0)
+    tokenizer.rename(teacher / "tokenizer")
     refused = main("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) <= 2
     assert "belongs to a run with another config; different: data.cache" in refused.stderr
@@ -136,6 +152,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        ({"data.size": 62}, "data.size 62 is not supported; use a multiple of 4"),
         ({"train.batch_size": 12, "mesh.data": 8}, "train.batch_size 12 is not a multiple"),
         ({"train.batch_size": 64}, "the data has 32 records, fewer than train.batch_size 64"),
         ({"objective.distance": "l3"}, "objective.distance is 'l3'; choose l2 or huber"),
@@ -143,7 +160,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         ({"objective.w_caps": ((0, 0.0), (1000, 7.0))}, "objective.w_caps is .*1000.*timesteps rising in 0..999"),
         ({"objective.w_caps": ((300, 7.0), (300, 4.5))}, "objective.w_caps is .*timesteps rising"),
         ({"objective.w_caps": (300, 7.0)}, "objective.w_caps is .*pairs"),
-        ({"objective.w_caps": (("300", 7.0),)}, "objective.w_caps is .*pairs"),
+        ({"objective.w_caps": (("300", 7.0),)}, "objective.w_caps .*'300'.* is not supported; use numbers"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),

@@ -15,13 +15,15 @@ import numpy as np
 from lcm_jax import pipeline, report
 from lcm_jax.data import loader, tar_shards
 from lcm_jax.diffusion.schedule import lcm_scheduler
+from lcm_jax.errors import RunError
 from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes import inpainting
 from lcm_jax.recipes.drawing import Sampler, save_grid
 from lcm_jax.recipes.sources import batch_shapes, captioned, check_data, digest, latent_source, to_float
-from lcm_jax.training.loop import Job, config_digest
+from lcm_jax.training.loop import Job
+from lcm_jax.training.workdir import config_digest, differences, read_object
 from lcm_jax.weights import diffusers_folder as folders
 
 
@@ -81,6 +83,23 @@ def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping
     }
 
 
+def check_samplers(config, teacher: StableDiffusion, model: StableDiffusion) -> None:
+    """Raise ValueError for a sampler of previews or of the report that does not have the number of steps asked for."""
+    plans = {
+        "sample.teacher_steps": (teacher, "ddim", (config.sample.teacher_steps,)),
+        "sample.student_steps": (model, "lcm", config.sample.student_steps),
+    }
+    for who, network in (("teacher", teacher), ("student", model)):
+        for sampler, every in config.report[who].items():
+            plans[f"report.{who}.{sampler}"] = (network, sampler, every)
+    for key, (network, sampler, every) in plans.items():
+        for steps in every:
+            try:
+                pipeline.sampler_table(network, sampler, steps)
+            except ValueError as error:
+                raise ValueError(f"{key} {steps} is not supported: {error}") from None
+
+
 def encodes(config) -> bool:
     """Whether steps encode their pictures themselves: shards are too many to wait for, unless data.cache is given."""
     return config.data.source == "tar" and not config.data.cache
@@ -133,10 +152,7 @@ def lcd_job(config, workdir: Path) -> Job:
     configs = student_configs(config, teacher.configs)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype), remat=config.train.remat)
     lcd.check_w_caps(config.objective.w_caps, len(model.schedule.alphas_cumprod) - 1)  # before hours of encoding
-    for each, plan in ((teacher.model, config.report.teacher), (model, config.report.student)):
-        for name, every in plan.items():
-            for steps in every:
-                pipeline.sampler_table(each, name, steps)  # raises where the report after hours of training would
+    check_samplers(config, teacher.model, model)
     # On the host from here on: what the devices hold is what the loop puts there.
     teacher.params = jax.device_get(teacher.params)
     frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
@@ -198,17 +214,30 @@ def lcd_job(config, workdir: Path) -> Job:
         return {f"verifier/{k}": score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
 
     def finish(ema, seconds):
-        path = workdir / "report.json"
-        if path.exists() and (workdir / "export" / "model_index.json").exists():
+        path, exported = workdir / "report.json", (workdir / "export" / "model_index.json").exists()
+        before = read_object(path, "delete it, and the same command makes it again") if path.exists() else None
+        wanted = json.loads(json.dumps(config.report.to_dict()))
+        # Reports of earlier versions did not record their settings.
+        changed = differences(before.get("settings", wanted), wanted) if before and exported else []
+        if before and exported and not changed:
             print(f"this run is complete: {workdir / 'export'}, {path}")
-            report.show(json.loads(path.read_text()))
+            report.show(before)
             return
-        if (workdir / "export").exists():  # left by a run that was stopped between its export and its report
+        if not changed and not (teacher.folder / "tokenizer").is_dir():
+            raise RunError(
+                f"{teacher.folder / 'tokenizer'} is gone, of which the export has a copy; put it back, and run the "
+                f"same command: the checkpoints in {workdir / 'checkpoints'} are kept"
+            )
+        if changed:
+            key, value, now = changed[0]
+            print(f"report.{key} is {value} in {path} and {now} in the config: a new report is made")
+        elif (workdir / "export").exists():  # left by a run that was stopped between its export and its report
             shutil.rmtree(workdir / "export")
         student = frozen | jax.device_get(ema)
-        stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
-        with folders.new_folder(workdir / "export") as folder:
-            folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", configs["scheduler"])
+        if not changed:
+            stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
+            with folders.new_folder(workdir / "export") as folder:
+                folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", configs["scheduler"])
         (workdir / "samples").mkdir(exist_ok=True)
         save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
 
@@ -253,6 +282,7 @@ def lcd_job(config, workdir: Path) -> Job:
             | {
                 "captions": len(captions),
                 "guidance_scale": config.report.guidance_scale,
+                "settings": config.report.to_dict(),
                 "config_digest": config_digest(config.to_dict()),
                 "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
             }

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.data import latents, loader, shapes, tar_shards
+from lcm_jax.errors import phase
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
@@ -109,10 +110,13 @@ def captioned(config, workdir: Path) -> Captioned:
 def batch_shapes(model: StableDiffusion, size: int, count: int, content: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of a batch of `count` images of size x size pixels and their captions.
 
-    content: "image" for uint8[B, H, W, 3], or "moments" for float32[B, h, w, 2c], which `latent_source` reads.
+    content: "image" for uint8[B, H, W, 3], or "moments" for float32[B, h, w, 2c], which `latent_source` reads. Raises
+    ValueError if the autoencoder does not divide the size.
     """
     length = model.text_encoder.config.max_position_embeddings
     ids = (length,) if model.text_encoder_2 is None else (2, length)
+    if size % model.downscale:
+        raise ValueError(f"data.size {size} is not supported; use a multiple of {model.downscale}, for the autoencoder")
     side, channels = size // model.downscale, 2 * model.vae.config["latent_channels"]
     contents = {
         "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
@@ -133,18 +137,20 @@ def latent_source(
     source, identity: the captioned pictures, and what tells them from others.
     """
     encode = jax.jit(lambda params, images: model.encode(params, to_float(images)))
-    on_device = jax.device_put(vae_params)
-    return latents.cache_latents(
-        source,
-        lambda images: encode(on_device, images),
-        tokenize,
-        Path(config.data.cache or workdir / "latents"),
-        {
-            "data": identity,
-            "vae": digest(vae_params),
-            "empty_prompt": str(np.asarray(tokenize([""])).tolist()),  # tokenizers differ in what they pad with
-        },
-    )
+    description = {
+        "data": identity,
+        "vae": digest(vae_params),
+        "empty_prompt": str(np.asarray(tokenize([""])).tolist()),  # tokenizers differ in what they pad with
+    }
+    tar = config.data.source == "tar"
+    memory = "set data.cache='', so that each step encodes its own images" if tar else "lower data.size"
+    kept = "nothing of it is kept; run the same command to begin again"
+    with phase("encoding images", memory=memory, kept=kept):
+        on_device = jax.device_put(vae_params)
+        return latents.cache_latents(
+            source, lambda images: encode(on_device, images), tokenize, Path(config.data.cache or workdir / "latents"),
+            description,
+        )  # fmt: skip
 
 
 def digest(params) -> str:

@@ -8,22 +8,25 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lcm_jax.errors import RunError, disk_is_full, first_line
 from lcm_jax.training.state import TrainState
 
+STABLER = "start in another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)"
 GROUP = 2**28  # bytes of a model that are read or written at once, so that it is not held twice
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be read or written, or none of a folder that has some can."""
 
 
@@ -44,8 +47,16 @@ def checksums(state) -> dict[str, int]:
     }
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+def not_finite(state) -> list[str]:
+    """Return the paths of the arrays with a NaN or an infinity; one reduction on the device."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    finite = np.asarray(_all_finite([leaf for _, leaf in leaves]))
+    return [jax.tree_util.keystr(path) for (path, _), good in zip(leaves, finite, strict=True) if not good]
 
 
 def _tell_all_but_orphans(before: Callable, unraisable) -> None:
@@ -187,8 +198,10 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._aside = self.folder.with_name(self.folder.name + "-unreadable")
-        # orbax tells its steps by absl at level INFO, which absl commands print.
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # orbax logs its steps by absl, at level INFO, which absl commands print, and in hundreds of lines what its
+        # threads raise, which `save` and `wait` raise as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _ignore_orphans()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -196,14 +209,50 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState) -> None:
-        """Starts to write `state` in the background; returns once it is safe to donate the arrays."""
+        """Starts to write `state` in the background; returns once it is safe to donate the arrays.
+
+        Raises CheckpointError if the state is not finite, also if its step is saved already, and as `wait` does.
+        """
         step = int(state.step)
+        if bad := not_finite(state):
+            more = f" and {len(bad) - 1} more arrays are" if len(bad) > 1 else " is"
+            raise CheckpointError(
+                f"step {step}: {bad[0]}{more} not finite, which is not saved; {self.summary(resume=False)}; {STABLER}"
+            )
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"crc32": checksums(state)})
+            arguments = ocp.args.StandardSave(state)
+            with self._writing():
+                self._manager.save(step, args=arguments, custom_metadata={"crc32": checksums(state)})
 
     def wait(self) -> None:
-        """Returns when everything asked for is on disk; raises what went wrong in the background (a full disk, say)."""
-        self._manager.wait_until_finished()
+        """Returns when everything asked for is on disk.
+
+        Raises CheckpointError for what went wrong in the background (a full disk, say).
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            if isinstance(error, MemoryError):
+                raise
+            full = disk_is_full(error)
+            reason, remedy = ("the disk is full", "free some space") if full else (first_line(error), "mend that")
+            raise CheckpointError(
+                f"no checkpoint can be written to {self.folder}: {reason}; {remedy}; {self.summary()}"
+            ) from error
+
+    def summary(self, resume: bool = True) -> str:
+        """Return what is kept for the next process of this run, as a clause."""
+        with suppress(Exception):  # one that is being written counts if it succeeds
+            self._manager.wait_until_finished()
+        steps = self._manager.all_steps(read=True)
+        if not steps:
+            return f"there is no checkpoint in {self.folder} yet"
+        return f"checkpoint {max(steps)} in {self.folder} is kept" + "; run the same command to resume there" * resume
 
     def restore(self, abstract: TrainState, say=print) -> TrainState | None:
         """The newest state that can be read, on the shardings of `abstract`, or None where no step was ever saved.
@@ -212,7 +261,6 @@ class Checkpoints:
         `<folder>-unreadable/`, named, and the one before it is tried.
         Raises CheckpointError when there were checkpoints and none could be read: starting over would bury them.
         """
-        _ignore_orphans()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
@@ -252,5 +300,7 @@ class Checkpoints:
         return target
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()

@@ -4,47 +4,65 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 
 class Recorder:
     """Scalars by step into `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
     Opened at step N, it drops the lines after N that a killed run had written ahead of its last checkpoint, so that
-    nothing stands in the file twice. `seconds`: how long the run had taken by N, as last written, or 0.
+    nothing stands in the file twice, and a last line that was cut short. Other lines that are no records are dropped
+    and counted by `say`. `seconds`: how long the run had taken by N, as last written, or 0.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, say: Callable[[str], None]):
         self._path, self.seconds = Path(workdir) / "metrics.jsonl", 0.0
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            records = [_record(line) for line in lines]
+            if damaged := records[:-1].count(None):
+                say(f"warning: {self._path} has {damaged} damaged lines, which are dropped")
+            kept = [(line, r) for line, r in zip(lines, records, strict=True) if r is not None and r["step"] <= step]
             temporary = self._path.with_suffix(".part")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line, _ in kept))
             os.replace(temporary, self._path)
-            self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+            self.seconds = max((record.get("seconds", 0.0) for _, record in kept), default=0.0)
+        folder = Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter, whose thread dies on a full disk: the run would then wait for it forever.
+        self._board = EventsWriter(str(folder / "events"))
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))  # what follows replaces what is there
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()})
         with self._path.open("a") as file:
             file.write(line + "\n")
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+            self._add(step, summary=scalar(name, value))
+        self._board.flush()
+
+    def _add(self, step: int, **content) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         self._board.close()
 
 
-def _step_of(line: str) -> float:
+def _record(line: str) -> dict[str, float] | None:
+    """Return the record of a line, or None if it is damaged, as by a process that was killed while it wrote."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a kill: drop it
+        record = json.loads(line)
+        numbers = all(isinstance(record.get(name, 0), int | float) for name in ("step", "seconds"))
+    except (ValueError, AttributeError):
+        return None
+    return record if numbers and "step" in record else None
 
 
 class ProgressReport:

@@ -1,0 +1,73 @@
+"""The bundled config files by name, with and without a clone of the repository."""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def folder() -> Path:
+    """Return the folder of the bundled configs: inside the package if it was installed from a wheel, or beside it."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def bundled() -> Iterator[tuple[str, str]]:
+    """Yield (name, summary) of each bundled config; a name with its argument, as --config takes it: lcd:sd15."""
+    for path in sorted(folder().glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        for argument in getattr(module, "MODELS", [None]):
+            yield path.stem if argument is None else f"{path.stem}:{argument}", " ".join(summary.split())
+
+
+def listing() -> str:
+    """Return the bundled configs and where their files are, as lines."""
+    rows = list(bundled())
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:{width}}  {summary}" for name, summary in rows), f"The files are in {folder()}."])
+
+
+def locate(config: str) -> str:
+    """Return the value of --config with the file in place of a bundled config's name; a path to a file is unchanged.
+
+    Raises ValueError if it is neither.
+    """
+    name, colon, argument = config.partition(":")
+    if Path(name).is_file():
+        return config
+    if "/" not in name and (file := folder() / f"{name.removesuffix('.py')}.py").is_file():
+        return f"{file}{colon}{argument}"
+    names = ", ".join(name for name, _ in bundled())
+    raise ValueError(f"--config={config}: {name} is not a file, nor a bundled config; use one of {names}")
+
+
+def by_file(argv: list[str]) -> list[str]:
+    """Return the command line with the value of --config as `locate` returns it. Raises ValueError as it does."""
+    result = list(argv)
+    for i, word in enumerate(argv):
+        if word == "--":
+            break
+        if found := re.fullmatch(r"(--?config=)(.+)", word):
+            result[i] = found[1] + locate(found[2])
+        elif word in ("--config", "-config") and i + 1 < len(argv):
+            result[i + 1] = locate(argv[i + 1])
+    return result
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+    """Return what was wrong with the flags as one line, which names the nearest key for one that the config lacks."""
+    text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
+    named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
+    for flag in (a.split("=")[0] for a in argv if named and a.lstrip("-").startswith("config.")):
+        if named[1] in flag.split("."):
+            return f"{flag} is no key of the config. {hint[0] if hint else 'Its file names them all.'}"
+    lines = text.replace("\\n", "\n").splitlines()
+    if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
+        lines = [lines[-1].removeprefix("ValueError: ")]
+    return " ".join(" ".join(lines).split())

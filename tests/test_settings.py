@@ -1,0 +1,83 @@
+"""Every number of every config has its range, and what cannot be is one line before anything is read."""
+
+import math
+
+import pytest
+from whole_runs import load_config
+
+from lcm_jax import config_files
+from lcm_jax.recipes import make_job, settings
+
+ALL = [name for name, _ in config_files.bundled()]
+
+
+def numbers(value) -> list[float]:
+    """The numbers of a setting, in tuples of any depth."""
+    if isinstance(value, tuple | list):
+        return [number for each in value for number in numbers(each)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def load(name: str):
+    name, _, argument = name.partition(":")
+    return load_config(name, *([argument] if argument else []))
+
+
+def test_every_number_of_every_config_has_a_range_and_is_in_it():
+    seen = set()
+    for name in ALL:
+        config = load(name)
+        settings.check(config)
+        for key, value in settings.leaves(config.to_dict()):
+            if numbers(value) or value == ():
+                assert settings.range_of(key), f"{name}: {key} has no range in lcm_jax/recipes/settings.py"
+            if isinstance(value, bool) or key.endswith("dtype"):
+                assert key in settings.CHOICES, f"{name}: {key} has no choices in lcm_jax/recipes/settings.py"
+            seen |= {pattern for pattern in settings.RANGES if settings.RANGES[pattern] is settings.range_of(key)}
+            seen |= {key}
+    unused = [key for key in settings.RANGES if not key.endswith("*") and key not in seen]
+    assert not unused, "no config has these keys"
+
+
+@pytest.mark.parametrize("key", settings.RANGES)
+def test_no_range_has_what_is_no_finite_number(key):
+    allowed = settings.RANGES[key]
+    for wrong in (None, True, False, "1", math.nan, -math.inf, {}, *([] if allowed.infinite else [math.inf])):
+        assert not allowed.has(wrong) and not (allowed.many and allowed.has((wrong,))), (key, wrong)
+    if not allowed.real:
+        assert not allowed.has(1.5)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"train.steps": 0}, "^train.steps 0 is not supported; use a whole number of at least 1$"),
+        ({"train.batch_size": 0}, "^train.batch_size 0 is not supported"),
+        ({"train.accumulate": 0}, "^train.accumulate 0 is not supported"),
+        ({"train.ema_rate": 1.0}, "^train.ema_rate 1.0 is not supported; use a number of at least 0 and below 1$"),
+        ({"train.dtype": "float17"}, "^train.dtype 'float17' is not supported; use float32 or bfloat16 or float16$"),
+        ({"log.every_steps": -1}, "^log.every_steps -1 is not supported; use a whole number of at least 0$"),
+        ({"report.batch_size": 0}, "^report.batch_size 0 is not supported"),
+        ({"optimizer.learning_rate": math.nan}, "^optimizer.learning_rate nan is not supported; use a number of at"),
+        ({"optimizer.clip_norm": 0.0}, "^optimizer.clip_norm 0.0 is not supported; use a number above 0$"),
+        ({"objective.guidance_embedding_dim": 5}, "5 is not supported; use a multiple of 2 of at least 4$"),
+        ({"mesh.data": 0}, "^mesh.data 0 is not supported; use a whole number of at least 1, or -1$"),
+        ({"objective.w_min": 9.0}, "^objective.w_min 9.0 is above objective.w_max 7.0; lower it$"),
+        ({"objective.num_ddim_steps": 1}, "^sample.student_steps has 8, and .* at most objective.num_ddim_steps = 1"),
+        ({"sample.student_steps": (1, "a")}, r"^sample.student_steps \(1, 'a'\) is not supported; use whole numbers"),
+        ({"report.teacher": {"foo": (1,)}}, "^report.teacher.foo is not supported: .* no sampler 'foo'; use one of"),
+        ({"report.student": {"lcm": (9,)}}, "^report.student.lcm has 9, and a student samples in at most"),
+        ({"report.student": {"lcm": ()}}, "^report.student.lcm have no steps"),
+        ({"objective.name": "lcf"}, "^objective.name 'lcf' is not supported; use one of autoencoder, diffusion, lcd$"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, message, tmp_path):
+    config = load_config("shapes")
+    config.teacher = "a teacher that is never read"
+    for group in ("report.teacher", "report.student"):
+        if group in mistake:
+            config.report[group.split(".")[1]] = mistake[group]
+    config.update_from_flattened_dict({k: v for k, v in mistake.items() if not isinstance(v, dict)})
+    with pytest.raises(ValueError, match=message) as caught:
+        make_job(config, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
