@@ -1,4 +1,4 @@
-"""What all commands share: XLA's flags and the cache of compiled programs, exit codes, and lines that people read."""
+"""What all commands share: XLA's flags, the cache of compiled programs, errors of one line, and exit codes."""
 
 import os
 import signal
@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 from absl import flags, logging
+
+from lcm_jax.errors import RunError, memory_shortage
+from lcm_jax.output import outliving
 
 CACHE_BYTES = 16 * 2**30  # the programs used longest ago are deleted beyond this; a full-size training step takes 50 MB
 
@@ -50,20 +52,6 @@ def configure_jax() -> None:
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # with a limit JAX locks the folder
 
 
-def check_platform() -> None:
-    """Raise ValueError if the environment asks JAX for a platform that this machine or installation lacks."""
-    import jax
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where the platform's plugin is not installed
-        if not (asked := jax.config.jax_platforms):
-            raise
-        jax.config.update("jax_platforms", None)
-        there = ", ".join(sorted({device.platform for device in jax.devices()}))
-        raise ValueError(f"JAX_PLATFORMS is {asked!r}, but JAX finds only {there}; unset JAX_PLATFORMS") from error
-
-
 def run(
     work: Callable[[], None], values: flags.FlagValues, describe: Callable[[], str], out_of_memory: str,
     verbosity: int = logging.WARNING,
@@ -71,41 +59,32 @@ def run(
     """Parse sys.argv into `values`, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
     describe: returns the text of --help. out_of_memory: what to lower when the device's memory is full. verbosity: of
-    libraries, which speak at INFO. An option that does not exist is an error that names the nearest one. Errors that
-    are not a person's to mend keep their traceback.
+    libraries, which log at INFO. An option that does not exist is an error that names the nearest one. A reader that
+    closes the pipe (`| head -1`) does not end the work. Errors that nobody can mend from outside keep their traceback.
     """
-    if any(option in sys.argv for option in ("--help", "-help", "-h")):
-        say(describe())
-        return
-    logging.use_absl_handler()
-    logging.set_verbosity(verbosity)
-    flags.FLAGS(sys.argv[:1])  # libraries have flags of their own there, at their defaults
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", sys.stderr)
-        try:
-            rest = values(sys.argv)
-            if len(rest) > 1:
-                raise ValueError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-            work()
-        except (flags.Error, ValueError, OSError) as error:  # ModelError is a ValueError
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt as error:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would cut short what is removed at exit
-            say(": ".join(["interrupted", *map(str, error.args)]), sys.stderr)
-            sys.exit(130)
-        except RuntimeError as error:  # jax.errors.JaxRuntimeError among others; jax may not be imported
-            if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")):
-                raise
-            sys.exit(f"error: the device is out of memory; {out_of_memory}\n{str(error).splitlines()[0][:200]}")
-
-
-def say(line: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, by default to stdout. If nobody reads it any more (`| head -1`), the work goes on."""
-    stream = stream or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:  # a broken pipe, or the terminal is gone
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    with outliving(stderr_instead=False):
+        if any(option in sys.argv for option in ("--help", "-help", "-h")):
+            print(describe())
+            return
+        logging.use_absl_handler()
+        logging.set_verbosity(verbosity)
+        flags.FLAGS(sys.argv[:1])  # libraries have flags of their own there, at their defaults
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            try:
+                rest = values(sys.argv)
+                if len(rest) > 1:
+                    raise ValueError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+                work()
+            except (flags.Error, ValueError, OSError, RunError) as error:  # ModelError is a ValueError
+                sys.exit(f"error: {error}")
+            except KeyboardInterrupt as error:
+                signal.signal(
+                    signal.SIGINT, signal.SIG_IGN
+                )  # pressed again, it would cut short what is removed at exit
+                print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
+                sys.exit(130)
+            except (RuntimeError, MemoryError) as error:  # jax.errors.JaxRuntimeError among others
+                if (shortage := memory_shortage(error)) is None:
+                    raise
+                sys.exit(f"error: out of memory ({shortage}); {out_of_memory}")

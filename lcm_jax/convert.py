@@ -32,6 +32,7 @@ import numpy as np
 from absl import flags, logging
 
 from lcm_jax import command
+from lcm_jax.errors import check_devices
 from lcm_jax.weights.errors import ModelError, plural, unwritten
 
 if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped option answer at once
@@ -95,18 +96,18 @@ def describe(model: "Model") -> dict[str, str]:
     unknown = "what it predicts is not told" if model.family == "sd2" and model.guessed else "predicts epsilon"
     told = model.configs.get("scheduler", {}).get("prediction_type")
     predicts = f"predicts {told}" if told else unknown
-    command.say(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
+    print(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
     digests = digests_of(model.tensors, "reading")
     for name, tensors in model.tensors.items():
         outline = outline_of(tensors).values()
         count = sum(tensor.size for tensor in outline)
         dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
         size = f"{plural(len(tensors), 'tensor')}, {count:,} parameters, {dtypes}"
-        command.say(f"  {name}: {size}, sha256 {digests[name][:16]}")
+        print(f"  {name}: {size}, sha256 {digests[name][:16]}")
     if model.left_out:
         groups = Counter(key.partition(".")[0] for key in model.left_out).items()
         names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups)
-        command.say(f"  left out, as no network has a place for {plural(len(model.left_out), 'tensor')}: {names}")
+        print(f"  left out, as no network has a place for {plural(len(model.left_out), 'tensor')}: {names}")
     return digests
 
 
@@ -154,13 +155,13 @@ def convert_lora(path: Path) -> None:
     if given := [f"--{flag.name}" for flag in of_models if flag.present]:
         raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
     found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
-    command.say(f"{path}: a LoRA")
+    print(f"{path}: a LoRA")
     for component, updates in found.updates.items():
         ranks = sorted({len(update.down) for update in updates.values()})
         count = sum(update.down.size + update.up.size for update in updates.values())
         dtypes = ", ".join(sorted({update.down.dtype.name for update in updates.values()}))
         of = ", ".join(map(str, ranks))
-        command.say(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
+        print(f"  {component}: {len(updates)} modules of rank {of}, {count:,} parameters, {dtypes}")
     if DRY_RUN.value:
         return
     if FORMAT.value not in LORA_FORMATS:
@@ -171,7 +172,7 @@ def convert_lora(path: Path) -> None:
     digest = stored.digest(tensors)
     check = lambda file: verify({"the LoRA": digest}, {"the LoRA": file})  # noqa: E731
     write_file({"the LoRA": tensors}, tensors, metadata, Path(OUTPUT.value), check)
-    command.say(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
+    print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
 
 
 def merge(model: "Model") -> None:
@@ -181,7 +182,7 @@ def merge(model: "Model") -> None:
     chosen = []
     for path, weight in map(lora.file_and_weight, MERGE.value):
         chosen.append((read_lora(path, model), weight))
-        command.say(f"merging {path} at {weight:g}")
+        print(f"merging {path} at {weight:g}")
     model.tensors = lora.merge(model.tensors, chosen)
 
 
@@ -342,6 +343,7 @@ def convert() -> None:
         if flag.value is None:
             raise ValueError(f"--{flag.name} is missing; see --help for an example")
     command.configure_jax()
+    check_devices()
     if not DRY_RUN.value:
         check_target()
     source = Path(INPUT.value)
@@ -384,9 +386,9 @@ def convert() -> None:
         write(model, Path(OUTPUT.value), digests)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing unfinished is left") from None
-    command.say(f"wrote {OUTPUT.value}, and read it back:")
+    print(f"wrote {OUTPUT.value}, and read it back:")
     for name, digest in digests.items():
-        command.say(f"  {name}: sha256 {digest[:16]}")
+        print(f"  {name}: sha256 {digest[:16]}")
 
 
 def run() -> None:

@@ -34,15 +34,17 @@ class Outliving:
 
 
 @contextmanager
-def outliving() -> Iterator[None]:
-    """Until the end of the block, what cannot be printed goes to standard error, and what it refuses goes nowhere.
+def outliving(stderr_instead: bool = True) -> Iterator[None]:
+    """Until the end of the block, what standard output and error refuse is printed elsewhere, or else nowhere.
 
-    Streams without a file descriptor (notebooks, tests) are left as they are. Lines appear as they are printed.
+    stderr_instead: standard error is where else, for output that must be seen. Streams without a file descriptor
+    (notebooks, tests) are left as they are. Lines appear as they are printed, and characters that the encoding lacks
+    as their escapes.
     """
     before = sys.stdout, sys.stderr
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        instead = [before[1].fileno(), nowhere]
+        instead = [*([before[1].fileno()] if stderr_instead else []), nowhere]
         before[0].fileno()
     except (OSError, AttributeError, ValueError):
         os.close(nowhere)
@@ -50,7 +52,7 @@ def outliving() -> Iterator[None]:
         return
     try:
         if hasattr(before[0], "reconfigure"):
-            before[0].reconfigure(line_buffering=True)
+            before[0].reconfigure(line_buffering=True, errors="backslashreplace")
         sys.stdout, sys.stderr = Outliving(before[0], instead), Outliving(before[1], [nowhere])
         yield
     finally:

@@ -362,7 +362,7 @@ class Pipeline:
         return height // scale, width // scale, self.model.vae.config["latent_channels"]
 
     def _check_negative(self, negative_prompt: str | Sequence[str] | None, count: int, scale: float) -> list[str]:
-        """What to guide each of `count` prompts away from, the empty prompt by default."""
+        """Return a negative prompt for each of `count` prompts, the empty one by default."""
         if negative_prompt is None:
             return [""] * count
         negatives = arguments.prompts("negative_prompt", negative_prompt)

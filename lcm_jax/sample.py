@@ -16,6 +16,7 @@ from absl import flags
 
 from lcm_jax import command
 from lcm_jax.data import text
+from lcm_jax.errors import check_devices
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
 OWN = {"flag_values": FLAGS}
@@ -124,7 +125,7 @@ def progress(total: int, every_seconds: float = 10.0) -> Iterator[Callable[[int]
             bar.update(task, completed=done, description=speed)
             if bar.disable and rate is not None and (now - shown >= every_seconds or done == total):
                 shown, left = now, (total - done) / rate
-                command.say(f"{done}/{total} images  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", sys.stderr)
+                print(f"{done}/{total} images  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", file=sys.stderr)
 
         yield update
 
@@ -154,7 +155,7 @@ def sample() -> None:
     check_output(output, [*files, *([grid] if GRID.value else [])])
 
     command.configure_jax()
-    command.check_platform()
+    check_devices()
     from lcm_jax.data.images import open_upright
     from lcm_jax.pipeline import Pipeline
     from lcm_jax.weights import lora as loras
@@ -164,7 +165,7 @@ def sample() -> None:
 
     pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
     for path, weight in map(loras.file_and_weight, LORA.value):
-        command.say(f"with {pipe.load_lora(path, weight)} at {weight:g}")
+        print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
     start, kept, done = time.perf_counter(), [], 0
     try:
         with progress(total) as update:
@@ -177,7 +178,7 @@ def sample() -> None:
                 output.mkdir(parents=True, exist_ok=True)
                 for image in images:
                     write_image(image, files[done])
-                    command.say(str(files[done]))
+                    print(files[done])
                     done += 1
                 kept += images if GRID.value else []
                 update(done)
@@ -186,8 +187,8 @@ def sample() -> None:
     seconds = time.perf_counter() - start
     if GRID.value:
         write_image(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
-        command.say(str(grid))
-    command.say(f"{total} images in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
+        print(grid)
+    print(f"{total} images in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
 
 
 def run() -> None:

@@ -46,18 +46,19 @@ def attentions_of(family: str, size: int, monkeypatch) -> list[tuple[str, Shape]
 
     monkeypatch.setattr(attentions, "choose_kernel", record)
     model = StableDiffusion.from_configs(FAMILIES[family], jnp.bfloat16)
-    params = model.abstract_params()
-    found.clear()
-    side = size // model.downscale
-    z, sizes = abstract((1, side, side, 4), jnp.float32), abstract((1, 6), jnp.float32)
-    ids = abstract((1, 77) if model.text_encoder_2 is None else (1, 2, 77), jnp.int32)
+    side, rng, unet = size // model.downscale, jax.random.key(0), model.unet.config
+    ids, t, sizes = abstract((1, 77), jnp.int32), abstract((1,), jnp.int32), abstract((1, 6), jnp.float32)
+    z, image = abstract((1, side, side, 4), jnp.float32), abstract((1, size, size, 3), jnp.float32)
+    context = abstract((1, 77, unet["cross_attention_dim"]), jnp.float32)
+    added = (None, abstract((1, 1280), jnp.float32), sizes) if model.text_encoder_2 else ()
+    # Traced by their initialization, which calls each network once.
     network = "CLIP"
-    context = jax.eval_shape(model.encode_prompt, params, ids, sizes)
+    for encoder in filter(None, (model.text_encoder, model.text_encoder_2)):
+        jax.eval_shape(encoder.init, rng, ids)
     network = "UNet"
-    jax.eval_shape(model.denoise, params["unet"], z, abstract((1,), jnp.int32), context)
+    jax.eval_shape(model.unet.init, rng, z, t, context, *added)
     network = "VAE"
-    jax.eval_shape(model.decode, params["vae"], z)
-    jax.eval_shape(model.encode, params["vae"], abstract((1, size, size, 3), jnp.float32))
+    jax.eval_shape(model.vae.init, rng, image, z)
     monkeypatch.undo()
     return list(found)
 

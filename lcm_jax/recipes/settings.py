@@ -118,6 +118,7 @@ RANGES: Mapping[str, Range] = {
     "vae.latent_channels": POSITIVE,
     "vae.norm_num_groups": POSITIVE,
 }
+GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every config
 CHOICES: Mapping[str, tuple] = {
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
@@ -132,6 +133,8 @@ def check(config) -> None:
 
     config: of a run, a ConfigDict. Reads nothing else.
     """
+    if missing := [group for group in GROUPS if group not in config]:
+        raise ValueError(f"the config has no {missing[0]}; copy this group from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
     for key, value in settings.items():
         if (allowed := range_of(key)) is not None and not allowed.has(value):
