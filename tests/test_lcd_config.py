@@ -71,7 +71,7 @@ def shrunk(name: str, teacher: Path, shards: str, **more):
     config.report.teacher = {"ddim": (2,)}
     config.report.student = {"lcm": (1,)}
     config.train.remat = name == "sd15"  # this and bfloat16 take longer to compile; once each is enough
-    if name not in ("sd15", "ssd1b"):
+    if name != "ssd1b":
         config.train.dtype = "float32"
     return config
 

@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from test_lora import CROSS, TEXT, assert_same, base, example
 
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights.errors import ModelError
 
+torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 

@@ -7,7 +7,6 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from test_single_file import SMALL, build, components, published
 
@@ -20,6 +19,8 @@ from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file import left_out, to_diffusers, to_ldm
 from lcm_jax.weights.single_file_configs import configs_of
 from lcm_jax.weights.single_file_family import recognise
+
+torch = pytest.importorskip("torch")
 
 
 def assert_same_tensors(a, b):

@@ -92,10 +92,15 @@ def run(data: int, fsdp: int, steps: int = 3):
     return losses, state
 
 
+@cache
+def on_one_device():
+    return run(1, 1)
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)], ids=["data parallel", "fsdp", "both"])
 def test_eight_devices_equal_one(data, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 256)
-    expected, alone = run(1, 1)
+    expected, alone = on_one_device()
     losses, state = run(data, fsdp)
     assert len(set(losses)) == 3
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -38,7 +38,7 @@ def shrunk_lcd(teacher: Path, **more):
 def shrunk_for_processes(teacher: Path):
     """For runs in processes of their own, which import it without torch: few pictures are drawn."""
     few = {"train.batch_size": 2, "checkpoint.every_steps": 4, "sample.teacher_steps": 1, "sample.student_steps": (1,)}
-    config = shrunk_lcd(teacher, **few)
+    config = shrunk_lcd(teacher, **QUICK | few)
     config.report.teacher, config.report.student = {"ddim": (1,)}, {"lcm": (1,)}
     return config
 
