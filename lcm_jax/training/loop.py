@@ -211,10 +211,11 @@ def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.shardin
             )
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise RunError(f"the {title} step cannot be {stage} for {devices}: {kind}{text}{remedy}") from error
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total += memory.temp_size_in_bytes
-    print(f"compiled in {time.monotonic() - began:.0f} s; it takes {total / 1e9:.2f} GB of memory per device")
+    needed = ""
+    if (memory := compiled.memory_analysis()) is not None:  # some backends have none
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        needed = f"; it takes {(total - memory.alias_size_in_bytes) / 1e9:.2f} GB of memory per device"
+    print(f"compiled in {time.monotonic() - began:.0f} s{needed}")
     return compiled
 
 
