@@ -86,16 +86,22 @@ def get_config(model: str = "sd15") -> ConfigDict:
     config.log = ConfigDict({"every_steps": 10})
     config.sample = ConfigDict(
         {
-            "every_steps": max(published["steps"] // 10, 100), "prompts": 6, "batch_size": 6, "guidance_scale": 8.0,
-            "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
+            "every_steps": max(published["steps"] // 10, 100),
+            "prompts": 6,
+            "batch_size": 6,
+            "guidance_scale": 8.0,
+            "teacher_steps": 50,
+            "student_steps": (1, 2, 4, 8),
         }
-    )  # fmt: skip
+    )
     config.report = ConfigDict(
         {
-            "prompts": 256, "batch_size": 8, "reference": 1024,
+            "prompts": 256,
+            "batch_size": 8,
+            "reference": 1024,
             "guidance_scale": 8.0,  # as in the paper's table 1
             "teacher": {"ddim": (4, 8, 50), "dpmsolver++": (4, 8)},
             "student": {"lcm": (1, 2, 4, 8)},
         }
-    )  # fmt: skip
+    )
     return config

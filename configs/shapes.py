@@ -34,25 +34,40 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 5000, "cache": ""})
     config.train = ConfigDict(
         {
-            "steps": 600, "batch_size": 16, "accumulate": 1, "seed": 0, "ema_rate": 0.95, "dtype": "float32",
+            "steps": 600,
+            "batch_size": 16,
+            "accumulate": 1,
+            "seed": 0,
+            "ema_rate": 0.95,
+            "dtype": "float32",
             "remat": False,
         }
-    )  # fmt: skip
+    )
     config.optimizer = ConfigDict(
         {
-            "name": "muon", "learning_rate": 8e-4, "warmup_steps": 20, "schedule": "cosine",
-            "b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0,
+            "name": "muon",
+            "learning_rate": 8e-4,
+            "warmup_steps": 20,
+            "schedule": "cosine",
+            "b1": 0.9,
+            "b2": 0.999,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
         }
-    )  # fmt: skip
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.checkpoint = ConfigDict({"every_steps": 120, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
-            "every_steps": 300, "per_task": 2, "batch_size": 12, "guidance_scale": 8.0,
-            "teacher_steps": 50, "student_steps": (1, 2, 4, 8),
+            "every_steps": 300,
+            "per_task": 2,
+            "batch_size": 12,
+            "guidance_scale": 8.0,
+            "teacher_steps": 50,
+            "student_steps": (1, 2, 4, 8),
         }
-    )  # fmt: skip
+    )
     config.report = ConfigDict(
         {
             "per_task": 24,

@@ -37,15 +37,26 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "shapes", "size": 64, "length": 60_000, "cache": "",
+            "source": "shapes",
+            "size": 64,
+            "length": 60_000,
+            "cache": "",
             # In turn: where things are and how many is harder to learn than what and in which colour.
             "tasks": (
-                "single_object", "position", "two_object", "counting", "position",
-                "colors", "two_object", "position", "counting", "color_attribution",
+                "single_object",
+                "position",
+                "two_object",
+                "counting",
+                "position",
+                "colors",
+                "two_object",
+                "position",
+                "counting",
+                "color_attribution",
             ),
             "relations": ("left", "right", "above", "below"),  # first of all two of them: see above
         }
-    )  # fmt: skip
+    )
     config.unet = ConfigDict(
         {
             "block_out_channels": (48, 96),
@@ -71,10 +82,16 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "name": "muon", "learning_rate": 1.5e-3, "warmup_steps": 300, "schedule": "cosine",
-            "b1": 0.95, "b2": 0.99, "weight_decay": 1e-2, "clip_norm": 1.0,
+            "name": "muon",
+            "learning_rate": 1.5e-3,
+            "warmup_steps": 300,
+            "schedule": "cosine",
+            "b1": 0.95,
+            "b2": 0.99,
+            "weight_decay": 1e-2,
+            "clip_norm": 1.0,
         }
-    )  # fmt: skip
+    )
     config.export = ConfigDict({"dtype": "float16"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})

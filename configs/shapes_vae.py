@@ -33,10 +33,16 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "name": "adamw", "learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine",
-            "b1": 0.9, "b2": 0.99, "weight_decay": 1e-4, "clip_norm": 1.0,
+            "name": "adamw",
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
+            "schedule": "cosine",
+            "b1": 0.9,
+            "b2": 0.99,
+            "weight_decay": 1e-4,
+            "clip_norm": 1.0,
         }
-    )  # fmt: skip
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})

@@ -55,10 +55,17 @@ def benchmark() -> None:
     from lcm_jax.benchmarks import runner  # imported late, so that --help and a mistyped option answer at once
 
     results = runner.run(
-        SUITE.value, MODEL.value, whole_numbers(BATCH), whole_numbers(STEPS), DTYPE.value,
-        peer=None if PEER.value == "none" else PEER.value, repeats=REPEATS.value, row_limit=ROW_LIMIT.value,
-        limit=LIMIT.value, json_file=JSON.value,
-    )  # fmt: skip
+        SUITE.value,
+        MODEL.value,
+        whole_numbers(BATCH),
+        whole_numbers(STEPS),
+        DTYPE.value,
+        peer=None if PEER.value == "none" else PEER.value,
+        repeats=REPEATS.value,
+        row_limit=ROW_LIMIT.value,
+        limit=LIMIT.value,
+        json_file=JSON.value,
+    )
     runner.show(results)
     if all("error" in row for row in results["rows"]):
         raise ValueError("no row could be timed; the table has the reasons")

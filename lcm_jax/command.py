@@ -53,9 +53,12 @@ def configure_jax() -> None:
 
 
 def run(
-    work: Callable[[], None], values: flags.FlagValues, describe: Callable[[], str], out_of_memory: str,
+    work: Callable[[], None],
+    values: flags.FlagValues,
+    describe: Callable[[], str],
+    out_of_memory: str,
     verbosity: int = logging.WARNING,
-) -> None:  # fmt: skip
+) -> None:
     """Parse sys.argv into `values`, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
     describe: returns the text of --help. out_of_memory: what to lower when the device's memory is full. verbosity: of

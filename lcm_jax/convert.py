@@ -72,10 +72,7 @@ EMA = flags.DEFINE_bool(
     **OWN,
 )
 WITH_EMA = flags.DEFINE_bool(
-    "with_ema",
-    False,
-    "Write a run's student with its EMA target beside it, in one file of --format=ldm.",
-    **OWN,
+    "with_ema", False, "Write a run's student with its EMA target beside it, in one file of --format=ldm.", **OWN
 )
 PREDICTION = flags.DEFINE_enum(
     "prediction_type",
@@ -218,9 +215,12 @@ def check_space(target: Path, components: Mapping[str, Mapping[str, np.ndarray]]
 
 
 def write_file(
-    components: Mapping[str, Mapping[str, np.ndarray]], tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str], target: Path, check: Callable[[Mapping[str, np.ndarray]], None],
-) -> None:  # fmt: skip
+    components: Mapping[str, Mapping[str, np.ndarray]],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    target: Path,
+    check: Callable[[Mapping[str, np.ndarray]], None],
+) -> None:
     """One file, whole or not at all; check(its tensors) raises ModelError where what was written does not read back."""
     from lcm_jax.weights import stored
 
@@ -284,9 +284,13 @@ def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> No
             for name, tensors in model.tensors.items():
                 folders.write_tensors(folder, name, model.configs[name], tensors, advance=advance)
         folders.write_surroundings(
-            folder, model.configs, model.tokenizer, model.configs["scheduler"], model.index,
+            folder,
+            model.configs,
+            model.tokenizer,
+            model.configs["scheduler"],
+            model.index,
             xl="text_encoder_2" in model.tensors,
-        )  # fmt: skip
+        )
         verify(digests, {name: folders.open_component(folder, name)[1] for name in model.tensors})
 
 
@@ -356,9 +360,11 @@ def convert() -> None:
     if WITH_EMA.value and alone:
         raise ModelError("--with_ema writes a run to --format=ldm, without --merge and --ema; leave it out otherwise")
     how = {
-        "base": BASE.value, "variant": VARIANT.value, "prediction_type": PREDICTION.value,
+        "base": BASE.value,
+        "variant": VARIANT.value,
+        "prediction_type": PREDICTION.value,
         "scaling_factor": SCALING.value,
-    }  # fmt: skip
+    }
     model = stored_model.read_model(INPUT.value, ema=False if WITH_EMA.value else EMA.value, **how)
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:

@@ -27,9 +27,14 @@ from lcm_jax.weights import layout
 
 # Published by their makers: dense bfloat16 TFLOP/s, and GB of memory.
 ACCELERATORS = {
-    "NVIDIA A100 80GB": (312, 80), "NVIDIA H100 SXM": (989, 80), "NVIDIA H200": (989, 141), "TPU v4": (275, 32),
-    "TPU v5e": (197, 16), "TPU v5p": (459, 95), "TPU v6e": (918, 32),
-}  # fmt: skip
+    "NVIDIA A100 80GB": (312, 80),
+    "NVIDIA H100 SXM": (989, 80),
+    "NVIDIA H200": (989, 141),
+    "TPU v4": (275, 32),
+    "TPU v5e": (197, 16),
+    "TPU v5p": (459, 95),
+    "TPU v6e": (918, 32),
+}
 UTILISATION = 0.4  # of that peak: what diffusion training reaches on large matrices
 
 
@@ -146,8 +151,9 @@ def bytes_of(tree) -> int:
 
 def device_bytes(mesh, tree) -> int:
     """Bytes of `tree` on each device of `mesh`, split as a run splits it."""
-    shards = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize,
-                          tree, sharding.tree_shardings(mesh, tree))  # fmt: skip
+    shards = jax.tree.map(
+        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, sharding.tree_shardings(mesh, tree)
+    )
     return sum(jax.tree.leaves(shards))
 
 

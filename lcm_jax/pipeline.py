@@ -50,9 +50,18 @@ def masked_channels(model: StableDiffusion, params, inpainting: Inpainting) -> j
 
 
 def sample_latents(
-    model: StableDiffusion, params, context, negative, masked, latents, noise, guidance_scale, *, sampler: str,
+    model: StableDiffusion,
+    params,
+    context,
+    negative,
+    masked,
+    latents,
+    noise,
+    guidance_scale,
+    *,
+    sampler: str,
     table: Table,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Noise to scaled latents float32[B, h, w, c]: pure, and one `lax.scan`.
 
     params: "unet"; context: of `encode_prompt`; negative: that of what to guide away from, None for a UNet that takes
@@ -88,10 +97,22 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: StableDiffusion, params, token_ids, negative_ids, latents, noise, guidance_scale, time_ids=None,
-    inpainting: Inpainting | None = None, *, sampler: str, table: Table, clip_skip: int = 0,
-    zero_empty: bool = True, decode: bool = True,
-) -> tuple[jax.Array, Finite]:  # fmt: skip
+    model: StableDiffusion,
+    params,
+    token_ids,
+    negative_ids,
+    latents,
+    noise,
+    guidance_scale,
+    time_ids=None,
+    inpainting: Inpainting | None = None,
+    *,
+    sampler: str,
+    table: Table,
+    clip_skip: int = 0,
+    zero_empty: bool = True,
+    decode: bool = True,
+) -> tuple[jax.Array, Finite]:
     """Token ids to images uint8[B, H, W, 3], or to scaled latents float32[B, h, w, c] without `decode`: pure.
 
     params: by network; token_ids: int32[B, L]; negative_ids: int32[L] or int32[B, L], what to guide away from, as a
@@ -179,9 +200,14 @@ class Pipeline:
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
             folders.write_pipeline(
-                temporary, self.configs, self.params, self.folder / "tokenizer", self.configs["scheduler"],
-                index=self.index, **how,
-            )  # fmt: skip
+                temporary,
+                self.configs,
+                self.params,
+                self.folder / "tokenizer",
+                self.configs["scheduler"],
+                index=self.index,
+                **how,
+            )
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -267,14 +293,27 @@ class Pipeline:
         return names[0]
 
     def __call__(
-        self, prompt: str | Sequence[str], num_inference_steps: int = 4, guidance_scale: float = 8.0, seed: int = 0,
-        num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None,
-        latents: np.ndarray | None = None, output_type: str = "pil", sampler: str | None = None,
-        original_size: tuple[int, int] | None = None, crops_coords_top_left: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None, image: Image.Image | None = None,
-        mask_image: Image.Image | None = None, negative_prompt: str | Sequence[str] | None = None,
-        clip_skip: int | None = None, batch_size: int | None = None, first: int = 0,
-    ) -> Output:  # fmt: skip
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 8.0,
+        seed: int = 0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: np.ndarray | None = None,
+        output_type: str = "pil",
+        sampler: str | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        clip_skip: int | None = None,
+        batch_size: int | None = None,
+        first: int = 0,
+    ) -> Output:
         """Images for one prompt or several, num_images_per_prompt of each, in that order.
 
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to begin from.
@@ -328,9 +367,15 @@ class Pipeline:
             drawn, noise = draw_noise(seed, batch, draws, shape, first + start)
             drawn = drawn if latents is None else jnp.asarray(latents, jnp.float32)[chosen]
             outputs = run(
-                self.params, token_ids[chosen], negative_ids[chosen], drawn, noise, jnp.float32(scale), time_ids,
+                self.params,
+                token_ids[chosen],
+                negative_ids[chosen],
+                drawn,
+                noise,
+                jnp.float32(scale),
+                time_ids,
                 inpainting,
-            )  # fmt: skip
+            )
             # Waited for first: where memory ran out, a copy aborts the process instead of raising an error.
             images, finite = jax.device_get(jax.block_until_ready(outputs))
             check_finite(finite, self.params, self.model.unet.dtype, str(self.folder))

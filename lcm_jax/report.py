@@ -87,12 +87,19 @@ def columns(report: Mapping) -> list[str]:
 
 def rows(report: Mapping) -> list[list[str]]:
     return [
-        [model, sampler, steps, *([f"{f['verifier']:.1%}"] if "verifier" in f else []), f"{f['frechet']:.2f}",
-         f"{f['pictures_per_s']:.1f}", *(f"{value:.0%}" for value in f.get("tasks", {}).values())]
+        [
+            model,
+            sampler,
+            steps,
+            *([f"{f['verifier']:.1%}"] if "verifier" in f else []),
+            f"{f['frechet']:.2f}",
+            f"{f['pictures_per_s']:.1f}",
+            *(f"{value:.0%}" for value in f.get("tasks", {}).values()),
+        ]
         for model in ("teacher", "student")
         for sampler, every in report[model].items()
         for steps, f in every.items()
-    ]  # fmt: skip
+    ]
 
 
 def composition(report: Mapping) -> str:

@@ -171,10 +171,19 @@ def sample() -> None:
         with progress(total) as update:
             for first in range(0, total, batch):
                 images = pipe(
-                    prompts[first : first + batch], num_inference_steps=STEPS.value, guidance_scale=GUIDANCE.value,
-                    seed=SEED.value, height=HEIGHT.value, width=WIDTH.value, sampler=SAMPLER.value,
-                    negative_prompt=NEGATIVE.value, clip_skip=CLIP_SKIP.value, batch_size=batch, first=first, **given,
-                ).images  # fmt: skip
+                    prompts[first : first + batch],
+                    num_inference_steps=STEPS.value,
+                    guidance_scale=GUIDANCE.value,
+                    seed=SEED.value,
+                    height=HEIGHT.value,
+                    width=WIDTH.value,
+                    sampler=SAMPLER.value,
+                    negative_prompt=NEGATIVE.value,
+                    clip_skip=CLIP_SKIP.value,
+                    batch_size=batch,
+                    first=first,
+                    **given,
+                ).images
                 output.mkdir(parents=True, exist_ok=True)
                 for image in images:
                     write_image(image, files[done])

@@ -44,9 +44,14 @@ class Model:
 
 
 def read_model(
-    name: str, *, base: str | None = None, ema: bool | None = None, variant: str | None = None,
-    prediction_type: str | None = None, scaling_factor: float | None = None,
-) -> Model:  # fmt: skip
+    name: str,
+    *,
+    base: str | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    scaling_factor: float | None = None,
+) -> Model:
     """The model that `name` is: a single file, a model or a run of orbax, a diffusers folder or a hub id.
 
     base: the model that gives what the input lacks: networks, the tokenizer, what the shapes do not tell; ema: whether
@@ -68,8 +73,9 @@ def read_model(
         part = next(iter(model.tensors))
         raise ModelError(f"{name} is a {part} alone: name the model that it belongs to with --base")
     for part, option, value in (
-        ("scheduler", "prediction_type", prediction_type), ("vae", "scaling_factor", scaling_factor),
-    ):  # fmt: skip
+        ("scheduler", "prediction_type", prediction_type),
+        ("vae", "scaling_factor", scaling_factor),
+    ):
         if value is not None:
             if part not in model.configs:
                 raise ModelError(f"{option} is given, but {name} tells nothing of a {part}: leave it out")
@@ -251,9 +257,14 @@ def read_orbax(folder: Path) -> Model:
     }
     tokenizer = folder / "tokenizer"
     return Model(
-        str(folder), described["family"], described["configs"], tensors, tokenizer if tokenizer.is_dir() else None,
-        described.get("index"), frozenset(described.get("guessed") or ()),
-    )  # fmt: skip
+        str(folder),
+        described["family"],
+        described["configs"],
+        tensors,
+        tokenizer if tokenizer.is_dir() else None,
+        described.get("index"),
+        frozenset(described.get("guessed") or ()),
+    )
 
 
 def read_checkpoint(folder: Path, step: int | None, part: str) -> tuple[int, dict[str, Any]]:

@@ -42,9 +42,16 @@ def pytest_unconfigure():
 
 
 LONG = (
-    "lcd_config", "training_run", "benchmark", "killed_runs", "convert", "family_pipelines", "inpainting", "dry_run",
+    "lcd_config",
+    "training_run",
+    "benchmark",
+    "killed_runs",
+    "convert",
+    "family_pipelines",
+    "inpainting",
+    "dry_run",
     "sharding",
-)  # fmt: skip
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -58,18 +58,35 @@ def own_pictures(target, noise, context, embedding, *, abar, prediction_type) ->
         z, t = torch.from_numpy(np.array(e, np.float64)).permute(2, 0, 1)[None], len(abar) - 1
         with torch.no_grad():
             output = target(
-                z, torch.tensor([t]), encoder_hidden_states=torch.from_numpy(np.array(context[i : i + 1], np.float64)),
+                z,
+                torch.tensor([t]),
+                encoder_hidden_states=torch.from_numpy(np.array(context[i : i + 1], np.float64)),
                 timestep_cond=torch.from_numpy(np.array(embedding[i : i + 1], np.float64)),
-            ).sample  # fmt: skip
+            ).sample
         pictures.append(consistency(prediction_type, output, z, t, abar[t])[0].permute(1, 2, 0).numpy())
     return np.stack(pictures)
 
 
 def distil(
-    student, target, teacher, z, context, empty, noise, index, w, embedding,
-    *, abar, prediction_type, distance, weighting="uniform", w_caps=(), huber_c=1e-3,
+    student,
+    target,
+    teacher,
+    z,
+    context,
+    empty,
+    noise,
+    index,
+    w,
+    embedding,
+    *,
+    abar,
+    prediction_type,
+    distance,
+    weighting="uniform",
+    w_caps=(),
+    huber_c=1e-3,
     steps=50,
-) -> Step:  # fmt: skip
+) -> Step:
     """student, target, teacher: UNet2DConditionModel in float64; the first two have time_cond_proj_dim.
 
     z, noise: [B, h, w, c]; context: [B, L, D], the prompts that are distilled; empty: [1, L, D]; index: int[B] in

@@ -29,23 +29,39 @@ SCHEDULERS = {
 def networks(student: bool) -> dict:
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), time_cond_proj_dim=32 if student else None,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        time_cond_proj_dim=32 if student else None,
+    )
     if student:
         with torch.no_grad():
             unet.time_embedding.cond_proj.weight.mul_(30.0)  # so that the weight of guidance is seen in the pictures
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=1000, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=LENGTH, eos_token_id=2,
+            vocab_size=1000,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
     return {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text.eval()}
 
 
@@ -54,8 +70,12 @@ def build(folder: Path, scheduler: str = "lcm"):
     tokenizers.build(WORDS, folder, model_max_length=LENGTH)
     kind = diffusers.LatentConsistencyModelPipeline if scheduler == "lcm" else diffusers.StableDiffusionPipeline
     pipe = kind(
-        **networks(scheduler == "lcm"), tokenizer=CLIPTokenizer.from_pretrained(str(folder)),
-        scheduler=SCHEDULERS[scheduler](), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        **networks(scheduler == "lcm"),
+        tokenizer=CLIPTokenizer.from_pretrained(str(folder)),
+        scheduler=SCHEDULERS[scheduler](),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -91,10 +91,19 @@ def test_the_rules_are_those_of_jax(device, on):
     """What is refused fails in JAX while traced, and what is not lowers to CUDA, in both directions."""
     on(device)
     for queries, keys, head_dim, dtype in [
-        (64, 64, 40, "bfloat16"), (64, 64, 64, "float16"), (64, 64, 80, "bfloat16"), (64, 64, 128, "bfloat16"),
-        (64, 64, 160, "bfloat16"), (64, 64, 256, "bfloat16"), (64, 64, 264, "bfloat16"), (64, 64, 512, "bfloat16"),
-        (64, 64, 44, "bfloat16"), (64, 77, 40, "bfloat16"), (77, 77, 64, "bfloat16"), (64, 64, 64, "float32"),
-    ]:  # fmt: skip
+        (64, 64, 40, "bfloat16"),
+        (64, 64, 64, "float16"),
+        (64, 64, 80, "bfloat16"),
+        (64, 64, 128, "bfloat16"),
+        (64, 64, 160, "bfloat16"),
+        (64, 64, 256, "bfloat16"),
+        (64, 64, 264, "bfloat16"),
+        (64, 64, 512, "bfloat16"),
+        (64, 64, 44, "bfloat16"),
+        (64, 77, 40, "bfloat16"),
+        (77, 77, 64, "bfloat16"),
+        (64, 64, 64, "float32"),
+    ]:
         shape = Shape(queries, keys, head_dim, jnp.dtype(dtype))
         query = abstract((2, queries, 4, head_dim), dtype)
         other = abstract((2, keys, 4, head_dim), dtype)

@@ -35,9 +35,11 @@ def test_both_sides_are_timed(model, tmp_path):
     peak, *rows = results["rows"]
     assert peak["case"] == "matmul 2048 x 2048" and peak["share_of_peak"] == 1 and peak["flops"] == 2 * 2048**3
     assert [(row["case"], row["side"]) for row in rows] == [
-        ("sample, 1 step, batch 2", "lcm_jax"), ("sample, 1 step, batch 2", "diffusers"),
-        ("LCD step, batch 2", "lcm_jax"), ("LCD step, batch 2", "diffusers"),
-    ]  # fmt: skip
+        ("sample, 1 step, batch 2", "lcm_jax"),
+        ("sample, 1 step, batch 2", "diffusers"),
+        ("LCD step, batch 2", "lcm_jax"),
+        ("LCD step, batch 2", "diffusers"),
+    ]
     for row in rows:
         assert "error" not in row, row
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and row["runs"] == 2 and row["first_s"] > 0
@@ -66,14 +68,19 @@ def test_the_cases_of_each_model():
     full = cases.plan(["sample", "train"], "sd15", [], [], None, accelerator=True)
     assert full[0] == Case("matmul", "sd15", 1, 0, 8192, "bfloat16")
     assert [case.name for case in full[1:]] == [
-        "sample, 4 steps, batch 8", "sample, 4 steps, batch 1", "sample, 1 step, batch 1",
-        "LCD step, batch 16, remat", "LCD step, batch 32, remat",
-    ]  # fmt: skip
+        "sample, 4 steps, batch 8",
+        "sample, 4 steps, batch 1",
+        "sample, 1 step, batch 1",
+        "LCD step, batch 16, remat",
+        "LCD step, batch 32, remat",
+    ]
     assert all((case.size, case.dtype) == (512, "bfloat16") for case in full[1:])
     chosen = cases.plan(["train", "sample"], "shapes-lcm", [3], [2, 8], "bfloat16", accelerator=False)
     assert [case.name for case in chosen[1:]] == [
-        "LCD step, batch 3", "sample, 2 steps, batch 3", "sample, 8 steps, batch 3"
-    ]  # fmt: skip
+        "LCD step, batch 3",
+        "sample, 2 steps, batch 3",
+        "sample, 8 steps, batch 3",
+    ]
     assert cases.Case(**json.loads(full[1].to_json())) == full[1]
 
 

@@ -72,9 +72,11 @@ def test_the_second_process_reads_what_the_first_compiled(tmp_path):
         "print(jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((8, 8))))\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")} | {
-        "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_LOGGING_LEVEL": "DEBUG",
-    }  # fmt: skip
+    }
     first, second = (
         subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
         for _ in range(2)

@@ -68,9 +68,13 @@ process: subprocess.Popen | None = None
 
 def start() -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", RESIDENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", RESIDENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,10 +234,11 @@ def test_what_is_given_or_told_wins_over_the_base_and_the_base_over_a_guess(firs
             sources[name] = tmp_path / f"{name} orbax"
             assert_done(convert(f"--input={source}", f"--output={sources[name]}", "--format=orbax"))
     cases = [
-        ("told", noise, [], "v_prediction", 0.5), ("silent", model, [], "v_prediction", 0.5),
+        ("told", noise, [], "v_prediction", 0.5),
+        ("silent", model, [], "v_prediction", 0.5),
         ("told", model, ["--prediction_type=epsilon", "--scaling_factor=0.25"], "epsilon", 0.25),
         ("silent", noise, ["--prediction_type=v_prediction"], "v_prediction", 0.5),
-    ]  # fmt: skip
+    ]
     for source, base, more, predicts, scale in cases[: 2 if first == "orbax" else 4]:
         arguments = [f"--input={sources[source]}", f"--output={tmp_path / 'out'}", "--format=diffusers", "--overwrite"]
         done = convert(*arguments, f"--base={base}", *more)
@@ -518,9 +523,12 @@ def test_what_reads_back_as_other_numbers_is_not_kept(name, model, tmp_path):
 
 def test_it_converts_without_torch(model, single, tmp_path):
     done = alone(
-        "sys.modules['torch'] = None", f"--input={single}", f"--output={tmp_path / 'm'}", "--format=diffusers",
+        "sys.modules['torch'] = None",
+        f"--input={single}",
+        f"--output={tmp_path / 'm'}",
+        "--format=diffusers",
         f"--base={model}",
-    )  # fmt: skip
+    )
     assert_done(done)
     assert_same(tensors_of(tmp_path / "m"), tensors_of(model))
 

@@ -40,9 +40,9 @@ def test_the_diffusion_loss_is_the_squared_error_of_what_the_network_predicts(pr
     noisy = np.sqrt(bar) * z + np.sqrt(1 - bar) * draws.noise
     ids = np.where(keep[:, None], batch["token_ids"], empty)
     output = 0.7 * noisy + (0.1 * ids.sum(-1) + t / 1000)[:, None, None, None]
-    wanted = {
-        "epsilon": draws.noise, "sample": z, "v_prediction": np.sqrt(bar) * draws.noise - np.sqrt(1 - bar) * z
-    }[prediction_type]  # fmt: skip
+    wanted = {"epsilon": draws.noise, "sample": z, "v_prediction": np.sqrt(bar) * draws.noise - np.sqrt(1 - bar) * z}[
+        prediction_type
+    ]
     np.testing.assert_allclose(found, np.mean((output - wanted) ** 2), rtol=1e-5)
     assert metrics["loss"] == found
 

@@ -56,10 +56,14 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
     frozen = jax.device_put(job.frozen, sharding.tree_shardings(mesh, job.frozen))
     others = {name: tree for name, tree in frozen.items() if name != "unet"}
     real = {
-        "student": state.params, "its moving average": state.ema, "optimizer moments": state.opt_state,
-        "gradients": state.params, "teacher": frozen["unet"], "text encoders and autoencoder": others,
+        "student": state.params,
+        "its moving average": state.ema,
+        "optimizer moments": state.opt_state,
+        "gradients": state.params,
+        "teacher": frozen["unet"],
+        "text encoders and autoencoder": others,
         "batch": sharding.put_batch(mesh, next(job.batches(0))),
-    }  # fmt: skip
+    }
     assert found["memory"] == {name: on_first_device(tree) for name, tree in real.items()}
     assert found["memory"]["student"] < 1.3 * found["parameters"]["student"] * 4 / fsdp
     assert found["parameters"]["student"] == found["parameters"]["unet"] + 256 * 16
@@ -147,9 +151,13 @@ def test_what_cannot_be_estimated_is_one_error(teacher):
 def command(*arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "lcm_jax.main", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
+        [sys.executable, "-m", "lcm_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
         env=environment,
-    )  # fmt: skip
+    )
 
 
 def test_the_command_at_full_size_needs_neither_weights_nor_memory(tmp_path):

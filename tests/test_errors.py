@@ -20,9 +20,13 @@ from lcm_jax.errors import Interrupted, RunError, phase
 
 def run(program: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | environment,
-    )  # fmt: skip
+    )
 
 
 def failing(error: BaseException):
@@ -109,9 +113,12 @@ def test_a_lock_ends_with_its_process(tmp_path):
         f"with locks.lock(pathlib.Path({str(tmp_path / 'lock')!r})):\n    print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(locks.Locked, match=rf"^process {other.pid} on .+ since \d{{4}}-"):
         locks.check(tmp_path / "lock")

@@ -12,16 +12,26 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import naming
 
 COUNTS = {  # as published
-    ("sd15", "unet"): 859_520_964, ("sd15", "vae"): 83_653_863, ("sd15", "text_encoder"): 123_060_480,
-    ("sd21", "unet"): 865_910_724, ("sd21", "text_encoder"): 340_387_840, ("sd21-768", "unet"): 865_910_724,
-    ("sdxl", "unet"): 2_567_463_684, ("sdxl", "vae"): 83_653_863, ("sdxl", "text_encoder"): 123_060_480,
+    ("sd15", "unet"): 859_520_964,
+    ("sd15", "vae"): 83_653_863,
+    ("sd15", "text_encoder"): 123_060_480,
+    ("sd21", "unet"): 865_910_724,
+    ("sd21", "text_encoder"): 340_387_840,
+    ("sd21-768", "unet"): 865_910_724,
+    ("sdxl", "unet"): 2_567_463_684,
+    ("sdxl", "vae"): 83_653_863,
+    ("sdxl", "text_encoder"): 123_060_480,
     ("sdxl", "text_encoder_2"): 694_659_840,
-    ("ssd1b", "unet"): 1_331_334_404, ("sd15-taesd", "vae"): 2_445_063,
+    ("ssd1b", "unet"): 1_331_334_404,
+    ("sd15-taesd", "vae"): 2_445_063,
     # The guidance weight's projection is 256 x 320; five more input channels are 5 x 3 x 3 x 320.
-    ("lcm-dreamshaper", "unet"): 859_520_964 + 81_920, ("lcm-sdxl", "unet"): 2_567_463_684 + 81_920,
-    ("lcm-ssd1b", "unet"): 1_331_334_404 + 81_920, ("sd15-inpainting", "unet"): 859_520_964 + 14_400,
-    ("sd2-inpainting", "unet"): 865_910_724 + 14_400, ("sdxl-inpainting", "unet"): 2_567_463_684 + 14_400,
-}  # fmt: skip
+    ("lcm-dreamshaper", "unet"): 859_520_964 + 81_920,
+    ("lcm-sdxl", "unet"): 2_567_463_684 + 81_920,
+    ("lcm-ssd1b", "unet"): 1_331_334_404 + 81_920,
+    ("sd15-inpainting", "unet"): 859_520_964 + 14_400,
+    ("sd2-inpainting", "unet"): 865_910_724 + 14_400,
+    ("sdxl-inpainting", "unet"): 2_567_463_684 + 14_400,
+}
 
 
 def torch_shapes(component: str, config: dict) -> dict[str, tuple[int, ...]]:

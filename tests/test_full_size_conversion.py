@@ -63,9 +63,11 @@ def convert(source: Path, target: Path, name: str, *more: str) -> tuple[float, f
     command = [sys.executable, "-m", "lcm_jax.convert", f"--input={source}", f"--output={target}", f"--format={name}"]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *command, *more], env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURED, *command, *more],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == 0
     return int(done.stdout) * 1024 / GB, time.monotonic() - began
 
@@ -78,8 +80,10 @@ def test_memory_stays_below_the_size_of_the_model(tmp_path, capfd):
     digests = {name: stored.digest(each) for name, each in tensors.items()}
     file, orbax, again = tmp_path / "sdxl.safetensors", tmp_path / "orbax", tmp_path / "again"
     for start, target, name, more in [
-        (source, file, "ldm", []), (file, orbax, "orbax", []), (orbax, again, "diffusers", [f"--base={source}"]),
-    ]:  # fmt: skip
+        (source, file, "ldm", []),
+        (file, orbax, "orbax", []),
+        (orbax, again, "diffusers", [f"--base={source}"]),
+    ]:
         peak, seconds = convert(start, target, name, *more)
         with capfd.disabled():
             print(f"\nSDXL, float16, {size:.2f} GB, to {name}: {peak:.2f} GB at its peak, {seconds:.0f} s")

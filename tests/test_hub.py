@@ -107,9 +107,12 @@ def files_of(folder: Path) -> set[str]:
 
 
 COMMON = {
-    "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
     "text_encoder/config.json",
-}  # fmt: skip
+}
 
 
 def test_only_what_is_read_is_fetched_and_then_read_without_a_network(model, server, tmp_path):
@@ -133,8 +136,9 @@ def test_only_what_is_read_is_fetched_and_then_read_without_a_network(model, ser
     half = locate(home, f"org/name@{COMMIT}", "fp16", HF_ENDPOINT=address)
     assert half.returncode == 0, half.stderr
     assert {path.name for path in (Path(half.stdout.strip()) / "unet").glob("*.safetensors")} == {
-        "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
-    }  # fmt: skip
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+    }
 
 
 def test_one_network_is_fetched_where_it_will_do(server, tmp_path):
@@ -203,15 +207,22 @@ def test_the_files_of_each_kind():
         ([f"{unet}.bin", f"{unet}.fp16.bin", f"{unet}.fp16.safetensors"], "fp16", [f"{unet}.fp16.safetensors"]),
         (["text_encoder/pytorch_model.bin"], None, ["text_encoder/pytorch_model.bin"]),
         (
-            [f"{unet}.safetensors.index.json", f"{unet}-00001-of-00001.safetensors", f"{unet}-00001-of-00001.bin",
-             f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"],
-            "fp16", [f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"],
+            [
+                f"{unet}.safetensors.index.json",
+                f"{unet}-00001-of-00001.safetensors",
+                f"{unet}-00001-of-00001.bin",
+                f"{unet}.fp16-00001-of-00001.safetensors",
+                f"{unet}.safetensors.index.fp16.json",
+            ],
+            "fp16",
+            [f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"],
         ),
         (
             [f"{unet}.bin.index.json", f"{unet}-00001-of-00001.bin", f"{unet}-00001-of-00001.fp16.bin"],
-            None, [f"{unet}.bin.index.json", f"{unet}-00001-of-00001.bin"],
+            None,
+            [f"{unet}.bin.index.json", f"{unet}-00001-of-00001.bin"],
         ),
-    ]:  # fmt: skip
+    ]:
         names = [*common, *there, f"{there[0].split('/')[0]}/config.json"]
         found = set(needed_files("org/name", names, variant))
         assert found == {*common[:3], *expected, names[-1]}

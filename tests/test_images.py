@@ -105,8 +105,15 @@ def test_every_mode_is_the_color_that_a_person_sees(name):
     assert image.mode == mode or mode in ("animated",), image.mode
 
 
-@pytest.mark.parametrize("values", [np.array([[70000]], np.int32), np.array([[-1]], np.int32),
-                                    np.array([[np.nan]], np.float32), np.array([[300.0]], np.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[70000]], np.int32),
+        np.array([[-1]], np.int32),
+        np.array([[np.nan]], np.float32),
+        np.array([[300.0]], np.float32),
+    ],
+)
 def test_values_without_a_known_range_are_an_error(values):
     with pytest.raises(images.ImageError, match=r"values from .* outside 0\.\..*save it with 8 or 16 bits"):
         images.to_rgb(Image.fromarray(values))
@@ -118,9 +125,16 @@ def test_files_are_upright(orientation, kind, tmp_path):
     """The stored rows are what the inverse of EXIF's eight turns makes of an upright image."""
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255
-    turned = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-              5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-              8: lambda a: np.rot90(a, -1)}[orientation](upright)  # fmt: skip
+    turned = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](upright)
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / "a", kind, exif=exif, quality=95)
@@ -149,9 +163,14 @@ def test_byte_order_marks_are_understood(encoding):
     assert text.decode("".encode(encoding), "a.txt") == ""
 
 
-@pytest.mark.parametrize("data, message", [("größer".encode("latin-1"), "not UTF-8 .*at byte 2"),
-                                           ("circle".encode("utf-16-le"), "NUL characters"),
-                                           (b"\xff\xfea", "not UTF-16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("größer".encode("latin-1"), "not UTF-8 .*at byte 2"),
+        ("circle".encode("utf-16-le"), "NUL characters"),
+        (b"\xff\xfea", "not UTF-16"),
+    ],
+)
 def test_other_bytes_are_not_text(data, message):
     with pytest.raises(text.TextError, match=f"^a.txt .*{message}.*save it as UTF-8"):
         text.decode(data, "a.txt")

@@ -51,14 +51,29 @@ class Beside(torch.nn.Module):
 
 def test_loss_and_every_gradient_equal_the_pytorch_reference():
     """Of one whole Stable Diffusion, so that the mask, the autoencoder and the text encoder are those of a run."""
-    vae = {"block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": C,
-           "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}  # fmt: skip
-    text = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": L, "eos_token_id": 1}  # fmt: skip
+    vae = {
+        "block_out_channels": [4, 4],
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "latent_channels": C,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    text = {
+        "vocab_size": 11,
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": L,
+        "eos_token_id": 1,
+    }
     unet = UNET | {
-        "in_channels": 2 * C + 1, "block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"],
+        "in_channels": 2 * C + 1,
+        "block_out_channels": [8],
+        "down_block_types": ["CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D"],
-    }  # fmt: skip
+    }
     configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": reference_families.SCHEDULE}
     model = StableDiffusion.from_configs(configs | {"unet": unet | {"time_cond_proj_dim": 256}})
     rng = np.random.default_rng(0)
@@ -81,10 +96,18 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
     embedding = guidance_embedding(draws.step.w)
     z = model.to_latents(batch["moments"], draws.step.posterior)
     expected = reference_lcd.distil(
-        *(Beside(u, masked) for u in unets), z, encode(ids), encode(frozen["empty_ids"][None]),
-        draws.step.noise, draws.step.index, draws.step.w, embedding,
-        abar=reference_lcd.alphas_cumprod(0.00085, 0.012), prediction_type="epsilon", distance="huber",
-    )  # fmt: skip
+        *(Beside(u, masked) for u in unets),
+        z,
+        encode(ids),
+        encode(frozen["empty_ids"][None]),
+        draws.step.noise,
+        draws.step.index,
+        draws.step.w,
+        embedding,
+        abar=reference_lcd.alphas_cumprod(0.00085, 0.012),
+        prediction_type="epsilon",
+        distance="huber",
+    )
 
     plain = StableDiffusion.from_configs(configs)
     networks = lcd.Networks(model.denoise, plain.denoise, model.encode_prompt, model.to_latents)
@@ -125,8 +148,15 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
     latents, _ = pipeline.draw_noise(3, 1, 1, (8, 8, 4))
     own = torch.from_numpy(np.array(pipeline.draw_image_noise(3, (8, 8, 4)))).permute(0, 3, 1, 2)
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: own)
-    arguments = {"num_inference_steps": 1, "guidance_scale": 4.0, "image": image(), "mask_image": mask(),
-                 "output_type": "np", "height": 16, "width": 16}  # fmt: skip
+    arguments = {
+        "num_inference_steps": 1,
+        "guidance_scale": 4.0,
+        "image": image(),
+        "mask_image": mask(),
+        "output_type": "np",
+        "height": 16,
+        "width": 16,
+    }
     theirs = client(
         "a red circle", latents=torch.from_numpy(np.array(latents)).permute(0, 3, 1, 2), strength=1.0, **arguments
     ).images

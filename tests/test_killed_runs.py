@@ -24,15 +24,21 @@ def command(teacher: Path, workdir: Path, steps: int, cache: Path) -> subprocess
     )
     # Twice as quick to compile without optimisation, and no less a program whose bits must come out the same.
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    }
     arguments = [f"--config={file}", f"--workdir={workdir}", f"--config.train.steps={steps}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "lcm_jax.main", *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "lcm_jax.main", *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for_step(workdir: Path, step: int, saved: int, process: subprocess.Popen) -> None:

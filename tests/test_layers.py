@@ -10,10 +10,28 @@ PACKAGE = ROOT / "lcm_jax"
 
 # From the mathematics down to the commands; any other file at the top of the package is a command.
 ROOMS = (
-    "errors", "locks", "output", "config_files", "diffusion", "models", "weights", "data", "objectives", "training",
-    "evaluation", "sampling", "pipeline", "report", "recipes", "cost", "dry_run", "stored_model", "command",
-    "benchmarks", "commands",
-)  # fmt: skip
+    "errors",
+    "locks",
+    "output",
+    "config_files",
+    "diffusion",
+    "models",
+    "weights",
+    "data",
+    "objectives",
+    "training",
+    "evaluation",
+    "sampling",
+    "pipeline",
+    "report",
+    "recipes",
+    "cost",
+    "dry_run",
+    "stored_model",
+    "command",
+    "benchmarks",
+    "commands",
+)
 FILES = {"os", "io", "pathlib", "json", "shutil", "tempfile", "tarfile", "PIL", "safetensors", "huggingface_hub"}
 DEVICES = {"jax.sharding", "jax.experimental"}
 NETWORKS = {"flax.linen", "flax.nnx", "lcm_jax.models"}
@@ -35,9 +53,12 @@ UNKNOWN = {
 }
 ONLY_IN = {
     "orbax": {"training/checkpoint.py"},
-    "torch": {"benchmarks/diffusers_peer.py"}, "diffusers": {"benchmarks/diffusers_peer.py"},
-    "tensorflow": set(), "tensorflow_datasets": set(), "clu": set(),
-}  # fmt: skip
+    "torch": {"benchmarks/diffusers_peer.py"},
+    "diffusers": {"benchmarks/diffusers_peer.py"},
+    "tensorflow": set(),
+    "tensorflow_datasets": set(),
+    "clu": set(),
+}
 
 
 def files() -> list[str]:

@@ -21,14 +21,19 @@ from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-SCHEDULER = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-}  # fmt: skip
+SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNET = {
-    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4,
-}  # fmt: skip
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
 STUDENT = UNET | {"time_cond_proj_dim": 256}
 B, H, W, C, L, VOCABULARY = 4, 8, 4, 3, 5, 11
 
@@ -114,10 +119,7 @@ def unet_networks():
 
 @pytest.mark.parametrize(
     "distance, weighting, own_share, w_caps",
-    [
-        ("l2", "uniform", 0.0, ()),
-        ("huber", "inverse_sigma", 0.5, ((0, 0.0), (160, math.inf), (700, 4.5))),
-    ],
+    [("l2", "uniform", 0.0, ()), ("huber", "inverse_sigma", 0.5, ((0, 0.0), (160, math.inf), (700, 4.5)))],
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting, own_share, w_caps):
@@ -135,19 +137,39 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, di
     abar, z = reference_lcd.alphas_cumprod(0.00085, 0.012), np.array(to_latents(batch["moments"], draws.posterior))
     if own_share:
         z[::2] = reference_lcd.own_pictures(
-            unets[1], draws.posterior[::2], table[token_ids][::2], embedding[::2], abar=abar,
+            unets[1],
+            draws.posterior[::2],
+            table[token_ids][::2],
+            embedding[::2],
+            abar=abar,
             prediction_type=prediction_type,
-        )  # fmt: skip
+        )
     expected = reference_lcd.distil(
-        *unets, z, table[token_ids], table[frozen["empty_ids"]][None],
-        draws.noise, draws.index, draws.w, embedding, abar=abar,
-        prediction_type=prediction_type, distance=distance, weighting=weighting, w_caps=w_caps,
-    )  # fmt: skip
+        *unets,
+        z,
+        table[token_ids],
+        table[frozen["empty_ids"]][None],
+        draws.noise,
+        draws.index,
+        draws.w,
+        embedding,
+        abar=abar,
+        prediction_type=prediction_type,
+        distance=distance,
+        weighting=weighting,
+        w_caps=w_caps,
+    )
 
     loss = partial(
-        lcd.loss, networks=unet_networks(), schedule=schedule(prediction_type), num_ddim_steps=50, kind=distance,
-        weighting=weighting, own_share=own_share, w_caps=w_caps,
-    )  # fmt: skip
+        lcd.loss,
+        networks=unet_networks(),
+        schedule=schedule(prediction_type),
+        num_ddim_steps=50,
+        kind=distance,
+        weighting=weighting,
+        own_share=own_share,
+        w_caps=w_caps,
+    )
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
 
@@ -269,9 +291,16 @@ def analytic_loss(frozen, batch, draws, prediction_type="epsilon", *, target=0.8
     seen: dict = {}
     plan = schedule(prediction_type)
     total, _ = lcd.loss(
-        {"unet": jnp.float32(0.9)}, {"unet": jnp.float32(target)}, frozen | {"unet": jnp.float32(0.7)}, batch, draws,
-        networks=analytic(plan, seen, dtype), schedule=plan, num_ddim_steps=50, kind="l2",
-    )  # fmt: skip
+        {"unet": jnp.float32(0.9)},
+        {"unet": jnp.float32(target)},
+        frozen | {"unet": jnp.float32(0.7)},
+        batch,
+        draws,
+        networks=analytic(plan, seen, dtype),
+        schedule=plan,
+        num_ddim_steps=50,
+        kind="l2",
+    )
     return total, seen
 
 
@@ -337,10 +366,16 @@ def test_pitfall_5_only_the_networks_know_half_precision():
     rounded = analytic(plan, dtype=jnp.bfloat16)
     as_float32 = lambda f: lambda *inputs: f(*inputs).astype(jnp.float32)  # noqa: E731
     again, _ = lcd.loss(
-        {"unet": jnp.float32(0.9)}, {"unet": jnp.float32(0.8)}, frozen | {"unet": jnp.float32(0.7)}, batch, draws,
+        {"unet": jnp.float32(0.9)},
+        {"unet": jnp.float32(0.8)},
+        frozen | {"unet": jnp.float32(0.7)},
+        batch,
+        draws,
         networks=rounded._replace(student=as_float32(rounded.student), teacher=as_float32(rounded.teacher)),
-        schedule=plan, num_ddim_steps=50, kind="l2",
-    )  # fmt: skip
+        schedule=plan,
+        num_ddim_steps=50,
+        kind="l2",
+    )
     assert total == again
 
 
@@ -396,9 +431,17 @@ def test_no_gradient_reaches_the_teacher_or_the_target(own_share):
         frozen_ = {"unet": teacher, "text_encoder": {"table": table}, "empty_ids": frozen["empty_ids"]}
         networks = analytic(plan)
         return lcd.loss(
-            {"unet": params}, {"unet": target}, frozen_, batch, draws,
-            networks=networks, schedule=plan, num_ddim_steps=50, kind="huber", own_share=own_share,
-        )[0]  # fmt: skip
+            {"unet": params},
+            {"unet": target},
+            frozen_,
+            batch,
+            draws,
+            networks=networks,
+            schedule=plan,
+            num_ddim_steps=50,
+            kind="huber",
+            own_share=own_share,
+        )[0]
 
     arguments = jnp.float32(0.9), jnp.float32(0.8), jnp.float32(0.7)
     student, target, teacher = jax.grad(loss, (0, 1, 2))(*arguments, frozen["text_encoder"]["table"])

@@ -58,11 +58,22 @@ def shards(tmp_path_factory) -> str:
 
 # The published configs, for a teacher of a few thousand parameters and pictures of 16 pixels.
 SHRUNK = {
-    "data.size": 16, "data.held_out": 6, "mesh.data": 1, "train.steps": 2, "train.batch_size": 4,
-    "checkpoint.every_steps": 2, "log.every_steps": 1, "sample.every_steps": 2, "sample.prompts": 2,
-    "sample.batch_size": 2, "sample.teacher_steps": 2, "sample.student_steps": (1,), "report.prompts": 2,
-    "report.batch_size": 2, "report.reference": 6,
-}  # fmt: skip
+    "data.size": 16,
+    "data.held_out": 6,
+    "mesh.data": 1,
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "checkpoint.every_steps": 2,
+    "log.every_steps": 1,
+    "sample.every_steps": 2,
+    "sample.prompts": 2,
+    "sample.batch_size": 2,
+    "sample.teacher_steps": 2,
+    "sample.student_steps": (1,),
+    "report.prompts": 2,
+    "report.batch_size": 2,
+    "report.reference": 6,
+}
 
 
 def shrunk(name: str, teacher: Path, shards: str, **more):
@@ -111,9 +122,11 @@ def test_the_published_settings():
 
 # Each published model as a tiny random one of diffusers, in the shape of its family.
 SMALL = reference_families.UNET | {
-    "block_out_channels": (8,), "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D",),
+    "block_out_channels": (8,),
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
-}  # fmt: skip
+}
 
 
 def ddim(**more):
@@ -123,9 +136,10 @@ def ddim(**more):
 
 SMALL_XL = reference_families.XL | SMALL | {"cross_attention_dim": 16 + 24, "transformer_layers_per_block": (2,)}
 SMALL_SSD = SMALL_XL | {
-    "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": ((2,),),
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": ((2,),),
     "reverse_transformer_layers_per_block": ((1, 2),),
-}  # fmt: skip
+}
 TINY = {
     "sd15": (SMALL | {"use_linear_projection": False}, ddim, False),
     "sd21": (SMALL, ddim, False),

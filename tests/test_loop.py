@@ -33,10 +33,16 @@ def line(**more) -> Job:
         return total, {"loss": total}
 
     parts = {
-        "title": "line", "init": lambda: {"slope": jnp.float32(0)}, "frozen": {}, "draw": lambda rng, batch: None,
-        "loss": loss, "example": {"x": X, "y": X}, "batches": lambda step: repeat({"x": X, "y": 3 * X}),
-        "preview": lambda ema, path: {}, "finish": lambda ema, seconds: None,
-    }  # fmt: skip
+        "title": "line",
+        "init": lambda: {"slope": jnp.float32(0)},
+        "frozen": {},
+        "draw": lambda rng, batch: None,
+        "loss": loss,
+        "example": {"x": X, "y": X},
+        "batches": lambda step: repeat({"x": X, "y": 3 * X}),
+        "preview": lambda ema, path: {},
+        "finish": lambda ema, seconds: None,
+    }
     return Job(**parts | more)
 
 

@@ -18,12 +18,15 @@ def base(width: int = 12) -> dict:
     rng = np.random.default_rng(0)
     shapes = {
         "unet": {
-            f"{CROSS}.to_q.weight": (8, 8), f"{CROSS}.to_k.weight": (8, width), f"{CROSS}.to_out.0.weight": (8, 8),
-            "down_blocks.0.resnets.0.conv1.weight": (8, 4, 3, 3), "mid_block.resnets.0.norm1.weight": (8,),
+            f"{CROSS}.to_q.weight": (8, 8),
+            f"{CROSS}.to_k.weight": (8, width),
+            f"{CROSS}.to_out.0.weight": (8, 8),
+            "down_blocks.0.resnets.0.conv1.weight": (8, 4, 3, 3),
+            "mid_block.resnets.0.norm1.weight": (8,),
             "time_embedding.linear_1.weight": (16, 8),
         },
         "text_encoder": {f"{TEXT}.self_attn.q_proj.weight": (6, 6), f"{TEXT}.mlp.fc1.weight": (24, 6)},
-    }  # fmt: skip
+    }
     return {
         component: {key: rng.normal(size=shape).astype(np.float32) for key, shape in tensors.items()}
         for component, tensors in shapes.items()
@@ -84,8 +87,7 @@ def test_the_settings_for_peft_name_what_differs():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["{m}.to_q.lora.{d}.weight", "{m}.to_q.lora_linear_layer.{d}.weight", "{m}.processor.to_q_lora.{d}.weight"],
+    "name", ["{m}.to_q.lora.{d}.weight", "{m}.to_q.lora_linear_layer.{d}.weight", "{m}.processor.to_q_lora.{d}.weight"]
 )
 def test_old_names_of_diffusers_are_read(name):
     update = example(alpha=None).updates["unet"][f"{CROSS}.to_q"]

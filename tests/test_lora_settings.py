@@ -75,8 +75,9 @@ def folder(tmp_path):
     folder.mkdir()
     update = example().updates["unet"][f"{CROSS}.to_q"]
     name = f"base_model.model.{CROSS}.to_q"
-    save_file({f"{name}.lora_A.weight": update.down, f"{name}.lora_B.weight": update.up},
-              folder / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {f"{name}.lora_A.weight": update.down, f"{name}.lora_B.weight": update.up}, folder / "adapter_model.safetensors"
+    )
 
     def write(**settings):
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, **settings}

@@ -18,9 +18,33 @@ from lcm_jax.weights import lora as loras
 
 DEEP = json.loads("[" * 60 + "]" * 60)
 VALUES = (
-    None, [], {}, [None], [1, 2, 3], [[]], {"a": {"b": None}}, "", "8", "epsilon\nTraceback", "x" * 10_000, -1, 0, 1,
-    3.5, -0.5, 10**12, -(10**12), 10**400, 1e308, float("nan"), float("inf"), -float("inf"), True, False, DEEP,
-)  # fmt: skip
+    None,
+    [],
+    {},
+    [None],
+    [1, 2, 3],
+    [[]],
+    {"a": {"b": None}},
+    "",
+    "8",
+    "epsilon\nTraceback",
+    "x" * 10_000,
+    -1,
+    0,
+    1,
+    3.5,
+    -0.5,
+    10**12,
+    -(10**12),
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    True,
+    False,
+    DEEP,
+)
 WHOLE = ("null", "[]", "[1]", "3", '"text"', "", "{", "nul", "NaN", '{"a": 1} 2', "\x00", "[" * 100_000, "{}", "é")
 
 
@@ -117,13 +141,21 @@ def open_settings(folder: Path, base: dict):
 
 
 PARTS = {
-    "model/model_index.json": "model", "model/unet/config.json": "model", "model/vae/config.json": "model",
-    "model/text_encoder/config.json": "model", "model/scheduler/scheduler_config.json": "model",
-    "model/unet/diffusion_pytorch_model.safetensors.index.json": "model", "model/tokenizer/vocab.json": "tokenizer",
-    "model/tokenizer/tokenizer_config.json": "tokenizer", "model/tokenizer/special_tokens_map.json": "tokenizer",
-    "model/tokenizer/tokenizer.json": "tokenizer", "lora/adapter_config.json": "lora", "settings.json": "style",
-    "orbax/configs.json": "orbax", "run/config.json": "run",
-}  # fmt: skip
+    "model/model_index.json": "model",
+    "model/unet/config.json": "model",
+    "model/vae/config.json": "model",
+    "model/text_encoder/config.json": "model",
+    "model/scheduler/scheduler_config.json": "model",
+    "model/unet/diffusion_pytorch_model.safetensors.index.json": "model",
+    "model/tokenizer/vocab.json": "tokenizer",
+    "model/tokenizer/tokenizer_config.json": "tokenizer",
+    "model/tokenizer/special_tokens_map.json": "tokenizer",
+    "model/tokenizer/tokenizer.json": "tokenizer",
+    "lora/adapter_config.json": "lora",
+    "settings.json": "style",
+    "orbax/configs.json": "orbax",
+    "run/config.json": "run",
+}
 
 
 NAMED = {"settings.json": "style.safetensors", "orbax/configs.json": "config", "run/config.json": "run"}

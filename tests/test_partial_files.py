@@ -119,9 +119,13 @@ def test_a_lone_unet_takes_the_place_of_the_bases(layout, ending, tmp_path):
 def test_the_metadata_say_what_is_predicted(key, tmp_path):
     path = tmp_path / "m.safetensors"
     for value, mark, expected in [
-        ("v", False, "v_prediction"), ("V", True, "v_prediction"), ("v_prediction", False, "v_prediction"),
-        ("epsilon", False, "epsilon"), ("", True, "v_prediction"), ("", False, None),
-    ]:  # fmt: skip
+        ("v", False, "v_prediction"),
+        ("V", True, "v_prediction"),
+        ("v_prediction", False, "v_prediction"),
+        ("epsilon", False, "epsilon"),
+        ("", True, "v_prediction"),
+        ("", False, None),
+    ]:
         marks = {"v_pred": np.zeros(0, np.float32)} if mark else {}
         save_file(to_ldm(components("sdxl"), "sdxl") | marks, path, {key: value})
         assert read_file(str(path), False, None, None).configs["scheduler"].get("prediction_type") == expected
@@ -129,7 +133,7 @@ def test_the_metadata_say_what_is_predicted(key, tmp_path):
     for value, mark, message in [
         ("epsilon", True, f"v_pred says v_prediction, metadata {key} says epsilon; pass --prediction_type"),
         ("flow", False, f"metadata {key}='flow' is not supported; pass --prediction_type"),
-    ]:  # fmt: skip
+    ]:
         marks = {"v_pred": np.zeros(0, np.float32)} if mark else {}
         save_file(to_ldm(components("sdxl"), "sdxl") | marks, path, {key: value})
         with pytest.raises(ModelError, match=message) as caught:

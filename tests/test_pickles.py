@@ -17,10 +17,27 @@ from lcm_jax.weights.pickles import read_pickle
 torch = pytest.importorskip("torch")
 
 DTYPES = [
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",
-    "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+    "complex128",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
     "float8_e8m0fnu",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(params=["zip", "legacy"])
@@ -59,10 +76,15 @@ def test_every_dtype_bit_for_bit(save, dtype):
 def test_shared_storages_views_and_strides(save, protocol):
     base = torch.arange(60.0).reshape(3, 4, 5)
     tensors = {
-        "base": base, "transposed": base.permute(2, 0, 1), "row": base[1], "every_other": base.flatten()[1::2],
-        "last": base.flatten()[59:], "repeated": base[0, 0].expand(3, 5), "parameter": torch.nn.Parameter(base[0].T),
+        "base": base,
+        "transposed": base.permute(2, 0, 1),
+        "row": base[1],
+        "every_other": base.flatten()[1::2],
+        "last": base.flatten()[59:],
+        "repeated": base[0, 0].expand(3, 5),
+        "parameter": torch.nn.Parameter(base[0].T),
         "empty": base[:, :0],
-    }  # fmt: skip
+    }
     arrays = read_pickle(save(tensors, pickle_protocol=protocol))
     assert_same(arrays, {key: tensor.detach() for key, tensor in tensors.items()})
     assert np.shares_memory(arrays["base"], arrays["transposed"])
@@ -78,9 +100,12 @@ def test_the_state_dict_of_a_training_run(save):
     network = torch.nn.Linear(3, 2)
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]}
     content = {
-        "epoch": 3, "global_step": 1000, "state_dict": network.state_dict() | {"note": "text", "number": 1.5},
-        "optimizer_states": [optimizer], "callbacks": {"checkpoint": {"best": 0.1, "list": [1, None]}},
-    }  # fmt: skip
+        "epoch": 3,
+        "global_step": 1000,
+        "state_dict": network.state_dict() | {"note": "text", "number": 1.5},
+        "optimizer_states": [optimizer],
+        "callbacks": {"checkpoint": {"best": 0.1, "list": [1, None]}},
+    }
     assert_same(read_pickle(save(content)), network.state_dict())
 
 
@@ -97,9 +122,11 @@ def test_a_file_of_torch_is_mapped_and_not_read(save):
 def test_numpy_scalars_beside_the_state_dict_are_left_out_as_in_sd_1_4(save, protocol):
     scalars = [np.float64(0.25), np.float32(1), np.int64(3), np.bool_(True), np.float16(2)]
     content = {
-        "epoch": 1, "callbacks": {"best": scalars[0]}, "lr_schedulers": [{"last": scalars}],
+        "epoch": 1,
+        "callbacks": {"best": scalars[0]},
+        "lr_schedulers": [{"last": scalars}],
         "state_dict": {"w": torch.ones(2), "scale": np.float32(1)},
-    }  # fmt: skip
+    }
     np.testing.assert_equal(read_pickle(save(content, pickle_protocol=protocol)), {"w": np.ones(2, np.float32)})
 
 
@@ -179,10 +206,27 @@ def entry(
     """The pickle of {"w": tensor}; `after`: opcodes behind the name of the function that rebuilds it."""
     version, dtype = (b"v2", b"") if dtype is None else (b"v3", part(dtype))
     return (
-        b"\x80\x02}" + part("w") + b"ctorch._utils\n_rebuild_tensor_" + version + b"\n" + after
-        + b"((" + part("storage") + storage + part(key) + part("cpu") + part(count) + b"tQ"
-        + part(offset) + part(shape) + part(strides) + part(False) + part(None) + dtype + b"tRs."
-    )  # fmt: skip
+        b"\x80\x02}"
+        + part("w")
+        + b"ctorch._utils\n_rebuild_tensor_"
+        + version
+        + b"\n"
+        + after
+        + b"(("
+        + part("storage")
+        + storage
+        + part(key)
+        + part("cpu")
+        + part(count)
+        + b"tQ"
+        + part(offset)
+        + part(shape)
+        + part(strides)
+        + part(False)
+        + part(None)
+        + dtype
+        + b"tRs."
+    )
 
 
 def archive(folder, code, compression=zipfile.ZIP_STORED, **members):
@@ -222,9 +266,14 @@ def test_the_class_of_a_lightning_callback_is_read_as_its_name(tmp_path, victim)
 
 
 @pytest.mark.parametrize(
-    "module, name", [(LIGHTNING, "os"), (f"{LIGHTNING}.ModelCheckpoint", "x"), ("pytorch_lightning.trainer", "Trainer"),
-                     ("pytorch_lightning.callbacks", "Callback")]
-)  # fmt: skip
+    "module, name",
+    [
+        (LIGHTNING, "os"),
+        (f"{LIGHTNING}.ModelCheckpoint", "x"),
+        ("pytorch_lightning.trainer", "Trainer"),
+        ("pytorch_lightning.callbacks", "Callback"),
+    ],
+)
 def test_other_names_of_lightning_are_refused(tmp_path, victim, module, name):
     with pytest.raises(ModelError, match=f"asks for {module}.{name}, which is no part of a state dict"):
         read_pickle(archive(tmp_path, lightning(module, name)))

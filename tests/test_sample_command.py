@@ -271,6 +271,9 @@ def test_it_draws_without_torch(model, tmp_path):
 @pytest.mark.parametrize("steps", [0, 51])
 def test_a_number_of_steps_that_is_not_possible(model, tmp_path, steps):
     output = tmp_path / "pictures"
-    fails(run(f"--model={model}", "--prompt=a", f"--output={output}", f"--num_inference_steps={steps}"),
-          f"num_inference_steps is {steps}", "1 to 50")  # fmt: skip
+    fails(
+        run(f"--model={model}", "--prompt=a", f"--output={output}", f"--num_inference_steps={steps}"),
+        f"num_inference_steps is {steps}",
+        "1 to 50",
+    )
     assert not output.exists()

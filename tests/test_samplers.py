@@ -85,9 +85,13 @@ def test_ddim_equals_ddim_scheduler(spacing, offset, to_one, kind):
     schedule = make_schedule(SD | {"prediction_type": kind})
     for n, strength in [(1, 1.0), (3, 1.0), (8, 1.0), (20, 1.0), (50, 1.0), (20, 0.5), (7, 0.3)]:
         scheduler = diffusers.DDIMScheduler(
-            **SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=to_one, timestep_spacing=spacing,
+            **SD,
+            prediction_type=kind,
+            clip_sample=False,
+            set_alpha_to_one=to_one,
+            timestep_spacing=spacing,
             steps_offset=offset,
-        )  # fmt: skip
+        )
         scheduler.set_timesteps(n)
         timesteps = solver_timesteps(n, spacing, offset, strength=strength)
         expected = follow(scheduler, scheduler.timesteps[n - int(n * strength) :])
@@ -152,8 +156,10 @@ def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
         pytest.skip("diffusers does not have it")
     option = {"use_lu_lambdas" if sigmas == "lu" else f"use_{sigmas}_sigmas": True}
     for kind, spacing, final in [
-        ("epsilon", "linspace", "zero"), ("v_prediction", "leading", "sigma_min"), ("epsilon", "trailing", "sigma_min"),
-    ]:  # fmt: skip
+        ("epsilon", "linspace", "zero"),
+        ("v_prediction", "leading", "sigma_min"),
+        ("epsilon", "trailing", "sigma_min"),
+    ]:
         options = option | {"timestep_spacing": spacing, "steps_offset": 1, "final_sigmas_type": final}
         assert_sampled_as_in_diffusers(name, options, (1, 3, 8, 25), monkeypatch, kind=kind)
 

@@ -17,7 +17,7 @@ from lcm_jax.diffusion.schedule import (
     skipping_steps,
     training_target,
     velocity,
-)  # fmt: skip
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CONFIGS = [
@@ -132,9 +132,12 @@ def test_noise_and_velocity_equal_diffusers():
 
 def test_golden_few_step_grids():
     golden = {
-        1: [999], 2: [999, 499], 4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139],
+        1: [999],
+        2: [999, 499],
+        4: [999, 759, 499, 259],
+        8: [999, 879, 759, 639, 499, 379, 259, 139],
         50: list(range(999, 0, -20)),
-    }  # fmt: skip
+    }
     for n, timesteps in golden.items():
         assert lcm_timesteps(n).tolist() == timesteps
     assert lcm_timesteps(4).dtype == np.int32

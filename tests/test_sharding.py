@@ -18,14 +18,21 @@ from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
 
 TEACHER = {
-    "sample_size": 4, "in_channels": 2, "out_channels": 2, "block_out_channels": (32,), "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": 4,
-    "norm_num_groups": 8, "cross_attention_dim": 16,
-}  # fmt: skip
+    "sample_size": 4,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": (32,),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+}
 STUDENT = TEACHER | {"time_cond_proj_dim": 256}
-SCHEDULE = make_schedule({
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"
-})  # fmt: skip
+SCHEDULE = make_schedule(
+    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+)
 OPTIMIZER = SimpleNamespace(
     name="adamw",
     learning_rate=1e-3,
@@ -63,9 +70,10 @@ def run(data: int, fsdp: int, steps: int = 3):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-2))
     rng = np.random.default_rng(0)
     frozen = {
-        "unet": initial(TEACHER, 1), "empty_ids": np.zeros(3, np.int32),
+        "unet": initial(TEACHER, 1),
+        "empty_ids": np.zeros(3, np.int32),
         "text_encoder": {"table": rng.standard_normal((10, 16)).astype(np.float32)},
-    }  # fmt: skip
+    }
     params = {"unet": initial(STUDENT, 2)}
     create = lambda params: create_state(params, optimizer)  # noqa: E731
     shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, params))
@@ -74,12 +82,15 @@ def run(data: int, fsdp: int, steps: int = 3):
         make_train_step(
             partial(lcd.draw, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.2),
             partial(lcd.loss, networks=networks, schedule=SCHEDULE, num_ddim_steps=50, kind="huber", own_share=0.5),
-            optimizer, seed=5, ema_rate=0.9,
+            optimizer,
+            seed=5,
+            ema_rate=0.9,
         ),
         in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
         compiler_options={"xla_backend_optimization_level": 0},  # three steps are not worth an optimised program
-    )  # fmt: skip
+    )
     state = jax.device_put(create(params), shardings)
     frozen, losses = jax.device_put(frozen, frozen_shardings), []
     for _ in range(steps):

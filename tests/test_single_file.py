@@ -41,24 +41,29 @@ SMALL_TEXT = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 80, "num
 SMALL_TEXT |= {"num_hidden_layers": 2, "projection_dim": 64, "max_position_embeddings": 7}
 SD1 = {
     "unet": FAMILIES["sd15"]["unet"] | {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 64},
-    "vae": VAE, "text_encoder": FAMILIES["sd15"]["text_encoder"] | SMALL_TEXT,
-}  # fmt: skip
+    "vae": VAE,
+    "text_encoder": FAMILIES["sd15"]["text_encoder"] | SMALL_TEXT,
+}
 SD2 = {
     "unet": FAMILIES["sd21"]["unet"]
     | {"block_out_channels": [64, 128, 128, 128], "cross_attention_dim": 64, "attention_head_dim": [1, 2, 2, 2]},
-    "vae": VAE, "text_encoder": FAMILIES["sd21"]["text_encoder"] | SMALL_TEXT | {"num_hidden_layers": 23},
-}  # fmt: skip
+    "vae": VAE,
+    "text_encoder": FAMILIES["sd21"]["text_encoder"] | SMALL_TEXT | {"num_hidden_layers": 23},
+}
 XL = {
     "unet": FAMILIES["sdxl"]["unet"]
     | {
-        "block_out_channels": [32, 64, 64], "cross_attention_dim": 96, "attention_head_dim": [1, 1, 1],
-        "transformer_layers_per_block": [1, 2, 3], "addition_time_embed_dim": 8,
+        "block_out_channels": [32, 64, 64],
+        "cross_attention_dim": 96,
+        "attention_head_dim": [1, 1, 1],
+        "transformer_layers_per_block": [1, 2, 3],
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 48 + 6 * 8,
     },
     "vae": FAMILIES["sdxl"]["vae"] | {"block_out_channels": [32, 32, 64, 64]},
     "text_encoder": FAMILIES["sdxl"]["text_encoder"] | SMALL_TEXT | {"hidden_size": 32, "projection_dim": 32},
     "text_encoder_2": FAMILIES["sdxl"]["text_encoder_2"] | SMALL_TEXT | {"projection_dim": 48},
-}  # fmt: skip
+}
 GUIDED = {"time_cond_proj_dim": 24}
 TINY = {"block_out_channels": [32, 64], "layers_per_block": 1}
 SMALL = {
@@ -66,23 +71,30 @@ SMALL = {
     "sd1 inpainting": SD1 | {"unet": SD1["unet"] | {"in_channels": 9}},
     "sd1 guided": SD1 | {"unet": SD1["unet"] | GUIDED},
     "sd1 of two levels": {
-        "unet": SD1["unet"] | TINY
-        | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-           "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]},
-        "vae": VAE | TINY
+        "unet": SD1["unet"]
+        | TINY
+        | {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        },
+        "vae": VAE
+        | TINY
         | {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
         "text_encoder": SD1["text_encoder"],
     },
     "sd2": SD2,
     "sdxl": XL,
     "sdxl guided": XL | {"unet": XL["unet"] | GUIDED},
-    "sdxl without a middle's attention": XL | {
-        "unet": XL["unet"] | {
-            "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [1, 3]],
+    "sdxl without a middle's attention": XL
+    | {
+        "unet": XL["unet"]
+        | {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2], [1, 3]],
             "reverse_transformer_layers_per_block": [[1, 1, 2], [2, 1, 1], 1],
-        },
+        }
     },
-}  # fmt: skip
+}
 MAIN = ["sd1", "sd2", "sdxl"]
 
 
@@ -125,9 +137,13 @@ def published(name):
     random = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     tensors = to_ldm(components(name), family_of(name))
     extra = {
-        "betas": random(1000), "alphas_cumprod": random(1000), "model_ema.decay": random(), "scale_factor": random(),
-        "first_stage_model.loss.logvar": random(), "first_stage_model.model_ema.decay": random(),
-    }  # fmt: skip
+        "betas": random(1000),
+        "alphas_cumprod": random(1000),
+        "model_ema.decay": random(),
+        "scale_factor": random(),
+        "first_stage_model.loss.logvar": random(),
+        "first_stage_model.model_ema.decay": random(),
+    }
     if family_of(name) == "sd1":
         extra["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(7)[None]
     elif family_of(name) == "sd2":
@@ -384,9 +400,14 @@ def test_what_the_file_tells_stays_and_what_it_guesses_is_the_bases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, base", [("sdxl without a middle's attention", XL), ("sdxl", SMALL["sdxl without a middle's attention"]),
-                   ("sd1 inpainting", SD1), ("sd1 guided", SD1)]
-)  # fmt: skip
+    "name, base",
+    [
+        ("sdxl without a middle's attention", XL),
+        ("sdxl", SMALL["sdxl without a middle's attention"]),
+        ("sd1 inpainting", SD1),
+        ("sd1 guided", SD1),
+    ],
+)
 def test_the_networks_are_the_files_where_the_base_has_others(tmp_path, name, base):
     family = family_of(name)
     model = with_base(tmp_path, name, base, FAMILIES["sdxl" if family == "sdxl" else "sd15"]["scheduler"])
@@ -552,8 +573,11 @@ def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
         (["lora_unet_down_blocks_0.alpha"], "is a LoRA"),
         (["edm_mean", "model.diffusion_model.input_blocks.0.0.weight"], "is Playground 2.5"),
         (
-            ["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x",
-             "model.diffusion_model.label_emb.0.0.weight"],
+            [
+                "model.diffusion_model.input_blocks.0.0.weight",
+                "cond_stage_model.transformer.text_model.x",
+                "model.diffusion_model.label_emb.0.0.weight",
+            ],
             r"no known family: .*label_emb\. in sdxl only.* found model.diffusion_model.input_blocks \(1\)",
         ),
         (
@@ -561,12 +585,15 @@ def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
             "no known family: .*sd2: cond_stage_model.model.*found .*cond_stage_model.other.x",
         ),
         (
-            ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x",
-             "model.diffusion_model.label_emb.0.0.weight"],
+            [
+                "model.diffusion_model.input_blocks.0.0.weight",
+                "conditioner.embedders.0.transformer.x",
+                "model.diffusion_model.label_emb.0.0.weight",
+            ],
             "no known family: .*conditioner.embedders.0.transformer. and conditioner.embedders.1.model.",
         ),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_family_says_which_keys_decided(keys, message):
     with pytest.raises(ModelError, match=message) as caught:
         recognise(dict.fromkeys(keys, (1, 1)))

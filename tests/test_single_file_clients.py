@@ -34,10 +34,8 @@ DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SCHEDULERS = {
     "sd1": diffusers.DDIMScheduler(**reference_families.SCHEDULE, **DDIM),
     "sd2": diffusers.DDIMScheduler(**reference_families.SCHEDULE, **DDIM, prediction_type="v_prediction"),
-    "sdxl": diffusers.EulerDiscreteScheduler(
-        **reference_families.SCHEDULE, timestep_spacing="leading", steps_offset=1
-    ),
-}  # fmt: skip
+    "sdxl": diffusers.EulerDiscreteScheduler(**reference_families.SCHEDULE, timestep_spacing="leading", steps_offset=1),
+}
 KINDS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
 
 
@@ -46,13 +44,13 @@ def small(folder: Path, family: str) -> diffusers.DiffusionPipeline:
     torch.manual_seed(0)
     text = {"vocab_size": 1000, "max_position_embeddings": reference_families.LENGTH, "eos_token_id": 2}
     networks = {
-        name: build(config | (text if name.startswith("text") else {})).eval()
-        for name, config in SMALL[family].items()
-    }  # fmt: skip
+        name: build(config | (text if name.startswith("text") else {})).eval() for name, config in SMALL[family].items()
+    }
     tokenizers.build(reference_families.WORDS, folder / "first", model_max_length=reference_families.LENGTH)
     parts = networks | {
-        "tokenizer": CLIPTokenizer.from_pretrained(str(folder / "first")), "scheduler": SCHEDULERS[family],
-    }  # fmt: skip
+        "tokenizer": CLIPTokenizer.from_pretrained(str(folder / "first")),
+        "scheduler": SCHEDULERS[family],
+    }
     if family == "sdxl":
         second = CLIPTokenizer.from_pretrained(str(folder / "first"), pad_token="!")
         pipe = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=second, add_watermarker=False)

@@ -65,9 +65,9 @@ def test_pitfall_7_every_example_has_draws_of_its_own_wherever_it_lies():
     alone = jax.jit(draw)(jax.random.key(0), batch)
     for data, fsdp in [(8, 1), (2, 4)]:
         mesh = sharding.make_mesh(data, fsdp)
-        spread = jax.jit(
-            draw, in_shardings=(None, sharding.by_batch(mesh)), out_shardings=sharding.by_batch(mesh)
-        )(jax.random.key(0), batch)  # fmt: skip
+        spread = jax.jit(draw, in_shardings=(None, sharding.by_batch(mesh)), out_shardings=sharding.by_batch(mesh))(
+            jax.random.key(0), batch
+        )
         assert len(spread.noise.sharding.device_set) == 8 and spread.noise.addressable_data(0).shape[0] == 2
         jax.tree.map(np.testing.assert_array_equal, alone, spread)
     for values in (alone.noise, alone.posterior, alone.w):

@@ -53,15 +53,23 @@ def test_records_of_every_kind(tmp_path):
         tmp_path / "a.tar",
         [
             member("folder", type=tarfile.DIRTYPE),
-            member("0.png", picture(0)), member("0.txt", b" a red circle\n"),
-            member("1.2.jpg", picture(1, kind="JPEG")), member("1.json", b'{"caption": "by json"}'),  # 1 and 2.jpg
-            member("2.WebP", picture(2, kind="WEBP")), member("2.json", json.dumps({"caption": "ä"}).encode()),
-            member("3.txt", b"grey"), member("3.jpeg", picture(3, kind="JPEG", mode="L")),  # the caption first
-            member(f"{long}.png", picture(4, mode="RGBA")), member(f"{long}.txt", b"long"),
-            member("5.png", picture(5)), member("5.json", b'{"caption": "json"}'), member("5.txt", b"plain"),
-            member("6.png", picture(6)), member("7.txt", b"no picture"),
+            member("0.png", picture(0)),
+            member("0.txt", b" a red circle\n"),
+            member("1.2.jpg", picture(1, kind="JPEG")),
+            member("1.json", b'{"caption": "by json"}'),  # 1 and 2.jpg
+            member("2.WebP", picture(2, kind="WEBP")),
+            member("2.json", json.dumps({"caption": "ä"}).encode()),
+            member("3.txt", b"grey"),
+            member("3.jpeg", picture(3, kind="JPEG", mode="L")),  # the caption first
+            member(f"{long}.png", picture(4, mode="RGBA")),
+            member(f"{long}.txt", b"long"),
+            member("5.png", picture(5)),
+            member("5.json", b'{"caption": "json"}'),
+            member("5.txt", b"plain"),
+            member("6.png", picture(6)),
+            member("7.txt", b"no picture"),
         ],
-    )  # fmt: skip
+    )
     source, told = read(shard)
     assert [source.caption(i) for i in range(len(source))] == ["a red circle", "ä", "grey", "long", "plain"]
     for record in (source[i] for i in range(len(source))):
@@ -190,10 +198,14 @@ def test_hostile_headers(tmp_path):
         member("link.png", picture(0)),
         member("hard.txt", type=tarfile.LNKTYPE, linkname=str(secret), size=10**9),  # has no content, whatever it says
         member("hard.png", picture(0)),
-        member("device.txt", type=tarfile.CHRTYPE), member("pipe.txt", type=tarfile.FIFOTYPE),
-        *pair("/absolute", 1), *pair("../above", 2), *pair("a/../../b", 3), *pair("a\\..\\b", 4),
+        member("device.txt", type=tarfile.CHRTYPE),
+        member("pipe.txt", type=tarfile.FIFOTYPE),
+        *pair("/absolute", 1),
+        *pair("../above", 2),
+        *pair("a/../../b", 3),
+        *pair("a\\..\\b", 4),
         member("././@LongLink", b"x" * 120 + b"\0", type=tarfile.GNUTYPE_LONGLINK),
-    ]  # fmt: skip
+    ]
     before = sorted(tmp_path.rglob("*"))
     source, told = read(write(tmp_path / "a.tar", [*hostile, *pair("good", 9)]))
     assert len(source) == 1 and source.caption(0) == "caption 9"
@@ -257,9 +269,11 @@ def test_patterns(tmp_path):
     assert expand(str(tmp_path / "{008..010}.tar")) == expand(str(tmp_path / "*.tar")) == names
     assert expand((names[2], str(tmp_path / "{008..009}.t*"))) == [names[2], *names[:2]]
     for pattern, message in [
-        ("{008..012}.tar", "2 of 5 files are missing, first .*011.tar"), ("*.tgz", "matches no file"),
-        ("none.tar", "1 of 1 files are missing"), ("{2..1}.tar", "matches no file"),
-    ]:  # fmt: skip
+        ("{008..012}.tar", "2 of 5 files are missing, first .*011.tar"),
+        ("*.tgz", "matches no file"),
+        ("none.tar", "1 of 1 files are missing"),
+        ("{2..1}.tar", "matches no file"),
+    ]:
         with pytest.raises(ValueError, match=message):
             expand(str(tmp_path / pattern))
     with pytest.raises(ValueError, match="data.shards is empty"):

@@ -12,14 +12,22 @@ from lcm_jax.weights import naming
 
 SMALL = {
     "as TAESD": {
-        "encoder_block_out_channels": [8, 8, 8, 8], "decoder_block_out_channels": [8, 8, 8, 8],
-        "num_encoder_blocks": [1, 2, 1, 1], "num_decoder_blocks": [1, 1, 2, 1],
+        "encoder_block_out_channels": [8, 8, 8, 8],
+        "decoder_block_out_channels": [8, 8, 8, 8],
+        "num_encoder_blocks": [1, 2, 1, 1],
+        "num_decoder_blocks": [1, 1, 2, 1],
     },
     "other": {
-        "encoder_block_out_channels": [6, 6], "decoder_block_out_channels": [10, 10], "num_encoder_blocks": [1, 1],
-        "num_decoder_blocks": [2, 1], "latent_channels": 3, "in_channels": 1, "out_channels": 2, "act_fn": "gelu",
+        "encoder_block_out_channels": [6, 6],
+        "decoder_block_out_channels": [10, 10],
+        "num_encoder_blocks": [1, 1],
+        "num_decoder_blocks": [2, 1],
+        "latent_channels": 3,
+        "in_channels": 1,
+        "out_channels": 2,
+        "act_fn": "gelu",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -134,13 +134,19 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         SHRUNK
         | QUICK
         | {
-            "autoencoder": str(tmp_path / "vae" / "export"), "unet.block_out_channels": (16,),
-            "unet.down_block_types": ("CrossAttnDownBlock2D",), "unet.up_block_types": ("CrossAttnUpBlock2D",),
+            "autoencoder": str(tmp_path / "vae" / "export"),
+            "unet.block_out_channels": (16,),
+            "unet.down_block_types": ("CrossAttnDownBlock2D",),
+            "unet.up_block_types": ("CrossAttnUpBlock2D",),
             "unet.norm_num_groups": 4,
-            "text_encoder.hidden_size": 16, "text_encoder.num_hidden_layers": 1, "sample.every_steps": 2,
-            "sample.per_task": 1, "sample.steps": 2, "sample.batch_size": 6,
+            "text_encoder.hidden_size": 16,
+            "text_encoder.num_hidden_layers": 1,
+            "sample.every_steps": 2,
+            "sample.per_task": 1,
+            "sample.steps": 2,
+            "sample.batch_size": 6,
         }
-    )  # fmt: skip
+    )
     assert run(config, tmp_path / "teacher")
     pipe = Pipeline.from_pretrained(tmp_path / "teacher" / "export")
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)

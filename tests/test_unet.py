@@ -10,48 +10,86 @@ from lcm_jax.models.unet import TimestepEmbedding, UNet2DCondition
 from lcm_jax.weights import naming
 
 TWO = {
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 12,
-    "attention_head_dim": 2, "sample_size": 8,
-}  # fmt: skip
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "sample_size": 8,
+}
 
 XL = {
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True, "transformer_layers_per_block": [1, 3], "attention_head_dim": [1, 2],
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 6, "projection_class_embeddings_input_dim": 46,
-}  # fmt: skip
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 3],
+    "attention_head_dim": [1, 2],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
+    "projection_class_embeddings_input_dim": 46,
+}
 
 # Together they take every option away from its default.
 SMALL = {
     "as SD1": TWO | {"layers_per_block": 2},
     "as an LCM": TWO | {"time_cond_proj_dim": 16, "act_fn": "swish", "norm_eps": 1e-3},
-    "as SD2": TWO | {
-        "attention_head_dim": [2, 4, 8], "use_linear_projection": True, "upcast_attention": True,
-        "block_out_channels": [8, 16, 16], "layers_per_block": [1, 2, 1], "transformer_layers_per_block": [1, 2, 1],
+    "as SD2": TWO
+    | {
+        "attention_head_dim": [2, 4, 8],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "block_out_channels": [8, 16, 16],
+        "layers_per_block": [1, 2, 1],
+        "transformer_layers_per_block": [1, 2, 1],
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     },
-    "attention at the bottom": TWO | {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "norm_num_groups": 2,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "flip_sin_to_cos": False, "freq_shift": 1,
-        "mid_block_scale_factor": 1.5, "transformer_layers_per_block": 2, "time_embedding_dim": 24,
+    "attention at the bottom": TWO
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "norm_num_groups": 2,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "mid_block_scale_factor": 1.5,
+        "transformer_layers_per_block": 2,
+        "time_embedding_dim": 24,
     },
-    "other activation and kernels": TWO | {
-        "act_fn": "gelu", "conv_in_kernel": 5, "conv_out_kernel": 1, "in_channels": 3, "out_channels": 5,
-        "center_input_sample": True, "downsample_padding": 0, "time_cond_proj_dim": 6,
+    "other activation and kernels": TWO
+    | {
+        "act_fn": "gelu",
+        "conv_in_kernel": 5,
+        "conv_out_kernel": 1,
+        "in_channels": 3,
+        "out_channels": 5,
+        "center_input_sample": True,
+        "downsample_padding": 0,
+        "time_cond_proj_dim": 6,
     },
     "no middle": TWO | {"mid_block_type": None, "act_fn": "mish", "cross_attention_dim": [6, 6], "sample_size": [6, 9]},
-    "one level": TWO | {
-        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
-        "block_out_channels": [12], "norm_num_groups": 3, "act_fn": "relu", "attention_head_dim": 3,
+    "one level": TWO
+    | {
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "block_out_channels": [12],
+        "norm_num_groups": 3,
+        "act_fn": "relu",
+        "attention_head_dim": 3,
         "conv_in_kernel": 1,
     },
     "as SDXL": TWO | XL,
-    "as SSD-1B": TWO | XL | {
-        "mid_block_type": "UNetMidBlock2D", "layers_per_block": 2, "transformer_layers_per_block": [1, [2, 1]],
-        "reverse_transformer_layers_per_block": [[1, 3, 2], 1], "time_cond_proj_dim": 8,
+    "as SSD-1B": TWO
+    | XL
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 3, 2], 1],
+        "time_cond_proj_dim": 8,
     },
-}  # fmt: skip
+}
 
 # Height and width that no halving divides, so that the way up has to remember the sizes of the way down.
 SIZES = {
@@ -63,13 +101,26 @@ SIZES = {
 
 # The unet/config.json of Stable Diffusion 1.5, as published, and of its LCM.
 SD15 = {
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}  # fmt: skip
+}
 
 
 def reference_model(config, seed=0):
@@ -214,15 +265,26 @@ def test_sizes_and_the_pooled_prompt_go_where_there_is_an_input_for_them():
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("resnet_time_scale_shift", "scale_shift"), ("addition_embed_type", "text"),
-        ("class_embed_type", "timestep"), ("dual_cross_attention", True), ("encoder_hid_dim", 64),
-        ("act_fn", "tanh"), ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"), ("addition_embed_type", "text_time"),
-        ("num_towers", 3), ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]), ("up_block_types", ["UpBlock2D"]),
-        ("attention_head_dim", [2, 2, 2]), ("layers_per_block", [1]), ("transformer_layers_per_block", [[1], 2]),
-        ("transformer_layers_per_block", [1, 2, 3]), ("reverse_transformer_layers_per_block", [[1], 2]),
-        ("downsample_padding", 2), ("conv_in_kernel", 4),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("addition_embed_type", "text"),
+        ("class_embed_type", "timestep"),
+        ("dual_cross_attention", True),
+        ("encoder_hid_dim", 64),
+        ("act_fn", "tanh"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("addition_embed_type", "text_time"),
+        ("num_towers", 3),
+        ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]),
+        ("up_block_types", ["UpBlock2D"]),
+        ("attention_head_dim", [2, 2, 2]),
+        ("layers_per_block", [1]),
+        ("transformer_layers_per_block", [[1], 2]),
+        ("transformer_layers_per_block", [1, 2, 3]),
+        ("reverse_transformer_layers_per_block", [[1], 2]),
+        ("downsample_padding", 2),
+        ("conv_in_kernel", 4),
     ],
-)  # fmt: skip
+)
 def test_an_unsupported_option_is_named_with_its_value(option, value):
     with pytest.raises(ValueError) as error:
         UNet2DCondition.from_config(TWO | {option: value})

@@ -13,9 +13,10 @@ from lcm_jax.weights import naming
 def blocks(*widths):
     count = len(widths)
     return {
-        "block_out_channels": list(widths), "down_block_types": ["DownEncoderBlock2D"] * count,
+        "block_out_channels": list(widths),
+        "down_block_types": ["DownEncoderBlock2D"] * count,
         "up_block_types": ["UpDecoderBlock2D"] * count,
-    }  # fmt: skip
+    }
 
 
 BASE = blocks(8, 16) | {"norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
@@ -23,17 +24,31 @@ SMALL = {
     "as SD1": blocks(8, 16, 16) | {"norm_num_groups": 4, "layers_per_block": 2, "latent_channels": 4},
     "no quantisation layers": BASE | {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 3},
     "no attention": BASE | {"mid_block_add_attention": False, "act_fn": "gelu", "norm_num_groups": 2},
-    "one level, other channels": blocks(12) | {
-        "norm_num_groups": 3, "layers_per_block": 1, "in_channels": 1, "out_channels": 2, "act_fn": "mish",
-        "scaling_factor": 1.5, "shift_factor": 0.1, "force_upcast": False,
+    "one level, other channels": blocks(12)
+    | {
+        "norm_num_groups": 3,
+        "layers_per_block": 1,
+        "in_channels": 1,
+        "out_channels": 2,
+        "act_fn": "mish",
+        "scaling_factor": 1.5,
+        "shift_factor": 0.1,
+        "force_upcast": False,
     },
-}  # fmt: skip
+}
 
 # The vae/config.json of Stable Diffusion 1.5, as published.
 SD15 = {
-    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu", "in_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-} | blocks(128, 256, 512, 512)  # fmt: skip
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+} | blocks(128, 256, 512, 512)
 
 
 def reference_model(config, seed=0):
@@ -119,11 +134,13 @@ def test_half_precision_comes_out_in_float32():
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("act_fn", "tanh"), ("latents_mean", [0.0]), ("number_of_heads", 2),
+        ("act_fn", "tanh"),
+        ("latents_mean", [0.0]),
+        ("number_of_heads", 2),
         ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
         ("up_block_types", ["UpDecoderBlock2D"]),
     ],
-)  # fmt: skip
+)
 def test_an_unsupported_option_is_named_with_its_value(option, value):
     with pytest.raises(ValueError) as error:
         AutoencoderKL.from_config(BASE | {option: value})

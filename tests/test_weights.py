@@ -70,9 +70,15 @@ def round_trip(folder, abstract, target, variant=None, **how):
     params = {name: trees.to_params(name, tensors[name], abstract[name]) for name in NETWORKS}
     with folders.new_folder(target) as temporary:
         folders.write_pipeline(
-            temporary, configs, params, folder / "tokenizer", configs["scheduler"],
-            index=layout.read_index(folder), variant=variant, **how,
-        )  # fmt: skip
+            temporary,
+            configs,
+            params,
+            folder / "tokenizer",
+            configs["scheduler"],
+            index=layout.read_index(folder),
+            variant=variant,
+            **how,
+        )
     again_configs, again = read_all(target, variant)
     assert again_configs == configs
     return tensors, again
@@ -162,9 +168,10 @@ def rename_weights(folder, ending: str, variant: str | None, shards: bool, spell
     stem = "pytorch_model" if (stem, ending) == ("model", "bin") else stem
     middle = f".{variant}" if variant else ""
     save = lambda part, name: (  # noqa: E731
-        safetensors.numpy.save_file(part, folder / name, {"format": "pt"}) if ending == "safetensors"
+        safetensors.numpy.save_file(part, folder / name, {"format": "pt"})
+        if ending == "safetensors"
         else torch.save({key: torch.from_numpy(tensor) for key, tensor in part.items()}, folder / name)
-    )  # fmt: skip
+    )
     if not shards:
         save(tensors, f"{stem}{middle}.{ending}")
         return
@@ -174,8 +181,11 @@ def rename_weights(folder, ending: str, variant: str | None, shards: bool, spell
     placed = {key: names[i % 2] for i, key in enumerate(tensors)}
     for name in names:
         save({key: tensors[key] for key in tensors if placed[key] == name}, name)
-    index = [f"{stem}.{ending}.index{middle}.json", f"{stem}{middle}.{ending}.index.json",
-             f"{stem}.{ending}{middle}.index.json"][spelling]  # fmt: skip
+    index = [
+        f"{stem}.{ending}.index{middle}.json",
+        f"{stem}{middle}.{ending}.index.json",
+        f"{stem}.{ending}{middle}.index.json",
+    ][spelling]
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
 
 
@@ -185,7 +195,7 @@ MIXTURES = [  # by network: ending, variant, whether sharded, spelling of the in
     {"unet": ("safetensors", "fp16", True), "vae": ("bin", None, False), "text_encoder": ("bin", "fp16", False)},
     {"unet": ("safetensors", "fp16", True, 2), "vae": ("safetensors", "fp16", False)},
     {"text_encoder": ("safetensors", "fp16", False)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -410,9 +420,11 @@ def test_locate(student, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="has no model_index.json: give the top folder"):
         layout.locate(student / "unet")
     for name, what, base in [
-        ("model.ckpt", "a file", " --base=BASE"), ("unet", "one network", " --base=BASE"),
-        ("run", "orbax checkpoints", ""), ("run/checkpoints/3", "orbax checkpoints", ""),
-    ]:  # fmt: skip
+        ("model.ckpt", "a file", " --base=BASE"),
+        ("unet", "one network", " --base=BASE"),
+        ("run", "orbax checkpoints", ""),
+        ("run/checkpoints/3", "orbax checkpoints", ""),
+    ]:
         (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
         (tmp_path / "model.ckpt").touch()
         shutil.copytree(student / "unet", tmp_path / "unet", dirs_exist_ok=True)

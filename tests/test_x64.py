@@ -85,16 +85,23 @@ def test_a_distillation_step():
         )
 
     networks = lcd.Networks(
-        denoise, denoise, lambda frozen, ids, _: jnp.asarray(frozen["table"])[ids].mean(-1),
+        denoise,
+        denoise,
+        lambda frozen, ids, _: jnp.asarray(frozen["table"])[ids].mean(-1),
         lambda moments, noise: moments[..., :4] + moments[..., 4:] * noise,
-    )  # fmt: skip
+    )
 
     def step():
         draws = lcd.draw(jax.random.key(3), batch, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.5)
         loss = partial(
-            lcd.loss, networks=networks, schedule=schedule, num_ddim_steps=50, weighting="inverse_sigma", own_share=0.5,
+            lcd.loss,
+            networks=networks,
+            schedule=schedule,
+            num_ddim_steps=50,
+            weighting="inverse_sigma",
+            own_share=0.5,
             w_caps=((0, 0.0), (300, 9.0)),
-        )  # fmt: skip
+        )
         unet = {"unet": jnp.float32(0.9)}
         return jax.value_and_grad(loss, has_aux=True)(unet, unet, frozen, batch, draws)
 

@@ -12,25 +12,39 @@ from lcm_jax.recipes.diffusion import SCHEDULE
 from lcm_jax.weights import diffusers_folder as folders
 
 UNET = {
-    "sample_size": 16, "block_out_channels": (16, 16), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "attention_head_dim": 2,
-    "norm_num_groups": 4, "cross_attention_dim": 16,
-}  # fmt: skip
+    "sample_size": 16,
+    "block_out_channels": (16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+}
 VAE = {
-    "block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False,
-    "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "scaling_factor": 0.5,
-}  # fmt: skip
+    "block_out_channels": (8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "scaling_factor": 0.5,
+}
 TEXT = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
     "max_position_embeddings": 20,
-}  # fmt: skip
+}
 
 
 # Of one level: half the time to trace and to compile, where many whole runs are tested.
 SHALLOW = UNET | {
-    "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
-}  # fmt: skip
+}
 
 
 def write(folder: Path, prediction_type: str = "v_prediction", unet=UNET) -> Path:

@@ -15,14 +15,24 @@ def load_config(name: str, *argument: str):
 
 
 SHRUNK = {
-    "mesh.data": 1, "data.length": 32, "train.batch_size": 8, "train.steps": 2, "checkpoint.every_steps": 1,
+    "mesh.data": 1,
+    "data.length": 32,
+    "train.batch_size": 8,
+    "train.steps": 2,
+    "checkpoint.every_steps": 1,
     "log.every_steps": 1,
-}  # fmt: skip
+}
 SHRUNK_LCD = SHRUNK | {
-    "optimizer.warmup_steps": 0, "sample.every_steps": 100, "sample.per_task": 1, "sample.batch_size": 6,
-    "sample.teacher_steps": 2, "sample.student_steps": (1, 2), "report.per_task": 1, "report.reference": 32,
+    "optimizer.warmup_steps": 0,
+    "sample.every_steps": 100,
+    "sample.per_task": 1,
+    "sample.batch_size": 6,
+    "sample.teacher_steps": 2,
+    "sample.student_steps": (1, 2),
+    "report.per_task": 1,
+    "report.reference": 32,
     "report.batch_size": 6,
-}  # fmt: skip
+}
 QUICK = {"optimizer.name": "adamw"}  # half the time to compile, where the optimizer is beside the point
 
 

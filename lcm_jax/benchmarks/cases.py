@@ -57,9 +57,13 @@ def check(suites: Sequence[str], model: str, batches: Sequence[int], steps: Sequ
 
 
 def plan(
-    suites: Sequence[str], model: str, batches: Sequence[int], steps: Sequence[int], dtype: str | None,
+    suites: Sequence[str],
+    model: str,
+    batches: Sequence[int],
+    steps: Sequence[int],
+    dtype: str | None,
     accelerator: bool,
-) -> list[Case]:  # fmt: skip
+) -> list[Case]:
     """Return the cases of these suites, after the matrix product that they are compared with.
 
     batches, steps, dtype: empty or None for the model's own. accelerator: the device is not a CPU.

@@ -63,11 +63,15 @@ def open_pipeline(case: Case, student: bool) -> LatentConsistencyModelPipeline:
         tokenizers.build(cases.PROMPT.split(), Path(folder), model_max_length=77)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     return LatentConsistencyModelPipeline(
-        unet=UNet2DConditionModel(**configs["unet"]), vae=AutoencoderKL(**configs["vae"]),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])), tokenizer=tokenizer,
-        scheduler=LCMScheduler(**FAMILIES["lcm-dreamshaper"]["scheduler"]), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).to(DEVICE, dtype)  # fmt: skip
+        unet=UNet2DConditionModel(**configs["unet"]),
+        vae=AutoencoderKL(**configs["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        tokenizer=tokenizer,
+        scheduler=LCMScheduler(**FAMILIES["lcm-dreamshaper"]["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(DEVICE, dtype)
 
 
 def prepare_matmul(case: Case):
@@ -115,9 +119,12 @@ def prepare_train(case: Case):
     side = case.size // pipe.vae_scale_factor if case.size else config["sample_size"]
     moments = torch.randn(case.batch, 8, side, side, device=DEVICE)
     tokenize = lambda text: pipe.tokenizer(  # noqa: E731
-        [text] * case.batch, padding="max_length", truncation=True, return_tensors="pt",
+        [text] * case.batch,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
         max_length=pipe.tokenizer.model_max_length,
-    ).input_ids.to(DEVICE)  # fmt: skip
+    ).input_ids.to(DEVICE)
     ids, empty_ids = tokenize(cases.PROMPT), tokenize("")
     frequencies = torch.exp(-torch.arange(128, device=DEVICE) * torch.log(torch.tensor(10000.0)) / 127)
     stride = len(abar) // cases.DDIM_STEPS

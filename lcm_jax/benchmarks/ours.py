@@ -129,17 +129,22 @@ def prepare_train(case: Case):
     frozen["empty_ids"] = pipe.tokenize([""])[0]
     networks = lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(cases.CLIP_NORM),
-        optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY),
+        optax.clip_by_global_norm(cases.CLIP_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY)
     )
     step = make_train_step(
         partial(lcd.draw, num_ddim_steps=cases.DDIM_STEPS, w_min=cases.W[0], w_max=cases.W[1], empty_prompts=0.0),
         partial(
-            lcd.loss, networks=networks, schedule=model.schedule, num_ddim_steps=cases.DDIM_STEPS, kind="huber",
+            lcd.loss,
+            networks=networks,
+            schedule=model.schedule,
+            num_ddim_steps=cases.DDIM_STEPS,
+            kind="huber",
             huber_c=cases.HUBER_C,
         ),
-        optimizer, seed=0, ema_rate=cases.EMA_RATE,
-    )  # fmt: skip
+        optimizer,
+        seed=0,
+        ema_rate=cases.EMA_RATE,
+    )
     state = jax.jit(lambda params: create_state(params, optimizer))(student)
     side = latent_side(case, pipe)
     rng = np.random.default_rng(0)

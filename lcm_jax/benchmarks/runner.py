@@ -33,9 +33,13 @@ class Side:
     def __init__(self, module: str, case: Case, environment: Mapping[str, str]):
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, case.to_json()], env=os.environ | environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
+            [sys.executable, "-m", module, case.to_json()],
+            env=os.environ | environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -86,9 +90,18 @@ def has_accelerator() -> bool:
 
 
 def run(
-    suites: Sequence[str], model: str, batches: Sequence[int], steps: Sequence[int], dtype: str | None, *,
-    peer: str | None, repeats: int, row_limit: float, limit: float, json_file: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    suites: Sequence[str],
+    model: str,
+    batches: Sequence[int],
+    steps: Sequence[int],
+    dtype: str | None,
+    *,
+    peer: str | None,
+    repeats: int,
+    row_limit: float,
+    limit: float,
+    json_file: str | None,
+) -> dict[str, Any]:
     """Run every case and return {"rows": [...]} and what they were measured with; see `run_case` for a row.
 
     row_limit, limit: in seconds, for a case and for all. json_file: gets the result after each case. Raises ValueError
@@ -211,12 +224,16 @@ def show(results: Mapping[str, Any]) -> None:
             continue
         share, ratio, peak = row.get("share_of_peak"), row.get("ratio"), row["peak_gb"]
         table.add_row(
-            row["case"], f"{row['side']} ({row['mode']})", f"{row['first_s']:.1f}{'*' * is_cached(row)}",
+            row["case"],
+            f"{row['side']} ({row['mode']})",
+            f"{row['first_s']:.1f}{'*' * is_cached(row)}",
             f"{row['ms']:.1f} ({row['ms_min']:.1f} to {row['ms_max']:.1f})",
             f"{row['images_per_s']:.2f}" if "images_per_s" in row else "",
-            f"{row['tflops']:.3g}" if "tflops" in row else "", "" if share is None else f"{share:.1%}",
-            "" if peak is None else f"{peak:.2f}", "" if ratio is None else f"{ratio:.2f}",
-        )  # fmt: skip
+            f"{row['tflops']:.3g}" if "tflops" in row else "",
+            "" if share is None else f"{share:.1%}",
+            "" if peak is None else f"{peak:.2f}",
+            "" if ratio is None else f"{ratio:.2f}",
+        )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     console.print("* loaded from the compilation cache   x time: the peer's time / ours, turn by turn", highlight=False)

@@ -16,9 +16,13 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COLORS = {  # sRGB
-    "red": (222, 38, 44), "green": (36, 166, 60), "blue": (44, 84, 226),
-    "yellow": (242, 220, 30), "purple": (152, 54, 196), "orange": (246, 130, 20),
-}  # fmt: skip
+    "red": (222, 38, 44),
+    "green": (36, 166, 60),
+    "blue": (44, 84, 226),
+    "yellow": (242, 220, 30),
+    "purple": (152, 54, 196),
+    "orange": (246, 130, 20),
+}
 HELD_OUT_PAIRS = (("yellow", "triangle"), ("purple", "square"), ("blue", "cross"))
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of a picture of 64
@@ -294,9 +298,14 @@ class Shapes:
     """Random access to {"image": uint8[size,size,3], "caption": str}; record i depends on (seed, split, i) alone."""
 
     def __init__(
-        self, split: str, length: int, size: int = BASE, seed: int = 0, tasks: Sequence[str] = TASKS,
+        self,
+        split: str,
+        length: int,
+        size: int = BASE,
+        seed: int = 0,
+        tasks: Sequence[str] = TASKS,
         relations: Sequence[str] = tuple(RELATIONS),
-    ):  # fmt: skip
+    ):
         """tasks: those that scenes are of, in turn; one that is named twice comes twice as often. relations: those that
         scenes of the task position have."""
         if split not in SPLITS:

@@ -30,8 +30,11 @@ LONGEST_NAME = 2**20  # bytes of an extended header
 MOST_PIXELS = 2**26  # of a picture before it is shrunk: a small file can unpack to more than the memory holds
 TRIES = 1000  # records in place of an unreadable one before the set counts as unreadable
 COMPRESSED = {  # by a pattern of a file's first bytes, which a name in a tar does not begin with: how it is unpacked
-    rb"\x1f\x8b": "gunzip", rb"BZh[1-9]1AY&SY": "bunzip2", rb"\xfd7zXZ\x00": "unxz", rb"\x28\xb5\x2f\xfd": "unzstd",
-}  # fmt: skip
+    rb"\x1f\x8b": "gunzip",
+    rb"BZh[1-9]1AY&SY": "bunzip2",
+    rb"\xfd7zXZ\x00": "unxz",
+    rb"\x28\xb5\x2f\xfd": "unzstd",
+}
 
 # Kinds of members: those that speak of the member after them, and those without content whatever their size says.
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -40,10 +43,14 @@ EMPTY = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tar
 # The place of a record's two members, in bytes of its shard; `plain` is a caption of plain text, not JSON.
 RECORD = np.dtype(
     [
-        ("shard", "<i4"), ("picture", "<i8"), ("picture_size", "<i4"), ("caption", "<i8"), ("caption_size", "<i4"),
+        ("shard", "<i4"),
+        ("picture", "<i8"),
+        ("picture_size", "<i4"),
+        ("caption", "<i8"),
+        ("caption_size", "<i4"),
         ("plain", "?"),
     ]
-)  # fmt: skip
+)
 
 
 class ShardError(ValueError):

@@ -49,9 +49,12 @@ def spaced(n: int, spacing: str, steps_offset: int, num_train_timesteps: int, sk
 
 
 def solver_timesteps(
-    num_inference_steps: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000,
+    num_inference_steps: int,
+    spacing: str = "trailing",
+    steps_offset: int = 0,
+    num_train_timesteps: int = 1000,
     strength: float = 1.0,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The n timesteps of a many-step solver, descending int32[n], at diffusers' DDIM spacing, one of SPACINGS.
 
     strength < 1 keeps the last int(n strength) of them, for image to image.

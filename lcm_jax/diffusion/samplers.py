@@ -170,10 +170,14 @@ def sample_ddim(network: Network, z: jax.Array, table: Table, schedule: Schedule
 # Row 1 is the second half of Heun's first step, and no later row looks at it.
 PLMS_WEIGHTS = np.array(
     [
-        [1, 0, 0, 0, 0], [1 / 2, 1 / 2, 0, 0, 0], [3 / 2, 0, -1 / 2, 0, 0], [23 / 12, -16 / 12, 0, 5 / 12, 0],
-        [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24], [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0],
+        [1, 0, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0, 0],
+        [3 / 2, 0, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 0, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0],
     ]
-)  # fmt: skip
+)
 
 
 def make_pndm_table(schedule: Schedule, config: Config, n: int) -> Table:
@@ -222,9 +226,11 @@ def sigma_table(schedule: Schedule) -> np.ndarray:
 
 
 SIGMAS = {
-    "use_karras_sigmas": grids.karras_sigmas, "use_lu_lambdas": grids.exponential_sigmas,
-    "use_exponential_sigmas": grids.exponential_sigmas, "use_beta_sigmas": grids.beta_sigmas,
-}  # fmt: skip
+    "use_karras_sigmas": grids.karras_sigmas,
+    "use_lu_lambdas": grids.exponential_sigmas,
+    "use_exponential_sigmas": grids.exponential_sigmas,
+    "use_beta_sigmas": grids.beta_sigmas,
+}
 
 
 def _chosen_sigmas(config: Config, options: tuple[str, ...], high: float, low: float, n: int):

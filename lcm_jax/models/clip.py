@@ -33,14 +33,27 @@ PROJECTING = "CLIPTextModelWithProjection"
 
 # The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
 SUPPORTED = dict.fromkeys(BOILERPLATE) | {
-    "vocab_size": (range(1, 2**24),), "hidden_size": (SIZE,), "intermediate_size": (SIZE,),
-    "num_hidden_layers": (range(1, 129),), "num_attention_heads": (SIZE,), "max_position_embeddings": (SIZE[1:],),
-    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (Between(0, 1),), "eos_token_id": (range(2**24),),
-    "projection_dim": (SIZE,), "initializer_range": (Between(0, 1e3),), "initializer_factor": (Between(0, 1e3),),
-    "add_cross_attention": (False,), "architectures": (None, ["CLIPTextModel", "CLIPModel"], [PROJECTING]),
-    "attention_dropout": (0, None), "cross_attention_hidden_size": (None,), "dropout": (0, None),
-    "is_decoder": (False,), "model_type": ("clip_text_model",), "pruned_heads": ({}, None),
-}  # fmt: skip
+    "vocab_size": (range(1, 2**24),),
+    "hidden_size": (SIZE,),
+    "intermediate_size": (SIZE,),
+    "num_hidden_layers": (range(1, 129),),
+    "num_attention_heads": (SIZE,),
+    "max_position_embeddings": (SIZE[1:],),
+    "hidden_act": ("quick_gelu", "gelu"),
+    "layer_norm_eps": (Between(0, 1),),
+    "eos_token_id": (range(2**24),),
+    "projection_dim": (SIZE,),
+    "initializer_range": (Between(0, 1e3),),
+    "initializer_factor": (Between(0, 1e3),),
+    "add_cross_attention": (False,),
+    "architectures": (None, ["CLIPTextModel", "CLIPModel"], [PROJECTING]),
+    "attention_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "dropout": (0, None),
+    "is_decoder": (False,),
+    "model_type": ("clip_text_model",),
+    "pruned_heads": ({}, None),
+}
 
 
 @dataclass(frozen=True)

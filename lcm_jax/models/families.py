@@ -5,12 +5,13 @@ A value is left out where it is the default of the class. `FAMILIES[name]` is wh
 
 from typing import Any
 
+# fmt: off
 Config = dict[str, Any]
 
 SCHEDULE: Config = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-}  # fmt: skip
+}
 DDIM = SCHEDULE | {"_class_name": "DDIMScheduler"}
 EULER = SCHEDULE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
 TURBO = SCHEDULE | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
@@ -21,7 +22,7 @@ VAE: Config = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
     "block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "sample_size": 512, "scaling_factor": 0.18215,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+}
 VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 # Its weights are scaled so that half precision holds every activation.
 VAE_XL_FP16_FIX = VAE_XL | {"force_upcast": False}
@@ -32,16 +33,16 @@ CLIP_L: Config = {
     "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768, "bos_token_id": 0, "eos_token_id": 2,
     "pad_token_id": 1,
-}  # fmt: skip
+}
 # OpenCLIP's ViT-H without its last layer, which Stable Diffusion 2 does not use.
 OPENCLIP_H = CLIP_L | {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
     "hidden_act": "gelu", "projection_dim": 512,
-}  # fmt: skip
+}
 OPENCLIP_BIGG = CLIP_L | {
     "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120,
     "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
-}  # fmt: skip
+}
 
 UNET_SD1: Config = {
     "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
@@ -49,21 +50,21 @@ UNET_SD1: Config = {
     "attention_head_dim": 8,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}  # fmt: skip
+}
 UNET_SD2 = UNET_SD1 | {
     "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
-}  # fmt: skip
+}
 UNET_XL = UNET_SD2 | {
     "sample_size": 128, "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
     "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+}
 UNET_SSD1B = UNET_XL | {
     "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]],
     "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-}  # fmt: skip
+}
 GUIDED = {"time_cond_proj_dim": 256}  # a latent consistency model's input for the weight of guidance
 MASKED = {"in_channels": 9}  # latents, mask, latents of the masked picture
 
@@ -90,3 +91,4 @@ FAMILIES: dict[str, dict[str, Config]] = {
     "sd15-taesd": SD1 | {"vae": TAESD},
     "sdxl-taesdxl": XL | {"vae": TAESD},
 }
+# fmt: on

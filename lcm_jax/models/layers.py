@@ -12,9 +12,12 @@ from flax.core import FrozenDict
 
 Dtype = Any
 ACTIVATIONS = {
-    "silu": nn.silu, "swish": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False), "mish": jax.nn.mish,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "mish": jax.nn.mish,
     "relu": nn.relu,
-}  # fmt: skip
+}
 
 
 class Between(NamedTuple):

@@ -91,9 +91,14 @@ class StableDiffusion:
                     f"the UNet's {option} is {mine}, the {other} {value[0]}: they belong to different models"
                 )
         return cls(
-            unet, vae, text_encoder, text_encoder_2, make_schedule(configs["scheduler"]), dict(configs["scheduler"]),
+            unet,
+            vae,
+            text_encoder,
+            text_encoder_2,
+            make_schedule(configs["scheduler"]),
+            dict(configs["scheduler"]),
             text_encoder_2 is not None and configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True),
-        )  # fmt: skip
+        )
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -128,9 +133,14 @@ class StableDiffusion:
         return min(each.config.num_hidden_layers for each in (self.text_encoder, self.text_encoder_2)) - 1
 
     def encode_prompt(
-        self, params: Params, token_ids: jax.Array, time_ids: jax.Array | None = None, *, clip_skip: int = 0,
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        time_ids: jax.Array | None = None,
+        *,
+        clip_skip: int = 0,
         zero_empty: bool = True,
-    ):  # fmt: skip
+    ):
         """Tokens -> what `denoise` takes as context. params: by network.
 
         Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> [B, L, D], the last layer after the final norm. SDXL:

@@ -23,21 +23,37 @@ from lcm_jax.models.layers import (
 )
 
 DEFAULTS = {
-    "in_channels": 3, "out_channels": 3, "encoder_block_out_channels": (64, 64, 64, 64),
-    "decoder_block_out_channels": (64, 64, 64, 64), "act_fn": "relu", "latent_channels": 4,
-    "num_encoder_blocks": (1, 3, 3, 3), "num_decoder_blocks": (3, 3, 3, 1), "scaling_factor": 1.0, "shift_factor": 0.0,
-}  # fmt: skip
+    "in_channels": 3,
+    "out_channels": 3,
+    "encoder_block_out_channels": (64, 64, 64, 64),
+    "decoder_block_out_channels": (64, 64, 64, 64),
+    "act_fn": "relu",
+    "latent_channels": 4,
+    "num_encoder_blocks": (1, 3, 3, 3),
+    "num_decoder_blocks": (3, 3, 3, 1),
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
 
 # The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
-    "in_channels": (SIZE,), "out_channels": (SIZE,), "encoder_block_out_channels": ([SIZE],),
-    "decoder_block_out_channels": ([SIZE],), "latent_channels": (SIZE,), "num_encoder_blocks": ([COUNT],),
-    "num_decoder_blocks": ([COUNT],), "scaling_factor": (Between(1e-6, 1e6),),
+    "in_channels": (SIZE,),
+    "out_channels": (SIZE,),
+    "encoder_block_out_channels": ([SIZE],),
+    "decoder_block_out_channels": ([SIZE],),
+    "latent_channels": (SIZE,),
+    "num_encoder_blocks": ([COUNT],),
+    "num_decoder_blocks": ([COUNT],),
+    "scaling_factor": (Between(1e-6, 1e6),),
     "shift_factor": (None, Between(-1e6, 1e6)),
-    "act_fn": tuple(ACTIVATIONS), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
-    "force_upcast": (True, False), "latent_magnitude": None, "latent_shift": None,  # of a storage as bytes, not used
+    "act_fn": tuple(ACTIVATIONS),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "force_upcast": (True, False),
+    "latent_magnitude": None,
+    "latent_shift": None,  # of a storage as bytes, not used
     "block_out_channels": None,
-}  # fmt: skip
+}
 
 LOG_VARIANCE = -30.0  # of the latents: it has no posterior, and exp(-15) is below what float32 latents resolve
 

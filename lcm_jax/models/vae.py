@@ -26,21 +26,41 @@ EPSILON = 1e-6
 
 # The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
-    "in_channels": (SIZE,), "out_channels": (SIZE,), "block_out_channels": ([SIZE],), "layers_per_block": (COUNT,),
-    "latent_channels": (SIZE,), "norm_num_groups": (SIZE,), "sample_size": None,
-    "scaling_factor": (Between(1e-6, 1e6),), "shift_factor": (None, Between(-1e6, 1e6)),
-    "latents_mean": (None,), "latents_std": (None,), "force_upcast": (True, False),
-    "use_quant_conv": (True, False), "use_post_quant_conv": (True, False), "mid_block_add_attention": (True, False),
+    "in_channels": (SIZE,),
+    "out_channels": (SIZE,),
+    "block_out_channels": ([SIZE],),
+    "layers_per_block": (COUNT,),
+    "latent_channels": (SIZE,),
+    "norm_num_groups": (SIZE,),
+    "sample_size": None,
+    "scaling_factor": (Between(1e-6, 1e6),),
+    "shift_factor": (None, Between(-1e6, 1e6)),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "force_upcast": (True, False),
+    "use_quant_conv": (True, False),
+    "use_post_quant_conv": (True, False),
+    "mid_block_add_attention": (True, False),
     "act_fn": ("silu", "swish", "gelu", "mish", "relu"),
-    "down_block_types": (["DownEncoderBlock2D"],), "up_block_types": (["UpDecoderBlock2D"],),
-}  # fmt: skip
+    "down_block_types": (["DownEncoderBlock2D"],),
+    "up_block_types": (["UpDecoderBlock2D"],),
+}
 
 
 DEFAULTS = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4,
-    "norm_num_groups": 32, "scaling_factor": 0.18215, "shift_factor": None, "use_quant_conv": True,
-    "use_post_quant_conv": True, "mid_block_add_attention": True, "act_fn": "silu",
-}  # fmt: skip
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "act_fn": "silu",
+}
 
 
 class MidBlock(nn.Module):

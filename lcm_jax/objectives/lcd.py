@@ -10,14 +10,7 @@ import numpy as np
 
 from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
 from lcm_jax.diffusion.guidance import capped, classifier_free
-from lcm_jax.diffusion.schedule import (
-    Schedule,
-    add_noise,
-    alpha_sigma,
-    predict_noise,
-    predict_x0,
-    skipping_steps,
-)
+from lcm_jax.diffusion.schedule import Schedule, add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
 
 
@@ -112,11 +105,22 @@ def check_w_caps(caps: Sequence[tuple[int, float]], last: int) -> None:
 
 
 def loss(
-    params, target, frozen, batch, draws: Draws, *,
-    networks: Networks, schedule: Schedule, num_ddim_steps: int, kind: str = "huber", huber_c: float = 1e-3,
-    weighting: str = "uniform", own_share: float = 0.0, w_caps: Sequence[tuple[int, float]] = (),
+    params,
+    target,
+    frozen,
+    batch,
+    draws: Draws,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+    num_ddim_steps: int,
+    kind: str = "huber",
+    huber_c: float = 1e-3,
+    weighting: str = "uniform",
+    own_share: float = 0.0,
+    w_caps: Sequence[tuple[int, float]] = (),
     embedding_dim: int = 256,
-):  # fmt: skip
+):
     """The consistency distillation loss, exact in its draws.
 
     params, target: {"unet"} of the student and of its moving average; frozen: teacher "unet", the text encoders, and

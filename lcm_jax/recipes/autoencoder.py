@@ -72,12 +72,15 @@ def autoencoder_job(config, workdir: Path) -> Job:
         restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.split(moments, 8)]
         mean = jnp.split(moments, 2, axis=-1)[0]
         exported = vae_config | {
-            "_class_name": "AutoencoderKL", "scaling_factor": round(1.0 / float(jnp.std(mean)), 5),
+            "_class_name": "AutoencoderKL",
+            "scaling_factor": round(1.0 / float(jnp.std(mean)), 5),
             "block_out_channels": list(config.vae.block_out_channels),
             "down_block_types": ["DownEncoderBlock2D"] * len(config.vae.block_out_channels),
             "up_block_types": ["UpDecoderBlock2D"] * len(config.vae.block_out_channels),
-            "in_channels": 3, "out_channels": 3, "act_fn": "silu",
-        }  # fmt: skip
+            "in_channels": 3,
+            "out_channels": 3,
+            "act_fn": "silu",
+        }
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
             folders.write_component(folder, "vae", exported, ema)
         figures = {
@@ -104,9 +107,11 @@ def autoencoder_job(config, workdir: Path) -> Job:
         example={"image": jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.uint8)},
         batches=lambda step: loader.batches(
             ImagesOnly(pictures(config, "train", config.data.length)),
-            config.train.batch_size, seed=config.train.seed, first=step,
+            config.train.batch_size,
+            seed=config.train.seed,
+            first=step,
         ),
         preview=preview,
         finish=finish,
         origin={"init": digest(start)} if start else {},
-    )  # fmt: skip
+    )

@@ -20,9 +20,15 @@ from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
 
 SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False, "steps_offset": 0, "timestep_spacing": "trailing", "clip_sample": False,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
 
 
 def diffusion_job(config, workdir: Path) -> Job:
@@ -37,19 +43,25 @@ def diffusion_job(config, workdir: Path) -> Job:
         tokenizer = tokenizers.load(Path(temporary))
     tokenize = partial(tokenizers.encode, tokenizer)
     unet_config = config.unet.to_dict() | {
-        "_class_name": "UNet2DConditionModel", "in_channels": vae_config["latent_channels"],
-        "out_channels": vae_config["latent_channels"], "cross_attention_dim": config.text_encoder.hidden_size,
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": vae_config["latent_channels"],
+        "out_channels": vae_config["latent_channels"],
+        "cross_attention_dim": config.text_encoder.hidden_size,
         "sample_size": config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1),
-    }  # fmt: skip
+    }
     text_config = config.text_encoder.to_dict() | {
-        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "model_type": "clip_text_model",
+        "architectures": ["CLIPTextModel"],
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+    }
     scheduler = SCHEDULE | {
-        "_class_name": "DDIMScheduler", "prediction_type": config.objective.prediction_type,
+        "_class_name": "DDIMScheduler",
+        "prediction_type": config.objective.prediction_type,
         "rescale_betas_zero_snr": config.objective.zero_terminal_snr,
-    }  # fmt: skip
+    }
     configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
@@ -61,9 +73,13 @@ def diffusion_job(config, workdir: Path) -> Job:
         return latent_source(config, workdir, model, vae_params, tokenize, train, identity_of(config))
 
     sampler = Sampler(
-        model, tokenize, prompts_of("val", config.sample.per_task), config.data.size, config.sample.batch_size,
+        model,
+        tokenize,
+        prompts_of("val", config.sample.per_task),
+        config.data.size,
+        config.sample.batch_size,
         {"ddim": (config.sample.steps,)},
-    )  # fmt: skip
+    )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {
         name: folders.read_params(layout.locate(config.init), name, abstract[name])

@@ -23,9 +23,16 @@ class Sampler:
     """
 
     def __init__(
-        self, model: StableDiffusion, tokenize, prompts: list[str], size: int, batch: int,
-        plan: Mapping[str, Sequence[int]], seed: int = 1, inpainting: pipeline.Inpainting | None = None,
-    ):  # fmt: skip
+        self,
+        model: StableDiffusion,
+        tokenize,
+        prompts: list[str],
+        size: int,
+        batch: int,
+        plan: Mapping[str, Sequence[int]],
+        seed: int = 1,
+        inpainting: pipeline.Inpainting | None = None,
+    ):
         self.prompts, self._batch = prompts, min(batch, len(prompts))
         self._model, self._tokenize, self._seed = model, tokenize, seed
         side = size // model.downscale

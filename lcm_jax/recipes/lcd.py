@@ -263,9 +263,15 @@ def lcd_job(config, workdir: Path) -> Job:
             print(f"{who}, {len(captions)} captions:")
             plan = plan.to_dict()
             sampler = Sampler(
-                network, teacher.tokenize, captions, config.data.size, config.report.batch_size, plan, seed=2,
+                network,
+                teacher.tokenize,
+                captions,
+                config.data.size,
+                config.report.batch_size,
+                plan,
+                seed=2,
                 inpainting=inpainting.to_paint(network, own.held_out, len(captions)),
-            )  # fmt: skip
+            )
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
             if own.unseen:
                 name, steps = next(iter(plan.items()))

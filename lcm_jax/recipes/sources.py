@@ -148,9 +148,12 @@ def latent_source(
     with phase("encoding images", memory=memory, kept=kept):
         on_device = jax.device_put(vae_params)
         return latents.cache_latents(
-            source, lambda images: encode(on_device, images), tokenize, Path(config.data.cache or workdir / "latents"),
+            source,
+            lambda images: encode(on_device, images),
+            tokenize,
+            Path(config.data.cache or workdir / "latents"),
             description,
-        )  # fmt: skip
+        )
 
 
 def digest(params) -> str:

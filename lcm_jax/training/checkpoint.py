@@ -108,8 +108,8 @@ class Streamed(ocp.type_handlers.NumpyHandler):
 
 
 def write_tree(
-    folder: Path, outline: dict[str, Any], read: Callable[[str], np.ndarray], advance: Callable[[int], None],
-) -> None:  # fmt: skip
+    folder: Path, outline: dict[str, Any], read: Callable[[str], np.ndarray], advance: Callable[[int], None]
+) -> None:
     """A tree of arrays as checkpoint 0 of `folder`, with its checksums; a few are held at a time.
 
     outline: arrays whose numbers do not matter. read: that at a.b.c in the tree, by this name; each is read twice.

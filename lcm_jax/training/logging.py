@@ -73,10 +73,15 @@ class ProgressReport:
         self._batch_size, self._title, self._total = batch_size, title, total
         self._every, self._last_line, self._clock = every_seconds, -math.inf, (time.monotonic(), done)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self._task = self._bar.add_task(title, total=total, completed=done, figures="")
         self._bar.start()
 

@@ -83,9 +83,13 @@ def train(job: Job, config, workdir: Path) -> bool:
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     frozen_shardings = sharding.tree_shardings(mesh, job.frozen)
     step = make_train_step(
-        job.draw, job.loss, optimizer,
-        seed=config.train.seed, ema_rate=config.train.ema_rate, accumulate=config.train.accumulate,
-    )  # fmt: skip
+        job.draw,
+        job.loss,
+        optimizer,
+        seed=config.train.seed,
+        ema_rate=config.train.ema_rate,
+        accumulate=config.train.accumulate,
+    )
     step = jax.jit(
         step,
         in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),

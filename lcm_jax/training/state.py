@@ -62,9 +62,14 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
         update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
     elif config.name == "muon":
         update = muon(
-            schedule, beta=config.b1, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=0.2,
-            weight_decay=config.weight_decay, muon_weight_dimension_numbers=_as_matrices,
-        )  # fmt: skip
+            schedule,
+            beta=config.b1,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_as_matrices,
+        )
     else:
         raise ValueError(f"optimizer.name is {config.name!r}; choose adamw or muon")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

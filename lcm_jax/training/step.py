@@ -13,9 +13,14 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    draw: Callable, loss: Callable, optimizer: optax.GradientTransformation, *,
-    seed: int, ema_rate: float, accumulate: int = 1,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
+    draw: Callable,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_rate: float,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     draw(rng, batch) -> draws: every random number of the step, as arrays with a leading batch axis.

@@ -186,17 +186,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_component(
-    folder: Path, name: str, config: Mapping[str, Any], params: Params,
-    dtype: str | None = None, variant: str | None = None, max_shard_bytes: int = 10 * 2**30,
-) -> None:  # fmt: skip
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    params: Params,
+    dtype: str | None = None,
+    variant: str | None = None,
+    max_shard_bytes: int = 10 * 2**30,
+) -> None:
     """Writes `folder`/`name`/ with config.json and safetensors; sharded, with an index, above `max_shard_bytes`."""
     write_tensors(folder, name, config, from_params(params, dtype), variant, max_shard_bytes)
 
 
 def write_tensors(
-    folder: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
-    variant: str | None = None, max_shard_bytes: int = 10 * 2**30, advance: Advance = lambda _: None,
-) -> None:  # fmt: skip
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    variant: str | None = None,
+    max_shard_bytes: int = 10 * 2**30,
+    advance: Advance = lambda _: None,
+) -> None:
     """`write_component` of tensors by PyTorch name, each of which is read when its turn comes."""
     part = folder / name
     part.mkdir(parents=True)
@@ -222,9 +232,14 @@ def write_tensors(
 
 
 def write_pipeline(
-    folder: Path, configs: Mapping[str, Mapping[str, Any]], params: Mapping[str, Params], tokenizer: Path,
-    scheduler: Mapping[str, Any], index: Mapping[str, Any] | None = None, **how: Any,
-) -> None:  # fmt: skip
+    folder: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    params: Mapping[str, Params],
+    tokenizer: Path,
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> None:
     """Writes all of a text-to-image pipeline into the empty `folder`.
 
     configs, params: by network (unet, vae, text_encoder, text_encoder_2). tokenizer: a folder to copy, with the folder
@@ -240,9 +255,13 @@ def write_pipeline(
 
 
 def write_surroundings(
-    folder: Path, configs: Mapping[str, Mapping[str, Any]], tokenizer: Path, scheduler: Mapping[str, Any],
-    index: Mapping[str, Any] | None, xl: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    tokenizer: Path,
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any] | None,
+    xl: bool,
+) -> None:
     """All of `write_pipeline` but the networks. xl: there are two text encoders."""
     shutil.copytree(tokenizer, folder / "tokenizer")
     if xl:

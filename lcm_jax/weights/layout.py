@@ -16,9 +16,11 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = ("shapes", "shapes-lcm")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 FILES = {
-    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
     "text_encoder_2": "model",
-}  # fmt: skip
+}
 PICKLED = {"model": "pytorch_model"}  # transformers' name of a .bin file
 # By component: the library, and the classes that are supported, first the usual one. The last two belong to SDXL.
 CLASSES = {

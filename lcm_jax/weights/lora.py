@@ -54,8 +54,11 @@ class LoRA(NamedTuple):
 
 
 PREFIXES = {
-    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-}  # fmt: skip
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
 KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2)_)([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 WRAPPED = "base_model.model."  # PEFT's own prefix
 PEFT = re.compile(
@@ -66,11 +69,18 @@ OLD_ATTENTION = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(dow
 LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": "up"}
 # What other kinds of adapters have, which are no sum of a product of two.
 OTHERS = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
-    "lora_mid": "LoCon with a Tucker core", "lora_embedding": "a LoRA of an embedding table",
-    ".diff": "a full difference of weights (LyCORIS)", ".w_norm": "a full difference of norms (LyCORIS)",
-    ".b_norm": "a full difference of norms (LyCORIS)", ".lora_B.bias": "a LoRA with biases",
-}  # fmt: skip
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "lora_mid": "LoCon with a Tucker core",
+    "lora_embedding": "a LoRA of an embedding table",
+    ".diff": "a full difference of weights (LyCORIS)",
+    ".w_norm": "a full difference of norms (LyCORIS)",
+    ".b_norm": "a full difference of norms (LyCORIS)",
+    ".lora_B.bias": "a LoRA with biases",
+}
 ALPHA_DTYPE = "alpha_dtype"  # ours: JSON has numbers of one kind only
 ALPHA_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
 SAID = (METADATA, ALPHA_DTYPE, lora_settings.FILE)  # of a file's metadata, what alpha is read from
@@ -145,9 +155,11 @@ def file_and_weight(text: str) -> tuple[Path, float]:
 
 
 def read_lora(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, base: Components | None = None,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    base: Components | None = None,
     family: str = "sd1",
-) -> LoRA:  # fmt: skip
+) -> LoRA:
     """An adapter from a file's tensors and metadata.
 
     base: the tensors (or anything with a shape) of the model that it belongs to, by component and diffusers' key, and
@@ -278,7 +290,7 @@ def kinship(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
     own = next(
         (t.shape[1] for k, t in tensors.items() if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", k) and t.ndim > 1),
         None,
-    )  # fmt: skip
+    )
     theirs = next(
         (t.shape[1] for k, t in (base or {}).get("unet", {}).items() if k.endswith("attn2.to_k.weight")), None
     )
@@ -317,8 +329,9 @@ def to_peft(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for component, updates in lora.updates.items():
         for module, update in updates.items():
             tensors |= {
-                f"{component}.{module}.lora_A.weight": update.down, f"{component}.{module}.lora_B.weight": update.up,
-            }  # fmt: skip
+                f"{component}.{module}.lora_A.weight": update.down,
+                f"{component}.{module}.lora_B.weight": update.up,
+            }
         if all(update.alpha is None for update in updates.values()):
             continue
         dtypes |= {update.alpha.dtype.name for update in updates.values() if update.alpha is not None}
@@ -328,10 +341,12 @@ def to_peft(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         alphas = {short[m]: float(u.scale * len(u.down)) for m, u in updates.items()}
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         own = {
-            "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks),
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(ranks),
             "rank_pattern": {escaped(m): r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {escaped(m): a for m, a in alphas.items() if a != alpha},
-        }  # fmt: skip
+        }
         settings |= {f"{component}.{key}": value for key, value in own.items()}
     metadata = dict(lora.metadata)
     if settings:

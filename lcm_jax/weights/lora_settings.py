@@ -36,8 +36,10 @@ USED = {
 }
 # What would change the weights in another way than by up down.
 FIXED: dict[str, tuple] = {
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
 # Of training, of other adapters, or told by the tensors themselves.
 HARMLESS = frozenset(
     """

@@ -22,16 +22,30 @@ MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a row that torch w
 VERSION = 1001
 STARTS = (b"PK", b"\x80")  # of a file by torch.save, since 1.6 and before
 STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
+}
 # What has no storage class of its own is a dtype over bytes.
 DTYPES = (
-    "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
     "float8_e8m0fnu",
-)  # fmt: skip
+)
 KNOWN = {*STORAGES.values(), *DTYPES}
 # Classes that Lightning before 1.5 wrote as keys of what its callbacks remember, which is left out anyway.
 CALLBACKS = {
@@ -121,10 +135,12 @@ class Unpickler(pickle.Unpickler):
         if module == "torch" and name in DTYPES:
             return name
         known = {
-            "collections.OrderedDict": OrderedDict, "torch.storage.UntypedStorage": BYTES,
-            "torch._utils._rebuild_tensor_v2": self.rebuild_typed, "torch._utils._rebuild_tensor_v3": self.rebuild,
+            "collections.OrderedDict": OrderedDict,
+            "torch.storage.UntypedStorage": BYTES,
+            "torch._utils._rebuild_tensor_v2": self.rebuild_typed,
+            "torch._utils._rebuild_tensor_v3": self.rebuild,
             "torch._utils._rebuild_parameter": self.rebuild_parameter,
-        }  # fmt: skip
+        }
         if (full := f"{module}.{name}") in CALLBACKS:
             return full
         if full in SCALARS:

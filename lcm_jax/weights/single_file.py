@@ -37,27 +37,41 @@ from lcm_jax.weights.stored import Tensors, outline_of
 OPEN_CLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))
 
 RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 VAE_MATRIX = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
 # The fused projections are `qkv_proj` in the tables, which stands for q_proj, k_proj and v_proj.
 OPEN_LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj", "attn.in_proj_weight": "self_attn.qkv_proj.weight",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+    "attn.in_proj_weight": "self_attn.qkv_proj.weight",
     "attn.in_proj_bias": "self_attn.qkv_proj.bias",
-}  # fmt: skip
+}
 PROJECTION = "text_projection.weight"
 # The first parts of diffusers' own keys, which some files of one network have.
 OWN = {
     "unet": (
-        "conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out",
+        "conv_in",
+        "time_embedding",
+        "add_embedding",
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+        "conv_norm_out",
         "conv_out",
     ),
     "vae": ("encoder", "decoder", "quant_conv", "post_quant_conv"),
-}  # fmt: skip
+}
 
 # What diffusers has no place for, of each component.
 NO_VAE = re.compile(r"(?!encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
@@ -79,10 +93,14 @@ def under(table: Mapping[str, str], old: str, new: str) -> dict[str, str]:
 def unet_names(layers: list[int], attended: set[int], family: str) -> dict[str, str]:
     """layers: resnets of each level down, of which the way up has one more. attended: levels up with attention."""
     names = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "time_embed.cond_proj": "time_embedding.cond_proj", "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out",
-        "out.2": "conv_out", "middle_block.1": "mid_block.attentions.0",
-    }  # fmt: skip
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "time_embed.cond_proj": "time_embedding.cond_proj",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        "middle_block.1": "mid_block.attentions.0",
+    }
     if family == "sdxl":
         names |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     names |= under(RESNET, "middle_block.0", "mid_block.resnets.0")
@@ -128,9 +146,11 @@ def vae_names(levels: int, layers: int) -> dict[str, str]:
 
 def open_clip_names(layers: int) -> dict[str, str]:
     names = {
-        "token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight", "text_projection": PROJECTION,
-    }  # fmt: skip
+        "token_embedding": "text_model.embeddings.token_embedding",
+        "ln_final": "text_model.final_layer_norm",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "text_projection": PROJECTION,
+    }
     for i in range(layers):
         names |= under(OPEN_LAYER, f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}")
     return names

@@ -17,22 +17,44 @@ PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 PREDICTION_NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
 # What no file tells of its networks: the number here is that of the published models, and a base knows better.
-GUESSED = frozenset({
-    "sample_size", "norm_num_groups", "attention_head_dim", "upcast_attention", "scaling_factor", "force_upcast",
-    "num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "model_type", "bos_token_id",
-    "eos_token_id", "pad_token_id", "addition_time_embed_dim",
-})  # fmt: skip
+GUESSED = frozenset(
+    {
+        "sample_size",
+        "norm_num_groups",
+        "attention_head_dim",
+        "upcast_attention",
+        "scaling_factor",
+        "force_upcast",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "projection_dim",
+        "model_type",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "addition_time_embed_dim",
+    }
+)
 LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 def configs_of(
-    tensors: Mapping[str, Any], family: str, prediction_type: str | None = None, scaling_factor: float | None = None,
+    tensors: Mapping[str, Any],
+    family: str,
+    prediction_type: str | None = None,
+    scaling_factor: float | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
 
     tensors: arrays or shapes by key; about twenty are looked at.
@@ -163,17 +185,24 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
     )
     widths = [shape(f"down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(len(layers))]
     config = {
-        "_class_name": "UNet2DConditionModel", "sample_size": 128 if family == "sdxl" else 64,
-        "in_channels": shape("conv_in.weight")[1], "out_channels": shape("conv_out.weight")[0],
-        "block_out_channels": widths, "layers_per_block": one(layers), "norm_num_groups": 32,
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128 if family == "sdxl" else 64,
+        "in_channels": shape("conv_in.weight")[1],
+        "out_channels": shape("conv_out.weight")[0],
+        "block_out_channels": widths,
+        "layers_per_block": one(layers),
+        "norm_num_groups": 32,
         "down_block_types": ["CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in down],
         "up_block_types": ["CrossAttnUpBlock2D" if any(u) else "UpBlock2D" for u in up],
-        "cross_attention_dim": shape(context)[1], "transformer_layers_per_block": one(per_level),
+        "cross_attention_dim": shape(context)[1],
+        "transformer_layers_per_block": one(per_level),
         "attention_head_dim": 8 if family == "sd1" else [max(1, width // 64) for width in widths],
         "use_linear_projection": len(shape(first(keys, ".proj_in.weight"))) == 2,
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "reverse_transformer_layers_per_block": None,
-        "time_embedding_dim": None, "time_cond_proj_dim": None,
-    }  # fmt: skip
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "reverse_transformer_layers_per_block": None,
+        "time_embedding_dim": None,
+        "time_cond_proj_dim": None,
+    }
     if not middle:
         config["mid_block_type"] = "UNetMidBlock2D" if has(keys, "mid_block.") else None
     if not mirrored:  # a list for each level, as diffusers wants it then
@@ -186,28 +215,32 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
     if family == "sdxl":
         added = shape("add_embedding.linear_1.weight")[1]
         config |= {
-            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": added,
+            "addition_embed_type": "text_time",
+            "projection_class_embeddings_input_dim": added,
             "addition_time_embed_dim": 256 if pooled is None else (added - pooled) // 6,  # of six sizes
-        }  # fmt: skip
+        }
     return config
 
 
 def vae_config(shape: Callable, keys: Set[str], family: str, scaling_factor: float | None) -> dict[str, Any]:
     levels = count(keys, "encoder.down_blocks.")
     config = {
-        "_class_name": "AutoencoderKL", "sample_size": 1024 if family == "sdxl" else 512, "norm_num_groups": 32,
-        "in_channels": shape("encoder.conv_in.weight")[1], "out_channels": shape("decoder.conv_out.weight")[0],
+        "_class_name": "AutoencoderKL",
+        "sample_size": 1024 if family == "sdxl" else 512,
+        "norm_num_groups": 32,
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
         "latent_channels": shape("decoder.conv_in.weight")[1],
-        "block_out_channels": [
-            shape(f"encoder.down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(levels)
-        ],
+        "block_out_channels": [shape(f"encoder.down_blocks.{i}.resnets.0.conv2.weight")[0] for i in range(levels)],
         "layers_per_block": count(keys, "encoder.down_blocks.0.resnets."),
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }  # fmt: skip
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
     parts = {
-        "use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv.",
+        "use_quant_conv": "quant_conv.",
+        "use_post_quant_conv": "post_quant_conv.",
         "mid_block_add_attention": "decoder.mid_block.attentions.",
-    }  # fmt: skip
+    }
     config |= {option: has(keys, prefix) for option, prefix in parts.items()}
     if (scale := SCALING_FACTORS.get(family) if scaling_factor is None else scaling_factor) is not None:
         config["scaling_factor"] = scale
@@ -219,11 +252,17 @@ def text_config(shape: Callable, keys: Set[str], open_clip: bool) -> dict[str, A
     projects = open_clip and PROJECTION in keys
     return {
         "architectures": ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"],
-        "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width,
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
         "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": count(keys, "text_model.encoder.layers."), "num_attention_heads": max(1, width // 64),
+        "num_hidden_layers": count(keys, "text_model.encoder.layers."),
+        "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
-        "hidden_act": "gelu" if open_clip else "quick_gelu", "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "layer_norm_eps": 1e-5,
         "projection_dim": shape(PROJECTION)[1] if projects else width,  # the other way round in this layout
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,  # as published: the end of a text is its largest id
-    }  # fmt: skip
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,  # as published: the end of a text is its largest id
+    }

@@ -16,22 +16,32 @@ COMPONENTS = {
     "sd1": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
     "sd2": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.model."},
     "sdxl": {
-        "unet": UNET, "vae": VAE, "text_encoder": "conditioner.embedders.0.transformer.",
+        "unet": UNET,
+        "vae": VAE,
+        "text_encoder": "conditioner.embedders.0.transformer.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
     "vae": {"vae": ""},
-}  # fmt: skip
+}
 VAE_PREFIXES = ("", VAE, "vae.")  # that a file of an autoencoder alone may have
 UNET_PREFIXES = (UNET, "")
 MARKS = ("v_pred", "ztsnr")  # keys of empty tensors that record the prediction type, as in ComfyUI
 # Keys of other models that look alike.
 OTHERS = {
-    "control_model.": "a ControlNet", "depth_model.": "a depth-to-image model", "embedder.model.": "unCLIP",
-    "conditioner.embedders.0.model.": "the refiner of SDXL", "edm_mean": "Playground 2.5",
-    f"{UNET}label_emb.weight": "an upscaler", f"{UNET}joint_blocks.": "Stable Diffusion 3",
-    f"{UNET}double_blocks.": "Flux", "double_blocks.": "Flux", "lora_unet_": "a LoRA", "edm_vpred.": "CosXL",
-    "controlnet_": "a ControlNet", "text_model.": "the text encoder of a diffusers folder",
-}  # fmt: skip
+    "control_model.": "a ControlNet",
+    "depth_model.": "a depth-to-image model",
+    "embedder.model.": "unCLIP",
+    "conditioner.embedders.0.model.": "the refiner of SDXL",
+    "edm_mean": "Playground 2.5",
+    f"{UNET}label_emb.weight": "an upscaler",
+    f"{UNET}joint_blocks.": "Stable Diffusion 3",
+    f"{UNET}double_blocks.": "Flux",
+    "double_blocks.": "Flux",
+    "lora_unet_": "a LoRA",
+    "edm_vpred.": "CosXL",
+    "controlnet_": "a ControlNet",
+    "text_model.": "the text encoder of a diffusers folder",
+}
 
 
 def recognise(tensors: Mapping[str, Any]) -> str:

@@ -14,10 +14,23 @@ from lcm_jax.weights.errors import ModelError, overflowing
 
 # safetensors' names of dtypes.
 DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 NAMES = {name: short for short, name in DTYPES.items()}
 Advance = Callable[[int], None]  # is told how many bytes were done
 # Keys of what float8 weights are multiplied by, as ComfyUI's and torchao's files have them.
@@ -114,9 +127,11 @@ def widen(tensors: Tensors, path: Path) -> Tensors:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None,
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes a file, one tensor after another as `tensors` gives them. Raises ModelError for a dtype without a name."""
     outline = outline_of(tensors)
     if other := sorted({like.dtype.name for like in outline.values()} - NAMES.keys()):
@@ -127,8 +142,10 @@ def write_safetensors(
     for key in order:
         like = outline[key]
         header[key] = {
-            "dtype": NAMES[like.dtype.name], "shape": list(like.shape), "data_offsets": [end, end + like.nbytes]
-        }  # fmt: skip
+            "dtype": NAMES[like.dtype.name],
+            "shape": list(like.shape),
+            "data_offsets": [end, end + like.nbytes],
+        }
         end += like.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
