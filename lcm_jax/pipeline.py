@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.guidance import classifier_free
 from lcm_jax.diffusion.samplers import SAMPLERS, Table
+from lcm_jax.models.conditioning import concatenate
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.finite import Finite, all_finite, check_finite
@@ -69,21 +69,18 @@ def sample_latents(
     as in `generate`.
     """
 
-    def denoise(z, *rest):
-        if masked is not None:
-            # Twice as many where guidance makes pairs; one for all is repeated.
-            z = jnp.concatenate([z, jnp.tile(masked, (len(z) // len(masked), 1, 1, 1))], axis=-1)
-        return model.denoise(params["unet"], z, *rest)
-
     weight = guidance_scale - 1.0
+    if masked is not None:  # one for all images is repeated
+        masked = jnp.tile(masked, (latents.shape[0] // len(masked), 1, 1, 1))
+    context = context._replace(masked=masked)
     if negative is None:
-        embedding = guidance_embedding(jnp.full(latents.shape[0], weight), model.guidance_embedding_dim)
-        network = lambda z, t: denoise(z, t, context, embedding)  # noqa: E731
+        guided = context._replace(guidance=jnp.full(latents.shape[0], weight))
+        network = lambda z, t: model.denoise(params["unet"], z, t, guided)  # noqa: E731
     else:
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, negative)
+        both = concatenate(context, negative._replace(masked=masked))
 
         def network(z, t):
-            output = denoise(jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+            output = model.denoise(params["unet"], jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
             cond, uncond = jnp.split(output, 2)
             return classifier_free(uncond, cond, weight)
 

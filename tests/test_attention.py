@@ -11,6 +11,7 @@ from whole_runs import ROOT
 
 from lcm_jax.models import attention as attentions
 from lcm_jax.models.attention import Device, Shape, choose_kernel, cudnn_refusal
+from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
@@ -143,7 +144,11 @@ def test_a_full_size_unet_is_differentiated_for_an_h100(on):
     on(H100)
     model = StableDiffusion.from_configs(FAMILIES["sd15"], jnp.bfloat16, remat=True)
     params = model.abstract_params()["unet"]
-    inputs = abstract((2, 64, 64, 4), jnp.float32), abstract((2,), jnp.int32), abstract((2, 77, 768), jnp.float32)
+    inputs = (
+        abstract((2, 64, 64, 4), jnp.float32),
+        abstract((2,), jnp.int32),
+        Conditioning(abstract((2, 77, 768), jnp.float32)),
+    )
     gradient = jax.grad(lambda params, *inputs: model.denoise(params, *inputs).sum())
     text = jax.jit(gradient).trace(params, *inputs).lower(lowering_platforms=("cuda",)).as_text()
     # Ten self-attentions have 1,024 positions or more; rematerialized, each runs forward twice.

@@ -92,7 +92,7 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
     kept = pipeline.Inpainting(batch["image"] / np.float32(127.5) - 1, draws.mask, draws.posterior)
     masked = pipeline.masked_channels(model, tree, kept)
     ids = np.where(draws.step.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"])
-    encode = lambda ids: np.array(model.encode_prompt(tree, ids))  # noqa: E731
+    encode = lambda ids: np.array(model.encode_prompt(tree, ids).context)  # noqa: E731
     embedding = guidance_embedding(draws.step.w)
     z = model.to_latents(batch["moments"], draws.step.posterior)
     expected = reference_lcd.distil(

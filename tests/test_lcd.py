@@ -15,6 +15,7 @@ from lcm_jax.diffusion.consistency import boundary_scalings, consistency_functio
 from lcm_jax.diffusion.guidance import capped, classifier_free
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
+from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.objectives import lcd
 from lcm_jax.training.state import create_state, make_optimizer
@@ -46,7 +47,7 @@ def schedule(prediction_type="epsilon"):
 
 
 def encode_prompt(frozen, token_ids, time_ids=None):
-    return frozen["text_encoder"]["table"][token_ids]
+    return Conditioning(frozen["text_encoder"]["table"][token_ids])
 
 
 def to_latents(moments, noise):
@@ -110,7 +111,15 @@ def torch_unets():
 def unet_networks():
     """The networks are compiled, the objective around them is not: six variants of it share their compilations."""
     student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(UNET)
-    apply = lambda network: jax.jit(lambda params, *inputs: network.apply({"params": params}, *inputs))  # noqa: E731
+
+    def apply(network):
+        def denoise(params, z, t, conditioning):
+            w = conditioning.guidance
+            embedding = None if w is None else guidance_embedding(w)
+            return network.apply({"params": params}, z, t, conditioning.context, embedding)
+
+        return jax.jit(denoise)
+
     return lcd.Networks(apply(student), apply(teacher), encode_prompt, to_latents)
 
 
@@ -256,10 +265,10 @@ def test_weights_are_one_or_the_inverse_of_sigma():
 # --- analytic networks: a guess at x0 that depends on all inputs, said in each of the three languages ---
 
 
-def guess(scale, z, t, context, embedding=None):
+def guess(scale, z, t, context, w=None):
     angle = z + 0.01 * t[:, None, None, None] + context.mean((1, 2))[:, None, None, None]
-    if embedding is not None:
-        angle = angle + embedding[:, :3].sum(1)[:, None, None, None]
+    if w is not None:
+        angle = angle + w[:, None, None, None]
     return jnp.broadcast_to(scale, angle.shape) * jnp.sin(angle)  # one number, or one a channel
 
 
@@ -273,17 +282,15 @@ def speak(schedule, x0, z, t):
 def analytic(schedule, seen=None, dtype=jnp.float32):
     """Networks whose outputs, in `dtype`, say `guess`; `seen` collects what student, target and teacher are given."""
 
-    def student(params, z, t, context, embedding):
-        if seen is not None:
-            seen.setdefault("student", []).append((z, t, context, embedding))
-        return speak(schedule, guess(params, z, t, context, embedding), z, t).astype(dtype)
+    def network(name):
+        def denoise(params, z, t, conditioning):
+            if seen is not None:
+                seen.setdefault(name, []).append((z, t, conditioning.context, conditioning.guidance))
+            return speak(schedule, guess(params, z, t, conditioning.context, conditioning.guidance), z, t).astype(dtype)
 
-    def teacher(params, z, t, context):
-        if seen is not None:
-            seen.setdefault("teacher", []).append((z, t, context))
-        return speak(schedule, guess(params, z, t, context), z, t).astype(dtype)
+        return denoise
 
-    return lcd.Networks(student, teacher, encode_prompt, to_latents)
+    return lcd.Networks(network("student"), network("teacher"), encode_prompt, to_latents)
 
 
 def analytic_loss(frozen, batch, draws, prediction_type="epsilon", *, target=0.8, dtype=jnp.float32):
@@ -310,12 +317,12 @@ def test_pitfall_1_guidance_weight_is_not_guidance_scale():
 
     frozen, batch, draws = example()
     _, seen = analytic_loss(frozen, batch, draws)
-    (z_s, s, context, embedding), (z_t, t, _, embedding_t) = seen["student"]
-    np.testing.assert_array_equal(embedding, guidance_embedding(draws.w))  # w itself, of student and target alike
-    np.testing.assert_array_equal(embedding_t, embedding)
+    (z_s, s, context, w), (z_t, t, _, w_t) = seen["student"]
+    np.testing.assert_array_equal(w, draws.w)  # w itself, of student and target alike
+    np.testing.assert_array_equal(w_t, draws.w)
 
     plan, scale = schedule(), jnp.float32(0.7)
-    empty = jnp.broadcast_to(encode_prompt(frozen, frozen["empty_ids"]), context.shape)
+    empty = jnp.broadcast_to(encode_prompt(frozen, frozen["empty_ids"]).context, context.shape)
     w = (1 + draws.w)[:, None, None, None]
     x0_c, x0_0 = guess(scale, z_s, s, context), guess(scale, z_s, s, empty)
     x0 = x0_0 + w * (x0_c - x0_0)
@@ -357,8 +364,8 @@ def test_pitfall_5_only_the_networks_know_half_precision():
     frozen, batch, draws = example()
     total, seen = analytic_loss(frozen, batch, draws, dtype=jnp.bfloat16)
     assert total.dtype == jnp.float32
-    for z, _, _, embedding in seen["student"]:
-        assert z.dtype == embedding.dtype == jnp.float32
+    for z, _, _, w in seen["student"]:
+        assert z.dtype == w.dtype == jnp.float32
     assert seen["teacher"][0][0].dtype == jnp.float32
 
     # The same outputs, rounded to bfloat16 but carried as float32, must give the same number to the last bit.
@@ -386,7 +393,7 @@ def test_the_teachers_two_passes_are_one_batch():
     frozen, batch, draws = example()
     _, seen = analytic_loss(frozen, batch, draws)
     assert len(seen["teacher"]) == 1
-    z, t, context = seen["teacher"][0]
+    z, t, context, _ = seen["teacher"][0]
     assert z.shape == (2 * B, H, W, C) and t.shape == (2 * B,) and context.shape == (2 * B, L, 12)
 
 
@@ -403,15 +410,17 @@ def test_the_start_lies_on_the_trajectory_of_the_latent_and_the_noise():
 def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, chosen):
     frozen, batch, draws = example()
     plan, seen = schedule(), {}
-    context, embedding = encode_prompt(frozen, batch["token_ids"]), guidance_embedding(draws.w)
+    guided = encode_prompt(frozen, batch["token_ids"])._replace(guidance=jnp.asarray(draws.w))
     z, networks = jnp.full((B, H, W, C), 5.0), analytic(plan, seen)
-    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, context, embedding, share, networks, plan)
+    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, guided, share, networks, plan)
     (jump,) = seen["student"]
-    of_noise = [(jnp.asarray(draws.posterior)[i], 999, context[i], embedding[i]) for i in chosen]
+    of_noise = [(jnp.asarray(draws.posterior)[i], 999, guided.context[i], guided.guidance[i]) for i in chosen]
     for i, mine, expected in zip(chosen, zip(*jump, strict=True), of_noise, strict=True):
         for a, b in zip(mine, expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=f"the jump of example {i}")
-    drawn = consistency_function(plan, networks.student(jnp.float32(0.8), *jump), *jump[:2])
+    drawn = consistency_function(
+        plan, networks.student(jnp.float32(0.8), *jump[:2], Conditioning(jump[2], guidance=jump[3])), *jump[:2]
+    )
     np.testing.assert_array_equal(own[np.array(chosen)], drawn)
     assert [i for i in range(B) if not (own[i] == 5.0).all()] == chosen
 
@@ -419,7 +428,7 @@ def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, cho
 @pytest.mark.parametrize("share", [0.1, 2.0, -1.0])
 def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
     with pytest.raises(ValueError, match=f"own_share is {share}: not 1 to {B} examples"):
-        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, None, share, None, schedule())
+        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, share, None, schedule())
 
 
 @pytest.mark.parametrize("own_share", [0.0, 0.5])
@@ -479,9 +488,9 @@ def test_student_equals_teacher_for_every_w_at_the_start():
     assert fresh["kernel"].shape == (256, 8) and not fresh["kernel"].any()
 
     weights = tree_from_torch({k: v.numpy() for k, v in torch_unets()[2].state_dict().items()})
-    expected = networks.teacher(weights, z, t, context)
+    expected = networks.teacher(weights, z, t, Conditioning(context))
     time = weights["time_embedding"] | {"cond_proj": fresh}
-    run = lambda params, w: networks.student(params, z, t, context, guidance_embedding(w))  # noqa: E731
+    run = lambda params, w: networks.student(params, z, t, Conditioning(context, guidance=w))  # noqa: E731
     for w in (0.0, 2.0, 7.5, 14.0):
         output = run(weights | {"time_embedding": time}, jnp.full(B, w))
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
@@ -502,7 +511,7 @@ def test_an_empty_prompt_really_acts():
     emptied = batch | {"token_ids": np.tile(frozen["empty_ids"], (B, 1))}
     assert total == analytic_loss(frozen, emptied, kept)[0]
     _, seen = analytic_loss(frozen, batch, draws)
-    empty = encode_prompt(frozen, frozen["empty_ids"])
+    empty = encode_prompt(frozen, frozen["empty_ids"]).context
     for _, _, context, _ in seen["student"]:
         np.testing.assert_array_equal(context[3], empty)
         assert (context[:3] != empty).any()

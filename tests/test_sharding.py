@@ -10,7 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import make_schedule
+from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.objectives import lcd
 from lcm_jax.training import sharding
@@ -61,9 +63,11 @@ def run(data: int, fsdp: int, steps: int = 3):
     mesh = sharding.make_mesh(data, fsdp)
     student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(TEACHER)
     networks = lcd.Networks(
-        student=lambda params, *inputs: student.apply({"params": params}, *inputs),
-        teacher=lambda params, *inputs: teacher.apply({"params": params}, *inputs),
-        encode_prompt=lambda params, ids, _: params["text_encoder"]["table"][ids],
+        student=lambda params, z, t, told: student.apply(
+            {"params": params}, z, t, told.context, guidance_embedding(told.guidance)
+        ),
+        teacher=lambda params, z, t, told: teacher.apply({"params": params}, z, t, told.context),
+        encode_prompt=lambda params, ids, _: Conditioning(params["text_encoder"]["table"][ids]),
         to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
     )
     # Adam divides by the gradient's own size, which makes noise of gradients that are zero: epsilon keeps them zero.

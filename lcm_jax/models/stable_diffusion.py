@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel
+from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.layers import Dtype
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
@@ -25,14 +27,6 @@ def in_file(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-class Conditioning(NamedTuple):
-    """What SDXL's UNet is told: both encoders' layers side by side, the second's pooled output, and the sizes."""
-
-    context: jax.Array  # [B, L, D1 + D2]
-    pooled: jax.Array  # [B, P]
-    time_ids: jax.Array  # float32[B, 6]: (height, width) before cropping, (top, left) of the crop, (height, width) now
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,16 +134,17 @@ class StableDiffusion:
         *,
         clip_skip: int = 0,
         zero_empty: bool = True,
-    ):
-        """Tokens -> what `denoise` takes as context. params: by network.
+    ) -> Conditioning:
+        """Encode tokens to the prompt's part of a Conditioning. params: by network.
 
-        Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> [B, L, D], the last layer after the final norm. SDXL:
-        token_ids int32[B, 2, L], one row for each encoder, time_ids float32[B, 6] -> Conditioning of the layers before
-        the last, without the norm, and zeros for an empty prompt where the model wants it so and zero_empty is True.
-        clip_skip: the layer so many before that one, as in diffusers, at most `max_clip_skip`.
+        Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> context [B, L, D], the last layer after the final norm.
+        SDXL: token_ids int32[B, 2, L], one row for each encoder, and time_ids float32[B, 6] -> context and pooled of
+        the layers before the last, without the norm; zeros for an empty prompt if the model was trained with them and
+        zero_empty is True. clip_skip: number of last layers to leave out, as in diffusers, at most `max_clip_skip`.
         """
         if self.text_encoder_2 is None:
-            return self.text_encoder.apply({"params": params["text_encoder"]}, token_ids, clip_skip).last_hidden_state
+            output = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids, clip_skip)
+            return Conditioning(output.last_hidden_state)
         first = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids[:, 0])
         second = self.text_encoder_2.apply({"params": params["text_encoder_2"]}, token_ids[:, 1])
         layer = -2 - clip_skip
@@ -160,10 +155,28 @@ class StableDiffusion:
             context, pooled = context * kept[:, None, None], pooled * kept[:, None]
         return Conditioning(context, pooled, time_ids)
 
-    def denoise(self, params: Params, z, t, context, guidance_embedding=None) -> jax.Array:
-        """z: float32[B, h, w, c], t: int32[B], context of `encode_prompt` -> the UNet's output, float32[B, h, w, c]."""
-        context, *added = context if isinstance(context, Conditioning) else (context,)
-        return self.unet.apply({"params": params}, z, t, context, guidance_embedding, *added)
+    def denoise(self, params: Params, z: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
+        """Return the UNet's output, float32[B, h, w, c].
+
+        params: of the UNet; z: float32[B, h, w, c]; t: int32[B], or float32[B] between training steps. Raises
+        ValueError for a part of the conditioning that this model has no input for, or lacks; a guidance weight is
+        required if and only if `guidance_embedding_dim` is not None, a mask if and only if it inpaints.
+        """
+        context, pooled, time_ids, guidance, masked = conditioning
+        if (guidance is None) != (self.guidance_embedding_dim is None):
+            raise ValueError(
+                f"conditioning.guidance is {'missing' if guidance is None else 'given'}, and time_cond_proj_dim of "
+                f"this UNet is {self.guidance_embedding_dim}; set guidance for a latent consistency model alone"
+            )
+        if (masked is not None) != self.inpaints:
+            raise ValueError(
+                f"conditioning.masked is {'missing' if masked is None else 'given'}, and this UNet has "
+                f"{self.unet.config['in_channels']} input channels; set masked for an inpainting model alone"
+            )
+        if masked is not None:
+            z = jnp.concatenate([z, masked], axis=-1)
+        embedding = None if guidance is None else guidance_embedding(guidance, self.guidance_embedding_dim)
+        return self.unet.apply({"params": params}, z, t, context, embedding, pooled, time_ids)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]."""

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.diffusion.consistency import consistency_function, guidance_embedding
+from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.guidance import capped, classifier_free
 from lcm_jax.diffusion.schedule import Schedule, add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
 
 
 class Networks(NamedTuple):
-    """student(params, z, t, context, w_embedding) -> output; teacher(params, z, t, context) -> output;
-    encode_prompt(frozen, token_ids, time_ids) -> context, an array or a tree of arrays;
+    """student(params, z, t, conditioning) -> output, teacher(params, z, t, conditioning) -> output;
+    encode_prompt(frozen, token_ids, time_ids) -> conditioning without guidance;
     to_latents(moments, noise) -> z."""
 
     student: Callable
@@ -70,7 +70,7 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
     raise ValueError(f"objective.weighting is {weighting!r}; choose uniform or inverse_sigma")
 
 
-def own_pictures(target, z, noise, context, w_embedding, share: float, networks: Networks, schedule: Schedule):
+def own_pictures(target, z, noise, guided, share: float, networks: Networks, schedule: Schedule):
     """z with round(share B) of its examples, evenly spread, replaced by what the target network draws from `noise`.
 
     In one jump from pure noise; z, noise: float32[B, h, w, c]. A sampler of several steps noises what the network
@@ -83,9 +83,9 @@ def own_pictures(target, z, noise, context, w_embedding, share: float, networks:
     if not 1 <= count <= batch:
         raise ValueError(f"objective.own_share is {share}: not 1 to {batch} examples of a (micro-)batch of {batch}")
     chosen = np.arange(count) * batch // count
-    noise, context, w_embedding = jax.tree.map(lambda a: a[chosen], (noise, context, w_embedding))
+    noise, guided = jax.tree.map(lambda a: a[chosen], (noise, guided))
     t = jnp.full(count, last, jnp.int32)
-    output = networks.student(target["unet"], noise, t, context, w_embedding)
+    output = networks.student(target["unet"], noise, t, guided)
     own = consistency_function(schedule, output, noise, t)
     return z.at[chosen].set(jax.lax.stop_gradient(own))
 
@@ -119,7 +119,6 @@ def loss(
     weighting: str = "uniform",
     own_share: float = 0.0,
     w_caps: Sequence[tuple[int, float]] = (),
-    embedding_dim: int = 256,
 ):
     """The consistency distillation loss, exact in its draws.
 
@@ -127,8 +126,7 @@ def loss(
     "empty_ids" int32[L]; batch: moments float32[B,h,w,2c], token_ids int32[B,L], and for SDXL time_ids float32[B,6],
     token_ids int32[B,2,L] and empty_ids int32[2,L]. own_share: of the batch, distilled on `own_pictures` instead of
     data (published: 0); they begin from draws.posterior, which they leave free. w_caps: how much of w guides the
-    teacher at which t, see `capped`; the student is told all of w (published: no caps). embedding_dim: the width of the
-    student's input for w.
+    teacher at which t, see `capped`; the student is told all of w (published: no caps).
     Returns (float32[], metrics). Raises ValueError for a setting out of its range.
     """
     check_w_caps(w_caps, len(schedule.alphas_cumprod) - 1)
@@ -137,17 +135,17 @@ def loss(
     time_ids = batch.get("time_ids")
     context = networks.encode_prompt(frozen, jnp.where(keep, batch["token_ids"], empty_ids), time_ids)
     empty = networks.encode_prompt(frozen, empty_ids, time_ids)
-    w_embedding = guidance_embedding(draws.w, embedding_dim)
+    guided = context._replace(guidance=draws.w)
 
     # 1. A point z_s on the data's trajectory, and the step t that comes one skipping step before s.
     s, t = skipping_steps(draws.index, num_ddim_steps, len(schedule.alphas_cumprod))
     z = networks.to_latents(batch["moments"], draws.posterior)
     if own_share:
-        z = own_pictures(target, z, draws.posterior, context, w_embedding, own_share, networks, schedule)
+        z = own_pictures(target, z, draws.posterior, guided, own_share, networks, schedule)
     z_s = add_noise(schedule, z, draws.noise, s)
 
     # 2. The student's prediction of the trajectory's origin.
-    prediction = consistency_function(schedule, networks.student(params["unet"], z_s, s, context, w_embedding), z_s, s)
+    prediction = consistency_function(schedule, networks.student(params["unet"], z_s, s, guided), z_s, s)
 
     # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
     twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
@@ -160,7 +158,7 @@ def loss(
     z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
 
     # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.
-    origin = consistency_function(schedule, networks.student(target["unet"], z_t, t, context, w_embedding), z_t, t)
+    origin = consistency_function(schedule, networks.student(target["unet"], z_t, t, guided), z_t, t)
 
     # 5. The distance between the two.
     difference = distance(prediction - jax.lax.stop_gradient(origin), kind, huber_c)

@@ -55,20 +55,11 @@ def masking(
         masks = draw_masks(mask, b, h * model.downscale, w * model.downscale)
         return Draws(draw(step, batch), masks, jax.random.normal(posterior, (b, h, w, c2 // 2), jnp.float32))
 
-    def beside(denoise: Callable) -> Callable:
-        def denoise_beside(params, z, t, context, *guidance):
-            context, masked = context
-            return denoise(params, jnp.concatenate([z, masked], axis=-1), t, context, *guidance)
-
-        return denoise_beside
-
     def loss_of_masked(params, target, frozen, batch, draws):
         kept = pipeline.Inpainting(to_float(batch["image"]), draws.mask, draws.posterior)
         masked = pipeline.masked_channels(model, frozen, kept)
         seeing = networks._replace(
-            student=beside(networks.student),
-            teacher=beside(networks.teacher),
-            encode_prompt=lambda *prompt: (networks.encode_prompt(*prompt), masked),
+            encode_prompt=lambda *prompt: networks.encode_prompt(*prompt)._replace(masked=masked)
         )
         return loss(params, target, frozen, batch, draws.step, networks=seeing)
 

@@ -130,7 +130,6 @@ def lcd_functions(config, teacher: StableDiffusion, model: StableDiffusion) -> t
         weighting=objective.weighting,
         own_share=objective.own_share,
         w_caps=objective.w_caps,
-        embedding_dim=objective.guidance_embedding_dim,
     )
     if model.inpaints:
         draw, loss = inpainting.masking(draw, loss, networks, model)
