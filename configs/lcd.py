@@ -50,12 +50,14 @@ def get_config(model: str = "sd15") -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "tar",
-            "shards": "data/{00000..00015}.tar",  # or a glob, such as data/*.tar
-            "caption_field": "caption",  # of a key.json, where there is no key.txt
+            "source": "tar",  # or shapes
+            "length": 100_000,  # of shapes: training images
+            "shards": "data/{00000..00015}.tar",  # of tar: or a glob, such as data/*.tar
+            "caption_field": "caption",  # of tar: in a key.json, if there is no key.txt
             "size": published["size"],
             "held_out": 1024,  # a choice: the last records are not trained on, the report compares with them
-            "cache": "",  # a folder for moments, encoded once; where empty each step encodes its own pictures
+            "encode": "step",  # each step encodes its own images; or cache: once, before training
+            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
         }
     )
     config.train = ConfigDict(

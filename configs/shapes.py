@@ -31,7 +31,18 @@ def get_config() -> ConfigDict:
             "guidance_embedding_dim": 256,
         }
     )
-    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 5000, "cache": ""})
+    config.data = ConfigDict(
+        {
+            "source": "shapes",  # or tar
+            "length": 5000,  # of shapes: training images
+            "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
+            "caption_field": "caption",  # of tar: in a key.json, if there is no key.txt
+            "size": 64,
+            "held_out": 1024,  # images that are not trained on; the report compares with them
+            "encode": "cache",  # once, before training; or step: each step encodes its own images
+            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
+        }
+    )
     config.train = ConfigDict(
         {
             "steps": 600,
@@ -61,7 +72,7 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(
         {
             "every_steps": 300,
-            "per_task": 2,
+            "prompts": 12,
             "batch_size": 12,
             "guidance_scale": 8.0,
             "teacher_steps": 50,
@@ -70,7 +81,7 @@ def get_config() -> ConfigDict:
     )
     config.report = ConfigDict(
         {
-            "per_task": 24,
+            "prompts": 144,
             "batch_size": 36,
             "reference": 1024,
             "guidance_scale": 8.0,

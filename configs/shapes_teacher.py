@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
             "source": "shapes",
             "size": 64,
             "length": 60_000,
+            "held_out": 512,
+            "encode": "cache",
             "cache": "",
             # In turn: where things are and how many is harder to learn than what and in which colour.
             "tasks": (
@@ -97,6 +99,6 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
     config.log = ConfigDict({"every_steps": 50})
     config.sample = ConfigDict(
-        {"every_steps": 1500, "per_task": 12, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}
+        {"every_steps": 1500, "prompts": 72, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}
     )
     return config

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.init = ""  # a folder with vae/ to go on from, `shapes` for the shipped one; from scratch where empty
     config.objective = ConfigDict({"name": "autoencoder", "kl_weight": 1e-5})
-    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 200_000})
+    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 200_000, "held_out": 512, "encode": "step"})
     config.vae = ConfigDict(
         {
             "block_out_channels": (16, 32, 64),

@@ -27,7 +27,7 @@ def test_batches_stack_whole_records():
 
 @pytest.mark.parametrize("count", [12, 13])  # epochs that end with a batch, and within one
 @pytest.mark.parametrize("first", [1, 3, 4, 11])
-def test_a_resumed_reader_goes_on_exactly(count, first):
+def test_a_resumed_reader_continues_exactly(count, first):
     whole = _ids(batches(_source(count), 4, seed=3), first + 8)
     assert _ids(batches(_source(count), 4, seed=3, first=first), 8) == whole[first:]
 
@@ -77,10 +77,10 @@ def _tokenize(captions: list[str]) -> np.ndarray:
     return np.array([[len(caption), caption.count("a")] for caption in captions], np.int64)
 
 
-def _cache(folder, encode, source=None, identity=None) -> LatentCache:
+def _cache(folder, encode, source=None, fingerprint=None) -> LatentCache:
     source = Shapes("train", 10) if source is None else source
-    identity = {"vae": "one"} if identity is None else identity
-    return cache_latents(source, encode, _tokenize, folder, identity, batch_size=4, say=lambda line: None)
+    fingerprint = {"vae": "one"} if fingerprint is None else fingerprint
+    return cache_latents(source, lambda: encode, _tokenize, folder, fingerprint, batch_size=4, log=lambda line: None)
 
 
 def test_cache_holds_every_record_and_fills_up_the_last_batch(tmp_path):
@@ -99,22 +99,22 @@ def test_cache_holds_every_record_and_fills_up_the_last_batch(tmp_path):
 def test_cache_is_reused(tmp_path):
     first = _cache(tmp_path, Encoder())
     again = Encoder()
-    second = _cache(tmp_path, again, identity={"vae": "one"})
+    second = _cache(tmp_path, again, fingerprint={"vae": "one"})
     assert again.sizes == [] and second.folder == first.folder
     np.testing.assert_array_equal(second[9]["moments"], first[9]["moments"])
 
 
-def test_another_identity_has_a_folder_of_its_own(tmp_path):
+def test_another_fingerprint_has_a_folder_of_its_own(tmp_path):
     first, encode = _cache(tmp_path, Encoder()), Encoder()
-    second = _cache(tmp_path, encode, identity={"vae": "two"})
+    second = _cache(tmp_path, encode, fingerprint={"vae": "two"})
     assert encode.sizes and second.folder != first.folder
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_order_of_the_identity_does_not_matter(tmp_path):
-    _cache(tmp_path, Encoder(), identity={"vae": "one", "data": "d"})
+def test_order_of_the_fingerprint_does_not_matter(tmp_path):
+    _cache(tmp_path, Encoder(), fingerprint={"vae": "one", "data": "d"})
     again = Encoder()
-    _cache(tmp_path, again, identity={"data": "d", "vae": "one"})
+    _cache(tmp_path, again, fingerprint={"data": "d", "vae": "one"})
     assert again.sizes == []
 
 

@@ -165,6 +165,8 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
 
 
 def test_a_run_that_does_not_see_its_pictures_is_refused(teacher, tmp_path):
-    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.cache": str(tmp_path / "cache")})
-    with pytest.raises(ValueError, match="takes 9 channels and makes 4: it inpaints.*tar, and no data.cache"):
+    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.encode": "cache"})
+    with pytest.raises(
+        ValueError, match="takes 9 channels and makes 4: it inpaints.*not support; use data.encode=step"
+    ):
         RECIPES["lcd"](config, tmp_path / "run")

@@ -16,12 +16,12 @@ from PIL import Image
 from whole_runs import load_config
 
 from lcm_jax import main
+from lcm_jax.data.sources import load_dataset
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
 from lcm_jax.recipes.lcd import encoding, held
-from lcm_jax.recipes.sources import captioned
 from lcm_jax.training.loop import train
 
 diffusers = pytest.importorskip("diffusers")
@@ -178,7 +178,7 @@ def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, 
     assert command("sdxl", teacher, shards, tmp_path / "run") == 0
     output = capsys.readouterr().out
     assert "24 records in 2 shards" in output
-    assert "00.tar" in output or "01.tar" in output, "the damaged record was told of"
+    assert "00.tar" in output or "01.tar" in output, "the damaged record was reported"
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
@@ -214,7 +214,7 @@ def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_
     assert batch["time_ids"][:, [0, 1, 2, 4, 5]].tolist() == [[24, 40, 0, 16, 16]] * 4
     assert set(job.frozen["vae"]) == {"encoder", "quant_conv"}, "nothing is held that only decoding takes"
 
-    more = {"train.dtype": "float32", "data.cache": str(tmp_path / "cache")}
+    more = {"train.dtype": "float32", "data.encode": "cache"}
     cached = RECIPES["lcd"](shrunk(*given, **more), tmp_path)
     model = StableDiffusion.from_configs(Pipeline.from_pretrained(config.teacher).configs)
     moments = jax.jit(model.encode)(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
@@ -271,9 +271,9 @@ def test_data_that_is_not_there_or_too_small_is_one_error(teacher_of, shards, tm
     teacher = tmp_path / "no teacher is read before"
     for more, message in [
         ({"data.shards": str(tmp_path / "*.tar")}, "matches no file"),
-        ({"data.held_out": 2}, "data.held_out is 2, fewer records than .*: 6"),
-        ({"data.held_out": 24}, "there are 24 records"),
-        ({"data.source": "folder"}, "choose shapes or tar"),
+        ({"data.held_out": 2}, "report.reference 6 is more than data.held_out 2; raise that, or lower report.ref"),
+        ({"data.held_out": 24}, "data.held_out 24 leaves none of the 24 records"),
+        ({"data.source": "folder"}, "'folder' is not supported; use one of shapes, tar"),
     ]:
         with pytest.raises(ValueError, match=message):
-            captioned(shrunk("sd15", teacher, shards, **more), tmp_path / "run")
+            load_dataset(shrunk("sd15", teacher, shards, **more), tmp_path / "run")

@@ -209,9 +209,11 @@ def test_a_task_that_is_named_twice_comes_twice_as_often():
     half = Shapes("train", 60, tasks=("position", "counting"), relations=("left", "above"))
     assert {half.scene(i).specification.relation for i in range(60)} == {"left", "above", None}
     for wrong in (("behind",), ()):
-        with pytest.raises(ValueError, match="data.relations is .*; choose among left, right, above, below"):
+        with pytest.raises(
+            ValueError, match="data.relations .* is not supported; use some of left, right, above, below"
+        ):
             Shapes("train", 60, relations=wrong)
-    with pytest.raises(ValueError, match="data.tasks has 'texture'; choose among single_object"):
+    with pytest.raises(ValueError, match="data.tasks 'texture' is not supported; use some of single_object"):
         Shapes("train", 60, tasks=("texture",))
-    with pytest.raises(ValueError, match="split 'composition' has no caption of these"):
+    with pytest.raises(ValueError, match="have no captions in split 'composition'"):
         Shapes("composition", 60, tasks=("counting",))

@@ -52,9 +52,9 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
         assert 0 <= figures["verifier"] <= 1 and len(figures["tasks"]) == 6
         assert figures["frechet"] >= 0 and figures["pictures_per_s"] > 0
     composition = report["composition"]
-    assert composition["captions"] == 3 and composition["teacher"]["ddim"].keys() == {"2"}
+    assert composition["captions"] == 1 and composition["teacher"]["ddim"].keys() == {"2"}
     assert composition["student"]["lcm"].keys() == {"1", "2"} and 0 <= composition["student"]["lcm"]["2"] <= 1
-    assert "no training picture has, 3 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
+    assert "no training picture has, 1 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
     assert report["versions"]["jax"] == jax.__version__ and report["device"] and len(report["config_digest"]) == 64
     assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
     for name in ("000001.png", "000002.png", "final.png"):
@@ -84,7 +84,7 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     job.finish({"unet": student.params["unet"]}, 1.0)  # other settings of the report: a new one, of the same export
     assert f"report.guidance_scale is 8.0 in {tmp_path / 'run' / 'report.json'} and 2.0" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert again["guidance_scale"] == 2.0 and again["settings"]["per_task"] == 1 and again != report
+    assert again["guidance_scale"] == 2.0 and again["settings"]["prompts"] == 6 and again != report
     assert (tmp_path / "run" / "export").stat().st_mtime_ns == export
     (tmp_path / "run" / "report.json").write_text("{")
     with pytest.raises(RunError, match="report.json is damaged .*delete it, and the same command makes it again"):
@@ -142,7 +142,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
             "text_encoder.hidden_size": 16,
             "text_encoder.num_hidden_layers": 1,
             "sample.every_steps": 2,
-            "sample.per_task": 1,
+            "sample.prompts": 6,
             "sample.steps": 2,
             "sample.batch_size": 6,
         }

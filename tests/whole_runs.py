@@ -25,11 +25,11 @@ SHRUNK = {
 SHRUNK_LCD = SHRUNK | {
     "optimizer.warmup_steps": 0,
     "sample.every_steps": 100,
-    "sample.per_task": 1,
+    "sample.prompts": 6,
     "sample.batch_size": 6,
     "sample.teacher_steps": 2,
     "sample.student_steps": (1, 2),
-    "report.per_task": 1,
+    "report.prompts": 6,
     "report.reference": 32,
     "report.batch_size": 6,
 }

@@ -1,6 +1,7 @@
-"""Records -> endless shuffled batches, addressed by step, so that a resumed run reads on where it stopped."""
+"""Records -> endless shuffled batches, addressed by step, so that a resumed run continues exactly."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -13,14 +14,33 @@ def check_length(records: int, batch_size: int) -> None:
 
 
 def batches(
-    source: Sequence[Mapping[str, np.ndarray]], batch_size: int, *, seed: int, first: int = 0, threads: int = 2
+    records: Sequence[Mapping[str, np.ndarray]],
+    batch_size: int,
+    *,
+    seed: int,
+    first: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    random_map: Callable[[Any, np.random.Generator], Any] | None = None,
+    threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches number first, first + 1, .. of the endless sequence that (source, batch_size, seed) determine.
+    """Return this process's rows of batches number first, first + 1, ... of an endless sequence.
 
-    source: random access, each record a dict of arrays with the same shapes. Every epoch has its own order. Raises
-    ValueError if the source has fewer records than a batch.
+    The sequence depends on (records, batch_size, seed, random_map) alone. Of each batch, process i of n gets rows
+    i * batch_size / n up to (i + 1) * batch_size / n. Every epoch has its own order.
+
+    records: random access, each record a dict of arrays with the same shapes. random_map(record, rng) -> record, with
+    an rng that depends on the seed and on the record's place in the sequence. Raises ValueError if there are fewer
+    records than a batch has, or if the batch size is not a multiple of the number of processes.
     """
-    check_length(len(source), batch_size)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+    check_length(len(records), batch_size)
+    if batch_size % processes:
+        raise ValueError(
+            f"train.batch_size {batch_size} is not a multiple of the number of processes, {processes}; use a multiple"
+        )
+    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    if random_map is not None:
+        dataset = dataset.random_map(random_map)
+    dataset = dataset.batch(batch_size // processes, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(dataset[first:].to_iter_dataset(options))
+    return iter(dataset[first * processes + process :: processes].to_iter_dataset(options))

@@ -1,17 +1,21 @@
-"""`shapes`: an endless, deterministic set of captioned pictures of simple shapes, drawn on demand.
+"""`shapes`: an endless, deterministic set of captioned images of simple shapes, rendered on demand.
 
 Captions come from a grammar that covers the six tasks of GenEval (arXiv 2310.11513): a single object, two objects,
-counting, colours, position, colour attribution. Some captions are kept for validation and test, and three colour-shape
-pairs appear in no training picture at all, so that composition can be measured.
+counting, colors, position, color attribution. Some captions are kept for validation and test, and three color-shape
+pairs appear in no training image at all, so that composition can be measured.
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+
+from lcm_jax.data.captioned import CaptionedDataset
+from lcm_jax.data.loader import check_length
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
@@ -25,21 +29,21 @@ COLORS = {  # sRGB
 }
 HELD_OUT_PAIRS = (("yellow", "triangle"), ("purple", "square"), ("blue", "cross"))
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
-SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of a picture of 64
+SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of an image of 64
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 OPENERS = ("", "a picture of ", "a photo of ", "a drawing of ", "an image of ", "a painting of ")
 SPLITS = ("train", "val", "test", "composition")
-BASE = 64  # the size in pixels in which radii and gaps are given
-GAP = 3.0  # the least distance between two objects, and BORDER from the edge of the picture
-BORDER = 1.5
-REACH = 1.22  # no shape of radius r leaves the circle of radius REACH r
+BASE = 64  # radii and gaps are in pixels of an image of this size
+GAP = 3.0  # minimum distance between two objects
+BORDER = 1.5  # minimum distance from the edge of the image
+REACH = 1.22  # a shape of radius r is within a circle of radius REACH * r
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object as a caption names it; None is what it leaves open."""
+    """One object as a caption names it; None for an attribute that the caption does not specify."""
 
     shape: str
     color: str | None = None
@@ -48,7 +52,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Specification:
-    """What a caption demands: exactly these things and no others; `relation` is that of the first to the second."""
+    """The content of a caption: exactly these things; `relation` places the first relative to the second."""
 
     task: str
     things: tuple[Thing, ...]
@@ -57,7 +61,7 @@ class Specification:
 
 @dataclass(frozen=True)
 class Object:
-    """One object of a scene: centre and radius in units of a picture of 64 pixels, colour in sRGB."""
+    """One object of a scene: center and radius in pixels of an image of 64, color in sRGB."""
 
     shape: str
     color: str
@@ -69,7 +73,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Ground:
-    """kind: plain, gradient, stripes, checks or dots, between two greys or beiges."""
+    """The background: kind is plain, gradient, stripes, checks or dots, between two grays or beiges."""
 
     kind: str
     first: tuple[float, float, float]
@@ -91,12 +95,12 @@ class Scene:
 
 
 def _phrase(thing: Thing) -> str:
-    words_of_it = [word for word in (thing.size, thing.color, thing.shape) if word]
-    return " ".join(["an" if words_of_it[0] == "orange" else "a", *words_of_it])
+    parts = [word for word in (thing.size, thing.color, thing.shape) if word]
+    return " ".join(["an" if parts[0] == "orange" else "a", *parts])
 
 
 def describe(specification: Specification, opener: str = "") -> str:
-    """The caption of a specification. opener: one of OPENERS."""
+    """Return the caption of a specification. opener: one of OPENERS."""
     first = specification.things[0]
     if specification.task == "counting":
         number = {v: k for k, v in NUMBERS.items()}[len(specification.things)]
@@ -117,7 +121,7 @@ _COUNTING = re.compile(rf"(?P<number>{'|'.join(NUMBERS)}) (?P<plural>{'|'.join(P
 
 
 def parse(caption: str) -> Specification:
-    """What `caption` demands of a picture. Raises ValueError for a caption that the grammar does not make."""
+    """Return the specification of a caption. Raises ValueError if the grammar does not generate it."""
     text = " ".join(caption.lower().split())
     text = next((text.removeprefix(opener) for opener in OPENERS[1:] if text.startswith(opener)), text)
     if match := _COUNTING.fullmatch(text):
@@ -126,9 +130,9 @@ def parse(caption: str) -> Specification:
     match = _PATTERN.fullmatch(text)
     if not match:
         unknown = [word for word in text.split() if word not in words()]
-        why = f"it does not know {', '.join(map(repr, unknown))}" if unknown else "the words are not in its order"
+        why = f"unknown word {', '.join(map(repr, unknown))}" if unknown else "the word order is unknown"
         raise ValueError(
-            f"caption {caption!r} is outside the grammar of shapes: {why}; try 'a red circle above a blue square'"
+            f"caption {caption!r} is outside the grammar of shapes ({why}); try 'a red circle above a blue square'"
         )
     first = Thing(match["shape1"], match["color1"], match["size1"])
     if not match["link"]:
@@ -142,14 +146,14 @@ def parse(caption: str) -> Specification:
 
 @cache
 def words() -> tuple[str, ...]:
-    """Every word of the grammar, sorted: the vocabulary of the embedded model's tokenizer."""
+    """Return every word of the grammar, sorted: the vocabulary of the bundled model's tokenizer."""
     text = [*SHAPES, *PLURALS.values(), *COLORS, *SIZES, *NUMBERS, *RELATIONS.values(), *OPENERS, "a an and"]
     return tuple(sorted({word for phrase in text for word in phrase.split()}))
 
 
 @cache
 def _contents(task: str) -> tuple[Specification, ...]:
-    """Every specification of a task, held-out pairs included."""
+    """Return every specification of a task, including those with held-out pairs."""
     every = [(c, s) for c in COLORS for s in SHAPES]
     sizes = (None, *SIZES)
     different = [(a, b) for a in SHAPES for b in SHAPES if a != b]
@@ -171,9 +175,9 @@ def _contents(task: str) -> tuple[Specification, ...]:
 def _split(specification: Specification, caption: str) -> str:
     if any((thing.color, thing.shape) in HELD_OUT_PAIRS for thing in specification.things):
         return "composition"
-    # Tasks with many contents hold out contents; the few of the others would leave a gap, so they hold out wordings.
-    few = specification.task in ("single_object", "two_object", "counting")
-    key = caption if few else describe(specification)
+    # Tasks with many contents hold out contents. Others have so few that each must be trained: they hold out wordings.
+    split_by_wording = specification.task in ("single_object", "two_object", "counting")
+    key = caption if split_by_wording else describe(specification)
     bucket = int.from_bytes(hashlib.sha256(f"shapes {key}".encode()).digest()[:4], "big") % 100
     return "test" if bucket < 12 else "val" if bucket < 22 else "train"
 
@@ -189,7 +193,7 @@ def _captions(split: str, task: str) -> tuple[tuple[str, Specification], ...]:
 
 
 def captions(split: str, task: str | None = None) -> list[str]:
-    """Every caption of a split, of one task or of all; a caption belongs to one split alone."""
+    """Return every caption of a split, for one task or all; a caption belongs to one split only."""
     return [caption for name in ([task] if task else TASKS) for caption, _ in _captions(split, name)]
 
 
@@ -215,13 +219,16 @@ def _radius(rng: np.random.Generator, thing: Thing, count: int) -> float:
 
 
 def _holds(relation: str, dx: float, dy: float) -> bool:
-    """Whether the offset of the first object from the second says `relation` clearly: one axis dominates twice."""
+    """Return True if the offset (dx, dy) of the first object from the second clearly satisfies `relation`.
+
+    Clearly: it is more than twice as far along the relation's axis as across it.
+    """
     along, across = {"left": (-dx, dy), "right": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > 2 * abs(across)
 
 
 def _place(rng: np.random.Generator, radii: list[float], relation: str | None) -> list[tuple[float, float]]:
-    """Centres that keep objects apart and inside, by rejection."""
+    """Sample centers that keep objects apart and inside, by rejection. Shrinks `radii` in place if too large."""
     while True:
         for _ in range(60):
             spots = []
@@ -239,7 +246,7 @@ def _place(rng: np.random.Generator, radii: list[float], relation: str | None) -
 
 
 def compose(caption: str, specification: Specification, rng: np.random.Generator) -> Scene:
-    """A random scene that satisfies `specification`; what it leaves open is drawn, never one of the held-out pairs."""
+    """Sample a scene that satisfies `specification`. Colors that it leaves open never make a held-out pair."""
     things = []
     for thing in specification.things:
         free = [c for c in COLORS if (c, thing.shape) not in HELD_OUT_PAIRS]
@@ -252,11 +259,14 @@ def compose(caption: str, specification: Specification, rng: np.random.Generator
     return Scene(caption, specification, tuple(objects), _ground(rng))
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
+# ---- rendering ------------------------------------------------------------------------------------------------------
 
 
 def outline(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance (or a bound of it, exact at straight edges) from the outline, negative inside; y downwards."""
+    """Return the signed distance from the outline (or a bound, exact at straight edges), negative inside.
+
+    x, y: from the center, y downwards. r: the radius.
+    """
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
@@ -269,7 +279,7 @@ def outline(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def render(scene: Scene, size: int = BASE) -> np.ndarray:
-    """uint8[size, size, 3]; edges are anti-aliased by the covered part of each pixel."""
+    """Return uint8[size, size, 3]; edges are anti-aliased by the covered fraction of each pixel."""
     scale = BASE / size
     axis = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(scale)
     x, y = axis[None, :], axis[:, None]
@@ -295,7 +305,7 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
 
 
 class Shapes:
-    """Random access to {"image": uint8[size,size,3], "caption": str}; record i depends on (seed, split, i) alone."""
+    """Random access to {"image": uint8[size, size, 3], "caption": str}; record i depends on (seed, split, i) alone."""
 
     def __init__(
         self,
@@ -306,35 +316,38 @@ class Shapes:
         tasks: Sequence[str] = TASKS,
         relations: Sequence[str] = tuple(RELATIONS),
     ):
-        """tasks: those that scenes are of, in turn; one that is named twice comes twice as often. relations: those that
-        scenes of the task position have."""
+        """Raise ValueError for settings without scenes.
+
+        tasks: of the scenes, in turn; a task that is listed twice is twice as frequent. relations: of the scenes of the
+        task position.
+        """
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
+            raise ValueError(f"split {split!r} is not supported; use one of {', '.join(SPLITS)}")
         if unknown := [task for task in tasks if task not in TASKS]:
-            raise ValueError(f"data.tasks has {unknown[0]!r}; choose among {', '.join(TASKS)}")
+            raise ValueError(f"data.tasks {unknown[0]!r} is not supported; use some of {', '.join(TASKS)}")
         if not relations or (unknown := [relation for relation in relations if relation not in RELATIONS]):
-            raise ValueError(f"data.relations is {list(relations)}; choose among {', '.join(RELATIONS)}")
+            raise ValueError(f"data.relations {list(relations)} is not supported; use some of {', '.join(RELATIONS)}")
         self.split, self.length, self.size, self.seed, self._relations = split, length, size, seed, tuple(relations)
         self._tasks = [task for task in tasks if _captions(split, task)]
         if not self._tasks:
-            raise ValueError(f"data.tasks is {list(tasks)}, and split {split!r} has no caption of these")
+            raise ValueError(f"data.tasks {list(tasks)} have no captions in split {split!r}; use other tasks")
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, i: int) -> Scene:
-        """The i-th scene: a task in turn, then a caption of it, then all that the caption leaves open."""
+        """Return the i-th scene: the next task in turn, one of its captions, and samples of all it leaves open."""
         if not 0 <= i < self.length:
             raise IndexError(f"record {i} of {self.length}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), i])
         task = self._tasks[i % len(self._tasks)]
         options = _captions(self.split, task)
         if task == "position" and self.split != "composition":
-            coloured = bool(rng.integers(2))  # the coloured captions far outnumber the others
+            colored = bool(rng.integers(2))  # captions with colors far outnumber the others
             options = [
                 option
                 for option in options
-                if bool(option[1].things[0].color) == coloured and option[1].relation in self._relations
+                if bool(option[1].things[0].color) == colored and option[1].relation in self._relations
             ]
         caption, specification = options[rng.integers(len(options))]
         return compose(caption, specification, rng)
@@ -342,3 +355,48 @@ class Shapes:
     def __getitem__(self, i: int) -> dict:
         scene = self.scene(i)
         return {"image": render(scene, self.size), "caption": scene.caption}
+
+
+# ---- the source -----------------------------------------------------------------------------------------------------
+
+
+def evaluation_prompts(split: str, count: int) -> list[str]:
+    """Return the same `count` captions of a split each time: spread evenly over its tasks, in the order of TASKS."""
+    tasks = [listed for listed in (captions(split, task) for task in TASKS) if listed]
+    chosen = []
+    for number, listed in enumerate(tasks):
+        order = np.random.default_rng(0).permutation(len(listed))
+        share = count // len(tasks) + (number < count % len(tasks))
+        chosen += [listed[order[i % len(listed)]] for i in range(share)]
+    return chosen
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """The source `shapes`: `length` training images of size x size pixels, and `held_out` of other captions.
+
+    tasks, relations: of the training images, see `Shapes`.
+    """
+
+    length: int
+    size: int
+    held_out: int
+    tasks: Sequence[str] = TASKS
+    relations: Sequence[str] = tuple(RELATIONS)
+
+    def check(self, batch_size: int) -> None:
+        self._train()
+        check_length(self.length, batch_size)
+
+    def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
+        settings = ("shapes", self.size, self.length, *self.tasks, *self.relations)
+        return CaptionedDataset(
+            train=self._train(),
+            held_out=Shapes("test", self.held_out, self.size),
+            prompts=lambda n: evaluation_prompts("test", n),
+            compositional_prompts=lambda n: evaluation_prompts("composition", n),
+            fingerprint=" ".join(map(str, settings)),
+        )
+
+    def _train(self) -> Shapes:
+        return Shapes("train", self.length, self.size, tasks=self.tasks, relations=self.relations)

@@ -1,7 +1,7 @@
-"""Captioned pictures in tar shards as webdataset lays them out: `key.jpg|jpeg|png|webp` and `key.txt` or `key.json`.
+"""Captioned images in tar shards of the webdataset layout: `key.jpg|jpeg|png|webp` and `key.txt` or `key.json`.
 
-The headers are read once; after that a record is one `pread` of its picture and one of its caption. Nothing is ever
-extracted, so that no name in an archive can reach a path, and any record can be had at any time, in any order.
+The headers are read once; after that a record is one `pread` of its image and one of its caption. Nothing is ever
+extracted, so that no name in an archive can become a path, and records can be read in any order.
 """
 
 import glob
@@ -15,6 +15,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,30 +23,32 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.data import images, text
+from lcm_jax.data.captioned import CaptionedDataset
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+REMEDY = "set --config.data.shards to the shards, such as data/{00000..00015}.tar or data/*.tar"
 BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
-LONGEST_MEMBER = 2**28  # bytes of a picture or a caption; a longer one is no picture of a training set
-LONGEST_NAME = 2**20  # bytes of an extended header
-MOST_PIXELS = 2**26  # of a picture before it is shrunk: a small file can unpack to more than the memory holds
-TRIES = 1000  # records in place of an unreadable one before the set counts as unreadable
-COMPRESSED = {  # by a pattern of a file's first bytes, which a name in a tar does not begin with: how it is unpacked
+MAX_MEMBER_BYTES = 2**28  # an image or a caption; images of training sets are smaller
+MAX_NAME_BYTES = 2**20  # an extended header
+MAX_PIXELS = 2**26  # an image before it is resized: a small file can unpack to more than the memory holds
+MAX_ATTEMPTS = 1000  # records tried in place of an unreadable one before the set counts as unreadable
+COMPRESSED = {  # pattern of a file's first bytes, with which no name in a tar begins -> the command that unpacks it
     rb"\x1f\x8b": "gunzip",
     rb"BZh[1-9]1AY&SY": "bunzip2",
     rb"\xfd7zXZ\x00": "unxz",
     rb"\x28\xb5\x2f\xfd": "unzstd",
 }
 
-# Kinds of members: those that speak of the member after them, and those without content whatever their size says.
+# Kinds of members: those that describe the member after them, and those without content whatever their size field is.
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 EMPTY = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 
-# The place of a record's two members, in bytes of its shard; `plain` is a caption of plain text, not JSON.
+# Offsets and sizes of a record's two members in its shard, in bytes; `plain`: the caption is plain text, not JSON.
 RECORD = np.dtype(
     [
         ("shard", "<i4"),
-        ("picture", "<i8"),
-        ("picture_size", "<i4"),
+        ("image", "<i8"),
+        ("image_size", "<i4"),
         ("caption", "<i8"),
         ("caption_size", "<i4"),
         ("plain", "?"),
@@ -54,39 +57,37 @@ RECORD = np.dtype(
 
 
 class ShardError(ValueError):
-    """A shard that can no longer be read. No record stands in for one of it: after a resume it would be another."""
+    """A shard that can no longer be read. No other record replaces its records: a resumed run would replace others."""
 
 
 class Index(NamedTuple):
-    """Where every record lies. shards: file names; records: RECORD[N], in the order of the shards."""
+    """The place of every record. shards: file names; records: RECORD[N], in the order of the shards."""
 
     shards: tuple[str, ...]
     records: np.ndarray
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """`{00000..00015}` counts, with the zeros of its first number; `*`, `?` and `[..]` match files, in order of name.
+    """Return the files that patterns name: `{00000..00015}` counts, padded with zeros like its first number; `*`, `?`
+    and `[..]` match files, in order of name.
 
-    Raises ValueError where a pattern matches nothing or a file that it names is missing.
+    Raises ValueError if a pattern matches nothing or names a file that is missing.
     """
-    found: list[str] = []
+    shards: list[str] = []
+    if not patterns:
+        raise ValueError(f"data.shards is empty; {REMEDY}")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         named = list(_count(pattern))
         files = [file for name in named for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
         if missing := [file for file in files if not os.path.isfile(file)]:
             raise ValueError(
                 f"data.shards {pattern!r}: {len(missing)} of {len(files)} files are missing, first {missing[0]!r}; "
-                "give the path of the shards, such as data/{00000..00015}.tar or data/*.tar"
+                f"{REMEDY}"
             )
         if not files:
-            raise ValueError(
-                f"data.shards {pattern!r} matches no file; give the path of the shards, such as "
-                "data/{00000..00015}.tar or data/*.tar"
-            )
-        found += files
-    if not found:
-        raise ValueError("data.shards is empty; give the path of the shards, such as data/{00000..00015}.tar")
-    return found
+            raise ValueError(f"data.shards {pattern!r} matches no file; {REMEDY}")
+        shards += files
+    return shards
 
 
 def _count(pattern: str) -> Iterator[str]:
@@ -102,10 +103,10 @@ def _count(pattern: str) -> Iterator[str]:
 
 
 def members(file: int, length: int, skipped: Counter) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the plain files in the tar open as `file`, `length` bytes long.
+    """Yield (name, offset, size) of the plain files in the tar open as `file`, `length` bytes long.
 
-    Every other member is skipped and counted in `skipped` by its reason. A header that cannot be right, or a member
-    that is longer than the archive, ends the archive there: what follows has no known place.
+    Other members are skipped and counted in `skipped` by reason. An invalid header, or a member that is longer than the
+    archive, ends the archive there: the place of the next header is unknown.
     """
     position, longer = 0, {}
     while True:
@@ -122,60 +123,60 @@ def members(file: int, length: int, skipped: Counter) -> Iterator[tuple[str, int
             skipped["archives with a damaged header, the rest of them"] += 1
             return
         start, kind = position + BLOCK, header.type
-        holds = 0 if kind in EMPTY else size
-        if holds < 0 or start + holds > length:
+        stored = 0 if kind in EMPTY else size
+        if stored < 0 or start + stored > length:
             skipped["archives with a member beyond their end, the rest of them"] += 1
             return
-        position = start + -(-holds // BLOCK) * BLOCK
+        position = start + -(-stored // BLOCK) * BLOCK
         if kind in EXTENSIONS:
-            if size > LONGEST_NAME:
+            if size > MAX_NAME_BYTES:
                 skipped["archives with an endless name, the rest of them"] += 1
                 return
-            if kind != tarfile.XGLTYPE:  # what is said of all members names none of them
+            if kind != tarfile.XGLTYPE:  # a global header names no member
                 longer |= _extension(kind, os.pread(file, size, start))
             continue
         name, longer = str(longer.get("path", header.name)), {}
         if kind not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             if kind != tarfile.DIRTYPE:
-                skipped["links, devices and other members that are no files"] += 1
+                skipped["links, devices and other members that are not files"] += 1
         elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
             skipped["names that leave the archive"] += 1
-        elif size > LONGEST_MEMBER:
-            skipped[f"members of more than {LONGEST_MEMBER >> 20} MiB"] += 1
+        elif size > MAX_MEMBER_BYTES:
+            skipped[f"members of more than {MAX_MEMBER_BYTES >> 20} MiB"] += 1
         else:
             yield name, start, size
 
 
 def _extension(kind: bytes, data: bytes) -> dict[str, str]:
-    """What a GNU or pax header says of the member after it."""
+    """Return the fields "path" and "size" that a GNU or pax header has for the member after it."""
     text = data.decode("utf-8", "surrogateescape")
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": text.rstrip("\0")}
     if kind == tarfile.GNUTYPE_LONGLINK:
         return {}
-    found = {}
+    fields = {}
     while match := re.match(rb"(\d{1,7}) ([^=]+)=", data):  # "<length of the line> key=value\n"
         line, data = data[: int(match[1])], data[int(match[1]) :]
         if len(line) <= match.end() or match[2] not in (b"path", b"size"):
             if not int(match[1]):
                 break
             continue
-        found[match[2].decode()] = line[match.end() : -1].decode("utf-8", "surrogateescape")
-    return found
+        fields[match[2].decode()] = line[match.end() : -1].decode("utf-8", "surrogateescape")
+    return fields
 
 
-def index_shards(shards: Sequence[str], cache: Path | None = None, say: Callable[[str], None] = print) -> Index:
-    """Reads the headers of `shards`; `say` gets a line on whatever was skipped.
+def index_shards(shards: Sequence[str], cache: Path | None = None, log: Callable[[str], None] = print) -> Index:
+    """Read the headers of `shards`. log: is called with a line that counts the records and whatever was skipped.
 
-    cache: a folder that keeps the result under a digest of the shards' names, lengths and times; a set of millions
-    takes minutes to index. Raises ValueError where no record is left, or a shard is compressed.
+    cache: a folder that keeps the result under a digest of the shards' names, lengths and times; indexing millions of
+    records takes minutes. Raises ValueError if there is no record, or a shard is compressed.
     """
-    about = [(os.path.abspath(shard), os.stat(shard)) for shard in shards]
-    identity = [(path, status.st_size, status.st_mtime_ns) for path, status in about]
-    key = hashlib.sha256(json.dumps(["1", identity]).encode()).hexdigest()[:16]
-    kept = None if cache is None else Path(cache) / f"{key}.npy"
-    if kept is not None and kept.exists():
-        return Index(tuple(shards), np.load(kept))
+    status = [(os.path.abspath(shard), os.stat(shard)) for shard in shards]
+    fingerprint = [(path, each.st_size, each.st_mtime_ns) for path, each in status]
+    key = hashlib.sha256(json.dumps(["2", fingerprint]).encode()).hexdigest()[:16]
+    stored = None if cache is None else Path(cache) / f"{key}.npy"
+    if stored is not None and stored.exists():
+        return Index(tuple(shards), np.load(stored))
     skipped: Counter = Counter()
     parts = []
     for number, shard in enumerate(shards):
@@ -186,19 +187,19 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, say: Callable
         finally:
             os.close(file)
     records = np.concatenate(parts)
-    told = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items()))
+    summary = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not len(records):
         raise ValueError(
-            f"data.shards has no record in {len(shards)} files, first {shards[0]!r} (skipped: {told or 'nothing'}); "
-            f"a record is a key.{'|'.join(PICTURES)} beside a key.txt or key.json"
+            f"data.shards has no record in {len(shards)} files, first {shards[0]!r} (skipped: {summary or 'nothing'}); "
+            f"use shards of records, each a key.{'|'.join(IMAGE_EXTENSIONS)} beside a key.txt or key.json"
         )
-    say(f"{len(records)} records in {len(shards)} shards{f'; skipped: {told}' if told else ''}")
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".part-{os.getpid()}")
+    log(f"{len(records)} records in {len(shards)} shards{f'; skipped: {summary}' if summary else ''}")
+    if stored is not None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        temporary = stored.with_suffix(f".part-{os.getpid()}")
         with temporary.open("wb") as file:
             np.save(file, records)
-        os.replace(temporary, kept)
+        os.replace(temporary, stored)
     return Index(tuple(shards), records)
 
 
@@ -206,20 +207,20 @@ def _check_uncompressed(shard: str, head: bytes) -> None:
     for beginning, unpack in COMPRESSED.items():
         if re.match(beginning, head):
             raise ValueError(
-                f"data.shards: {shard!r} is compressed, so that its records have no place to be read from; unpack it "
-                f"with `{unpack} {shard}` and name the .tar file"
+                f"data.shards {shard!r} is compressed, which does not allow reading single records; unpack it with "
+                f"`{unpack} {shard}` and use the .tar file"
             )
 
 
-def _records(shard: int, found: Iterator[tuple[str, int, int]], skipped: Counter) -> np.ndarray:
-    """Members of one shard -> RECORD[n]: those that share a key, the name up to the first dot of its last part."""
+def _records(shard: int, files: Iterator[tuple[str, int, int]], skipped: Counter) -> np.ndarray:
+    """Pair the members of one shard -> RECORD[n]. Their key is the name up to the first dot of its last part."""
     keyed: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, start, size in found:
+    for name, start, size in files:
         match = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
         ending = match[2].lower() if match else ""
-        part = "picture" if ending in PICTURES else ending if ending in ("txt", "json") else None
+        part = "image" if ending in IMAGE_EXTENSIONS else ending if ending in ("txt", "json") else None
         if part is None:
-            skipped["members that are neither a picture nor a caption"] += 1
+            skipped["members that are neither an image nor a caption"] += 1
         elif part in keyed.setdefault(match[1], {}):
             skipped["members whose key had one already"] += 1
         else:
@@ -227,10 +228,10 @@ def _records(shard: int, found: Iterator[tuple[str, int, int]], skipped: Counter
     rows = []
     for parts in keyed.values():
         caption = parts.get("txt", parts.get("json"))
-        if caption is None or "picture" not in parts:
-            skipped["keys without a caption" if "picture" in parts else "keys without a picture"] += 1
+        if caption is None or "image" not in parts:
+            skipped["keys without a caption" if "image" in parts else "keys without an image"] += 1
         else:
-            rows.append((shard, *parts["picture"], *caption, "txt" in parts))
+            rows.append((shard, *parts["image"], *caption, "txt" in parts))
     return np.array(rows, RECORD)
 
 
@@ -238,21 +239,21 @@ def _records(shard: int, found: Iterator[tuple[str, int, int]], skipped: Counter
 
 
 class TarShards:
-    """Random access to {"image": uint8[size,size,3], "caption": str, "time_ids": float32[6]}.
+    """Random access to {"image": uint8[size, size, 3], "caption": str, "time_ids": float32[6]}.
 
-    As the published scripts do it, the shorter side is resized to `size` with Pillow's bilinear filter, which averages
-    where it shrinks, and a random square is cropped: the one that (seed, record) choose, in every epoch. time_ids are
-    what SDXL is told: (height, width) of the picture as stored, (top, left) of the crop, (size, size).
+    As in the published scripts, the shorter side is resized to `size` with Pillow's bilinear filter, which averages
+    when it shrinks, and a random square is cropped, which (seed, record) determine in every epoch. time_ids are SDXL's
+    sizes: (height, width) of the upright image as stored, (top, left) of the crop, (size, size).
 
-    A record that cannot be read is counted, told to `say` and replaced by another, always the same one, so that the
-    order stays a function of the number of the record. Raises ValueError where none can be read.
+    A record that cannot be read is counted, reported to `log` and replaced by another, always the same one, so that
+    record i stays a function of i. Raises ValueError if none can be read, and ShardError.
     """
 
-    def __init__(self, index: Index, size: int, seed: int = 0, caption_field: str = "caption", say=print):
+    def __init__(self, index: Index, size: int, seed: int = 0, caption_field: str = "caption", log=print):
         self.index, self.size, self.seed, self.caption_field = index, size, seed, caption_field
-        self.unreadable: dict[int, str] = {}  # why, by number
-        self._causes: Counter = Counter()  # of these, by the kind of error
-        self._say, self._lock = say, threading.Lock()
+        self.unreadable: dict[int, str] = {}  # record number -> reason
+        self._causes: Counter = Counter()  # unreadable records by kind of error
+        self._log, self._lock = log, threading.Lock()
 
     def __len__(self) -> int:
         return len(self.index.records)
@@ -261,31 +262,31 @@ class TarShards:
         return self._readable(i, self._read)
 
     def caption(self, i: int) -> str:
-        """The caption of record i alone; its picture is not read."""
+        """Return the caption of record i without reading its image."""
         return self._readable(i, self._caption)
 
     def part(self, first: int, last: int) -> "TarShards":
-        """Records first..last-1 as a set of their own, none of which stands in for one of another part."""
+        """Return records first..last-1 as a set of their own: unreadable ones are replaced by records of this part."""
         if not 0 <= first < last <= len(self):
-            raise ValueError(f"there are {len(self)} records, none of {first} to {last - 1}; lower data.held_out")
+            raise ValueError(f"records {first} to {last - 1} are not among the {len(self)} of this set")
         index = Index(self.index.shards, self.index.records[first:last])
-        return TarShards(index, self.size, self.seed, self.caption_field, self._say)
+        return TarShards(index, self.size, self.seed, self.caption_field, self._log)
 
     @property
-    def identity(self) -> str:
-        """A digest of all that decides the records: places, shards' names and lengths, size, seed."""
+    def fingerprint(self) -> str:
+        """Digest of everything that determines the records: their places, the shards' names and lengths, size, seed."""
         shards = [(shard, os.path.getsize(shard)) for shard in self.index.shards]
-        pixels = "upright, on white"  # another word for another way to make them, so that caches are made anew
-        about = json.dumps([shards, self.size, self.seed, self.caption_field, pixels])
-        return hashlib.sha256(about.encode() + self.index.records.tobytes()).hexdigest()
+        pixels = "upright, on white"  # change it with the way pixels are made, so that caches are encoded again
+        settings = json.dumps([shards, self.size, self.seed, self.caption_field, pixels])
+        return hashlib.sha256(settings.encode() + self.index.records.tobytes()).hexdigest()
 
     def _readable(self, i: int, read: Callable):
         total = len(self)
         if not 0 <= i < total:
             raise IndexError(f"record {i} of {total}")
-        # Far apart, so that one damaged shard does not repeat the record behind it; coprime, so that all have a turn.
+        # Far apart, so that the record behind a damaged shard is not repeated for each of it; coprime, to reach all.
         stride = next(s for s in range(int(0.618 * total), 2 * total + 2) if math.gcd(s, total) == 1)
-        for attempt in range(min(total, TRIES)):
+        for attempt in range(min(total, MAX_ATTEMPTS)):
             number = (i + attempt * stride) % total
             if number in self.unreadable:
                 continue
@@ -297,7 +298,7 @@ class TarShards:
                 self._report(number, f"{type(error).__name__}: {error}".splitlines()[0])
         number, reason = next(iter(self.unreadable.items()))
         raise ValueError(
-            f"data.shards: none of {min(total, TRIES)} records can be read, first {self._name(number)} ({reason}); "
+            f"data.shards: none of {min(total, MAX_ATTEMPTS)} records can be read; {self._name(number)}: {reason}; "
             "fetch the shards again"
         )
 
@@ -309,14 +310,13 @@ class TarShards:
             self._causes[reason.split(":")[0]] += 1
             count, causes = len(self.unreadable), ", ".join(f"{n} {kind}" for kind, n in self._causes.most_common())
         if count <= 10 or count % 100 == 0:
-            self._say(
-                f"{self._name(number)} cannot be read ({reason}); skipped, as are {count} of {len(self)} so far "
-                f"({causes})"
+            self._log(
+                f"{self._name(number)} cannot be read ({reason}); skipped; {count} of {len(self)} so far ({causes})"
             )
 
     def _name(self, number: int) -> str:
         record = self.index.records[number]
-        return f"record {number} ({self.index.shards[record['shard']]}, byte {record['picture']})"
+        return f"record {number} ({self.index.shards[record['shard']]}, byte {record['image']})"
 
     def _bytes(self, record, part: str) -> bytes:
         shard, size = self.index.shards[record["shard"]], int(record[f"{part}_size"])
@@ -327,9 +327,13 @@ class TarShards:
             finally:
                 os.close(file)
         except OSError as error:
-            raise ShardError(f"shard {shard} cannot be read ({error}); start again when it can") from error
+            raise ShardError(
+                f"shard {shard} cannot be read ({error}); make it readable and run the same command to resume"
+            ) from error
         if len(data) != size:
-            raise ShardError(f"shard {shard} has become shorter since it was indexed; start again to index it anew")
+            raise ShardError(
+                f"shard {shard} has become shorter since it was indexed; run the same command to index it again"
+            )
         return data
 
     def _caption(self, number: int) -> str:
@@ -339,37 +343,58 @@ class TarShards:
             return content.strip()
         fields = json.loads(content)
         if not isinstance(fields, Mapping) or not isinstance(fields.get(self.caption_field), str):
-            raise ValueError(f"its JSON has no text {self.caption_field!r}; data.caption_field names another")
+            raise ValueError(f"its JSON has no text {self.caption_field!r}; set --config.data.caption_field")
         return text.check_unicode(fields[self.caption_field], "the caption").strip()
 
     def _read(self, number: int) -> dict:
         caption = self._caption(number)
-        data = self._bytes(self.index.records[number], "picture")
-        stored = images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), MOST_PIXELS)
-        picture = images.to_rgb(stored)
-        width, height = picture.size
-        short = min(width, height)
-        resized = (self.size * width // short, self.size * height // short)
-        if max(resized) > MOST_PIXELS // self.size:
-            raise images.ImageError(f"{width} x {height} pixels are too long a strip")
-        picture = picture.resize(resized, Image.Resampling.BILINEAR)
+        data = self._bytes(self.index.records[number], "image")
+        image = images.to_rgb(images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), MAX_PIXELS))
+        width, height = image.size
+        shorter = min(width, height)
+        resized = (self.size * width // shorter, self.size * height // shorter)
+        if max(resized) > MAX_PIXELS // self.size:
+            raise images.ImageError(f"{width} x {height} pixels are too narrow a strip")
+        image = image.resize(resized, Image.Resampling.BILINEAR)
         rng = np.random.default_rng([self.seed, number])
         top, left = (int(rng.integers(side - self.size + 1)) for side in resized[::-1])
-        picture = picture.crop((left, top, left + self.size, top + self.size))
+        image = image.crop((left, top, left + self.size, top + self.size))
         sizes = np.array([height, width, top, left, self.size, self.size], np.float32)
-        return {"image": np.asarray(picture), "caption": caption, "time_ids": sizes}
+        return {"image": np.asarray(image), "caption": caption, "time_ids": sizes}
 
 
-class Tokenized:
-    """A source's records with token_ids in place of captions, as a step takes them that encodes its own pictures."""
+# ---- the source -----------------------------------------------------------------------------------------------------
 
-    def __init__(self, source, tokenize: Callable[[list[str]], np.ndarray]):
-        self.source, self.tokenize = source, tokenize
 
-    def __len__(self) -> int:
-        return len(self.source)
+@dataclass(frozen=True)
+class TarSource:
+    """The source `tar`: `shards` of captioned images, of which the last `held_out` records are not trained on.
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        record = self.source[i]
-        token_ids = np.asarray(self.tokenize([record["caption"]])[0], np.int32)
-        return {"image": record["image"], "token_ids": token_ids, "time_ids": record["time_ids"]}
+    size: of the images in pixels. caption_field: of a key.json, if there is no key.txt.
+    """
+
+    shards: str | Sequence[str]
+    caption_field: str
+    size: int
+    held_out: int
+
+    def check(self, batch_size: int) -> None:
+        expand(self.shards)
+
+    def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
+        index = index_shards(expand(self.shards), folder, log)
+        every = TarShards(index, self.size, seed, self.caption_field, log)
+        count = len(every) - self.held_out
+        if count < 1:
+            raise ValueError(
+                f"data.held_out {self.held_out} leaves none of the {len(every)} records of data.shards to train on; "
+                "lower it"
+            )
+        train, held_out = every.part(0, count), every.part(count, len(every))
+        return CaptionedDataset(
+            train=train,
+            held_out=held_out,
+            prompts=lambda n: [held_out.caption(i) for i in range(n)],
+            compositional_prompts=lambda n: [],
+            fingerprint=train.fingerprint,
+        )

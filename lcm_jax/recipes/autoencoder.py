@@ -9,33 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import pipeline
-from lcm_jax.data import loader
+from lcm_jax.data.batches import make_batches
+from lcm_jax.data.sources import check_data, load_dataset
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives import autoencoder
 from lcm_jax.recipes.drawing import save_grid
-from lcm_jax.recipes.sources import digest, pictures, to_float
+from lcm_jax.recipes.sources import digest, to_float
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
 
 
-class ImagesOnly:
-    """A source's pictures without their captions."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        return {"image": self.source[i]["image"]}
-
-
 def folder_of(model: str) -> Path:
     """Where an autoencoder is: a shipped model, or a folder with vae/, such as the export of such a run."""
     return layout.locate(model) if model in layout.SHIPPED else Path(model)
+
+
+def check_source(config) -> None:
+    """Raise ValueError unless `config.data` names images whose captions the verifier can judge."""
+    if config.data.source != "shapes" or config.data.encode != "step":
+        raise ValueError(
+            f"data.source {config.data.source!r} with data.encode {config.data.encode!r} is not supported by "
+            "objective.name 'autoencoder'; use shapes and step"
+        )
+    check_data(config)
 
 
 def autoencoder_job(config, workdir: Path) -> Job:
@@ -44,7 +42,9 @@ def autoencoder_job(config, workdir: Path) -> Job:
     vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
     downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
     size = config.data.size
-    held_out = pictures(config, "test", 512)
+    check_source(config)
+    dataset = load_dataset(config, workdir)
+    held_out = dataset.held_out
     shown = np.stack([held_out[i]["image"] for i in range(config.sample.pictures)])
     captions = [held_out[i]["caption"] for i in range(len(held_out))]
     apply = lambda method: lambda params, x: vae.apply({"params": params}, x, method=method)  # noqa: E731
@@ -68,8 +68,8 @@ def autoencoder_job(config, workdir: Path) -> Job:
 
     def finish(ema, seconds):
         images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
-        moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.split(images, 8)])
-        restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.split(moments, 8)]
+        moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.array_split(images, 8)])
+        restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.array_split(moments, 8)]
         mean = jnp.split(moments, 2, axis=-1)[0]
         exported = vae_config | {
             "_class_name": "AutoencoderKL",
@@ -105,12 +105,7 @@ def autoencoder_job(config, workdir: Path) -> Job:
             kl_weight=config.objective.kl_weight,
         ),
         example={"image": jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.uint8)},
-        batches=lambda step: loader.batches(
-            ImagesOnly(pictures(config, "train", config.data.length)),
-            config.train.batch_size,
-            seed=config.train.seed,
-            first=step,
-        ),
+        batches=lambda step: make_batches(config, workdir, dataset, step),
         preview=preview,
         finish=finish,
         origin={"init": digest(start)} if start else {},

@@ -1,20 +1,23 @@
 """A teacher: text encoder and UNet, trained together in the latents of a trained autoencoder."""
 
 import tempfile
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lcm_jax.data import loader, shapes
+from lcm_jax.data import shapes
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.data.batches import make_batches
+from lcm_jax.data.sources import check_data, load_dataset
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
 from lcm_jax.recipes.autoencoder import folder_of
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import batch_shapes, digest, identity_of, latent_source, pictures, prompts_of
+from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
@@ -67,15 +70,24 @@ def diffusion_job(config, workdir: Path) -> Job:
     abstract = model.abstract_params()
     vae_params = folders.read_params(autoencoder_folder, "vae", abstract["vae"])
 
-    @cache
-    def source():  # encodes images and writes to the workdir when it is first needed
-        train = pictures(config, "train", config.data.length)
-        return latent_source(config, workdir, model, vae_params, tokenize, train, identity_of(config))
+    if config.data.source != "shapes" or config.data.encode != "cache":
+        raise ValueError(
+            f"data.source {config.data.source!r} with data.encode {config.data.encode!r} is not supported by "
+            "objective.name 'diffusion'; use shapes and cache"
+        )
+    check_data(config)
+
+    def batches(first):
+        dataset, vae = load_dataset(config, workdir), digest(vae_params)
+        encoder = make_encoder(model, vae_params)
+        return make_batches(
+            config, workdir, dataset, first, tokenize=tokenize, make_encoder=encoder, encoder_digest=vae
+        )
 
     sampler = Sampler(
         model,
         tokenize,
-        prompts_of("val", config.sample.per_task),
+        shapes.evaluation_prompts("val", config.sample.prompts),
         config.data.size,
         config.sample.batch_size,
         {"ddim": (config.sample.steps,)},
@@ -98,8 +110,8 @@ def diffusion_job(config, workdir: Path) -> Job:
 
     def preview(ema, path):
         images, _ = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
-        shown = images.reshape(len(shapes.TASKS), -1, *images.shape[1:])[:, :10]
-        save_grid(list(shown), path)
+        rows = np.array_split(images, min(len(shapes.TASKS), len(images)))  # a task in each
+        save_grid([row[: min(10, len(rows[-1]))] for row in rows], path)
         path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n")
         figures = verifier.score(images, sampler.prompts)
         return {"verifier": figures["overall"]} | {f"verifier/{task}": v for task, v in figures["tasks"].items()}
@@ -124,7 +136,7 @@ def diffusion_job(config, workdir: Path) -> Job:
         ),
         loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
         example=batch_shapes(model, config.data.size, config.train.batch_size, "moments"),
-        batches=lambda step: loader.batches(source(), config.train.batch_size, seed=config.train.seed, first=step),
+        batches=batches,
         preview=preview,
         finish=finish,
         origin={"autoencoder": digest(vae_params)} | ({"init": digest(start)} if start else {}),

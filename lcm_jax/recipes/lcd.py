@@ -1,7 +1,6 @@
 """A student of any latent diffusion model, by latent consistency distillation."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import pipeline, report
-from lcm_jax.data import loader, tar_shards
+from lcm_jax.data.batches import make_batches
+from lcm_jax.data.sources import check_data, load_dataset
 from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.errors import RunError
+from lcm_jax.evaluation import verifier
 from lcm_jax.evaluation.frechet import moments
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes import inpainting
 from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import batch_shapes, captioned, check_data, digest, latent_source, to_float
+from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder, to_float
 from lcm_jax.training.loop import Job
 from lcm_jax.training.workdir import config_digest, differences, read_object
 from lcm_jax.weights import diffusers_folder as folders
@@ -74,8 +75,8 @@ def student_configs(config, teacher: Mapping[str, Mapping]) -> dict[str, Mapping
     given, made = teacher["unet"].get("in_channels", 4), teacher["unet"].get("out_channels", 4)
     if given != made and not encodes(config):
         raise ValueError(
-            f"teacher {config.teacher!r} takes {given} channels and makes {made}: it inpaints, for which each step "
-            "masks pictures anew; give data.source=tar, and no data.cache"
+            f"teacher {config.teacher!r} takes {given} channels and makes {made}: it inpaints, which "
+            f"data.encode {config.data.encode!r} does not support; use data.encode=step"
         )
     return dict(teacher) | {
         "unet": teacher["unet"] | {"time_cond_proj_dim": config.objective.guidance_embedding_dim},
@@ -101,8 +102,8 @@ def check_samplers(config, teacher: StableDiffusion, model: StableDiffusion) -> 
 
 
 def encodes(config) -> bool:
-    """Whether steps encode their pictures themselves: shards are too many to wait for, unless data.cache is given."""
-    return config.data.source == "tar" and not config.data.cache
+    """Return True if each step encodes its own images, False if it reads moments that were encoded before."""
+    return config.data.encode == "step"
 
 
 def lcd_batch(config, model: StableDiffusion, count: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -159,23 +160,21 @@ def lcd_job(config, workdir: Path) -> Job:
 
     @cache
     def data():  # opened when it is first needed: indexing writes to the workdir
-        return captioned(config, workdir)
+        return load_dataset(config, workdir)
 
     def batches(step):
-        if encodes(config):
-            source, threads = tar_shards.Tokenized(data().train, teacher.tokenize), min(8, os.cpu_count() or 2)
-        else:
-            own = data()
-            source = latent_source(config, workdir, model, frozen["vae"], teacher.tokenize, own.train, own.identity)
-            threads = 2
-        return loader.batches(source, config.train.batch_size, seed=config.train.seed, first=step, threads=threads)
+        encoder, vae = make_encoder(model, frozen["vae"]), digest(frozen["vae"])
+        return make_batches(
+            config, workdir, data(), step, tokenize=teacher.tokenize, make_encoder=encoder, encoder_digest=vae
+        )
 
     few = tuple(config.sample.student_steps)
+    score = verifier.score if config.data.source == "shapes" else None
 
     @cache
     def previews():
         """Return the samplers of the preview's student and teacher."""
-        shown = data().captions(config.sample)
+        shown = data().prompts(config.sample.prompts)
         to_paint = inpainting.to_paint(model, data().held_out, len(shown))
         size, batch_size = config.data.size, config.sample.batch_size
         return [
@@ -207,7 +206,7 @@ def lcd_job(config, workdir: Path) -> Job:
         save_grid(rows, path, labels)
         shown = previews()[0].prompts
         path.with_suffix(".txt").write_text("\n".join(shown) + "\n")
-        if (score := data().score) is None:
+        if score is None:
             return {}
         names = ["teacher", *(f"{n}_steps" for n in few)]
         return {f"verifier/{k}": score(r, shown)["overall"] for k, r in zip(names, rows, strict=True)}
@@ -242,7 +241,9 @@ def lcd_job(config, workdir: Path) -> Job:
 
         began = time.monotonic()
         own = data()
-        captions = own.captions(config.report)
+        captions = own.prompts(config.report.prompts)
+        # Fewer: they stand beside the others, and the teacher's 50 steps are most of a report's time.
+        unseen_prompts = own.compositional_prompts(max(config.report.prompts // 4, 1))
         encoder = jax.jit(
             lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
         )
@@ -272,17 +273,17 @@ def lcd_job(config, workdir: Path) -> Job:
                 inpainting=inpainting.to_paint(network, own.held_out, len(captions)),
             )
             draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
-            if own.unseen:
+            if unseen_prompts:
                 name, steps = next(iter(plan.items()))
-                unseen = sampler.of(own.unseen)
+                unseen = sampler.of(unseen_prompts)
                 composition[who] = {name: {}}
                 for n in steps if who == "student" else steps[-1:]:
                     images, _ = unseen(params, name, n, config.report.guidance_scale)
-                    composition[who][name][str(n)] = round(own.score(images, own.unseen)["overall"], 4)
-            figures[who] = report.figures_of(draw, plan, captions, features, reference, own.score, print)
+                    composition[who][name][str(n)] = round(score(images, unseen_prompts)["overall"], 4)
+            figures[who] = report.figures_of(draw, plan, captions, features, reference, score, print)
         result = (
             figures
-            | ({"composition": {"captions": len(own.unseen)} | composition} if own.unseen else {})
+            | ({"composition": {"captions": len(unseen_prompts)} | composition} if unseen_prompts else {})
             | report.environment()
             | {
                 "captions": len(captions),

@@ -89,7 +89,6 @@ RANGES: Mapping[str, Range] = {
     "checkpoint.keep": POSITIVE,
     "log.every_steps": EVERY,
     "sample.every_steps": EVERY,
-    "sample.per_task": POSITIVE,
     "sample.prompts": POSITIVE,
     "sample.batch_size": POSITIVE,
     "sample.guidance_scale": REAL,
@@ -97,7 +96,6 @@ RANGES: Mapping[str, Range] = {
     "sample.teacher_steps": STEPS,
     "sample.student_steps": MANY_STEPS,
     "sample.pictures": Range(2, 512, multiple=2),  # half of them in each pair of rows
-    "report.per_task": POSITIVE,
     "report.prompts": POSITIVE,
     "report.batch_size": POSITIVE,
     "report.reference": Range(2),  # a covariance takes two
@@ -120,6 +118,7 @@ RANGES: Mapping[str, Range] = {
 }
 GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every config
 CHOICES: Mapping[str, tuple] = {
+    "data.encode": ("cache", "step"),
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
     "train.remat": (False, True),

@@ -1,0 +1,46 @@
+"""Captioned images, whatever their source: the shape that every recipe trains and evaluates on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CaptionedDataset:
+    """Captioned images to train on, images that no update sees, and prompts to evaluate with.
+
+    train, held_out: random access to {"image": uint8[size, size, 3], "caption": str}, and "time_ids": float32[6] if
+    the image was cropped (see `time_ids`). prompts(n) -> the same n captions each time, none of them of `train`.
+    compositional_prompts(n) -> n captions of combinations that no training image has; none if the source has no such
+    captions. fingerprint: text that changes whenever `train` does.
+    """
+
+    train: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]]
+    prompts: Callable[[int], list[str]]
+    compositional_prompts: Callable[[int], list[str]]
+    fingerprint: str
+
+
+class Source(Protocol):
+    """A kind of captioned images: a frozen dataclass whose fields are the keys of `config.data` that it reads."""
+
+    def check(self, batch_size: int) -> None:
+        """Raise ValueError if these settings name no data, by key and remedy. Writes nothing, reads no record."""
+        ...
+
+    def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
+        """Open the data. seed: of random crops. folder: for an index, kept between runs. Raises ValueError."""
+        ...
+
+
+def time_ids(record: Mapping[str, Any]) -> np.ndarray:
+    """Return SDXL's sizes of a record, float32[6]: (height, width) of the original image, (top, left) of the crop,
+    (height, width) of the crop. A record without "time_ids" is a whole image."""
+    if "time_ids" in record:
+        return record["time_ids"]
+    size = record["image"].shape[:2]
+    return np.array((*size, 0, 0, *size), np.float32)
