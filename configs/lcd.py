@@ -96,13 +96,14 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "student_steps": (1, 2, 4, 8),
         }
     )
+    config.metrics = ("frechet",)
     config.report = ConfigDict(
         {
             "prompts": 256,
             "batch_size": 8,
             "reference": 1024,
             "guidance_scale": 8.0,  # as in the paper's table 1
-            "teacher": {"ddim": (4, 8, 50), "dpmsolver++": (4, 8)},
+            "teacher": {"ddim": (4, 8, 50), "dpmpp_2m": (4, 8)},
             "student": {"lcm": (1, 2, 4, 8)},
         }
     )

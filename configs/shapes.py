@@ -79,13 +79,14 @@ def get_config() -> ConfigDict:
             "student_steps": (1, 2, 4, 8),
         }
     )
+    config.metrics = ("verifier", "frechet")
     config.report = ConfigDict(
         {
             "prompts": 144,
             "batch_size": 36,
             "reference": 1024,
             "guidance_scale": 8.0,
-            "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)},
+            "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)},
             "student": {"lcm": (1, 2, 4, 8)},
         }
     )

@@ -40,7 +40,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Images made at once; lower it if 
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
-    ["lcm", "ddim", "pndm", "dpmsolver++", "euler", "euler_ancestral"],
+    ["lcm", "ddim", "pndm", "dpmpp_2m", "euler", "euler_ancestral"],
     "Sampler; defaults to the model's scheduler.",
     **OWN,
 )

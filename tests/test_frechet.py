@@ -1,13 +1,19 @@
+from functools import reduce
+
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from lcm_jax.evaluation.frechet import Moments, frechet_distance, moments
+from lcm_jax.evaluation.frechet import Moments, frechet_distance, merge_moments, moments
+
+
+def _gaussian(mean, covariance) -> Moments:
+    return Moments(2, mean, covariance)  # the covariance of two features is their scatter
 
 
 def _random(rng, dimension: int, rank: int) -> Moments:
     factor = rng.normal(size=(dimension, rank))
-    return Moments(rng.normal(size=dimension), factor @ factor.T)
+    return _gaussian(rng.normal(size=dimension), factor @ factor.T)
 
 
 def test_moments_are_those_of_numpy():
@@ -23,8 +29,8 @@ def test_closed_form_of_commuting_gaussians():
     rng = np.random.default_rng(1)
     sigma_a, sigma_b, shift = rng.uniform(0.1, 3, 6), rng.uniform(0.1, 3, 6), rng.normal(size=6)
     turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    a = Moments(np.zeros(6), turn @ np.diag(sigma_a**2) @ turn.T)
-    b = Moments(turn @ shift, turn @ np.diag(sigma_b**2) @ turn.T)
+    a = _gaussian(np.zeros(6), turn @ np.diag(sigma_a**2) @ turn.T)
+    b = _gaussian(turn @ shift, turn @ np.diag(sigma_b**2) @ turn.T)
     expected = np.sum(shift**2) + np.sum((sigma_a - sigma_b) ** 2)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
@@ -61,8 +67,8 @@ def test_singular_covariances():
     # Gaussians of one dimension in three: along the same axis (3 - 1)^2, along perpendicular axes 9 + 1.
     zero, x, y = np.zeros(3), np.diag([9.0, 0, 0]), np.diag([0, 1.0, 0])
     along = np.diag([1.0, 0, 0])
-    assert frechet_distance(Moments(zero, x), Moments(zero, along)) == pytest.approx(4.0, rel=1e-12)
-    assert frechet_distance(Moments(zero, x), Moments(zero, y)) == pytest.approx(10.0, rel=1e-12)
+    assert frechet_distance(_gaussian(zero, x), _gaussian(zero, along)) == pytest.approx(4.0, rel=1e-12)
+    assert frechet_distance(_gaussian(zero, x), _gaussian(zero, y)) == pytest.approx(10.0, rel=1e-12)
 
 
 def test_fewer_samples_than_dimensions():
@@ -71,10 +77,28 @@ def test_fewer_samples_than_dimensions():
     assert shifted == pytest.approx(30 * 4.0, rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (4,)])
-def test_too_few_rows_are_an_error_that_names_the_shape(shape):
-    with pytest.raises(ValueError, match=f"shape \\({shape[0]}.*N >= 2"):
+@pytest.mark.parametrize("shape", [(0, 4), (4,)])
+def test_features_of_another_shape_are_an_error_that_names_it(shape):
+    with pytest.raises(ValueError, match=f"shape \\({shape[0]}.*N >= 1"):
         moments(np.zeros(shape))
+
+
+def test_one_image_has_no_distance():
+    one = moments(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="needs 2 or more images, got 1"):
+        frechet_distance(one, one)
+
+
+@pytest.mark.parametrize("parts", [(1, 2, 197), (100, 100), (1,) * 200])
+def test_merged_moments_are_those_of_all_features(parts):
+    """Also for features far from zero, where the sums of squares cancel."""
+    features = np.random.default_rng(7).normal(1e6, 1, (200, 5))
+    split = [moments(part) for part in np.split(features, np.cumsum(parts)[:-1])]
+    for order in (split, split[::-1]):
+        merged = reduce(merge_moments, order)
+        assert merged.count == 200
+        np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -86,5 +110,5 @@ def test_values_that_are_not_finite_are_an_error_that_names_them(value):
 
 
 def test_other_dimensions_are_an_error():
-    with pytest.raises(ValueError, match="3 and 4 dimensions"):
-        frechet_distance(Moments(np.zeros(3), np.eye(3)), Moments(np.zeros(4), np.eye(4)))
+    with pytest.raises(ValueError, match="3 and 4 dimensions; use those of one network"):
+        frechet_distance(_gaussian(np.zeros(3), np.eye(3)), _gaussian(np.zeros(4), np.eye(4)))

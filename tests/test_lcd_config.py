@@ -188,10 +188,10 @@ def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["captions"] == 2
     for figures in (report["teacher"]["ddim"]["2"], report["student"]["lcm"]["1"]):
-        assert figures.keys() == {"frechet", "pictures_per_s"}, "nothing judges these pictures"
+        assert figures.keys() == {"frechet", "images_per_s"}, "nothing judges these pictures"
         assert figures["frechet"] >= 0
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "| model | sampler | steps | Frechet | pictures/s |" in text and "verifier" not in text
+    assert "| model | sampler | steps | Frechet | images/s |" in text and "verifier" not in text
 
     student, taught = Pipeline.from_pretrained(tmp_path / "run" / "export"), Pipeline.from_pretrained(teacher)
     assert student.configs["unet"]["time_cond_proj_dim"] == 256 and student.sampler == "lcm"

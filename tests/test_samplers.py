@@ -150,7 +150,7 @@ def test_spacings(name, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta", "lu"])
-@pytest.mark.parametrize("name", ["euler", "dpmsolver++"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
     if (name, sigmas) == ("euler", "lu"):
         pytest.skip("diffusers does not have it")
@@ -171,13 +171,13 @@ def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
         ("euler", {"use_exponential_sigmas": True, "sigma_max": 12.0, "timestep_spacing": "leading"}),
         ("ddim", {"set_alpha_to_one": False}),
         ("pndm", {"set_alpha_to_one": True}),
-        ("dpmsolver++", {"solver_type": "heun"}),
-        ("dpmsolver++", {"solver_type": "heun", "lower_order_final": False, "use_karras_sigmas": True}),
-        ("dpmsolver++", {"solver_type": "bh2"}),
-        ("dpmsolver++", {"solver_order": 1}),
-        ("dpmsolver++", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
-        ("dpmsolver++", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
-        ("dpmsolver++", {"lambda_min_clipped": -5.1}),
+        ("dpmpp_2m", {"solver_type": "heun"}),
+        ("dpmpp_2m", {"solver_type": "heun", "lower_order_final": False, "use_karras_sigmas": True}),
+        ("dpmpp_2m", {"solver_type": "bh2"}),
+        ("dpmpp_2m", {"solver_order": 1}),
+        ("dpmpp_2m", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"lambda_min_clipped": -5.1}),
     ],
 )
 def test_options_of_one_class(name, options, monkeypatch):
@@ -247,15 +247,15 @@ def test_another_sampler_takes_the_options_that_it_has(name, theirs, options, mo
             {"use_karras_sigmas": True, "use_beta_sigmas": True},
             "use_karras_sigmas and use_beta_sigmas exclude",
         ),
-        ("dpmsolver++", {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported; use false"),
+        ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported; use false"),
         (
-            "dpmsolver++",
+            "dpmpp_2m",
             {"algorithm_type": "sde-dpmsolver++"},
             "algorithm_type 'sde-dpmsolver\\+\\+' is not supported; use",
         ),
-        ("dpmsolver++", {"solver_order": 3}, "solver_order 3 is not supported; use 1 or 2"),
-        ("dpmsolver++", {"variance_type": "learned"}, "variance_type 'learned' is not supported; use None"),
-        ("dpmsolver++", {"lambda_min_clipped": -1.0}, "lambda_min_clipped -1.0 is not supported; use a number between"),
+        ("dpmpp_2m", {"solver_order": 3}, "solver_order 3 is not supported; use 1 or 2"),
+        ("dpmpp_2m", {"variance_type": "learned"}, "variance_type 'learned' is not supported; use None"),
+        ("dpmpp_2m", {"lambda_min_clipped": -1.0}, "lambda_min_clipped -1.0 is not supported; use a number between"),
     ],
 )
 def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, message):
@@ -271,14 +271,14 @@ def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, messag
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
 def test_a_number_of_steps_that_the_grid_does_not_hold(name):
     config = SD | NEEDED.get(name, {}) | {"timestep_spacing": "leading", "steps_offset": 1}
-    for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmsolver++" else [])]:
-        most = 999 if name == "dpmsolver++" else most
+    for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmpp_2m" else [])]:
+        most = 999 if name == "dpmpp_2m" else most
         with pytest.raises(ValueError, match=f"num_inference_steps is {n}; choose 1 to {most}$"):
             SAMPLERS[name].make_table(make_schedule(config), config, n)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler"])
 def test_zero_snr_tables_are_sampled_as_in_diffusers(name, kind, monkeypatch):
     """Where alpha is 0 at the first step; for all but DDIM 2^-12 stands for it."""
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -57,7 +57,7 @@ def errors(name, counts, schedule):
 
 def test_ddim_and_dpm_solver_converge_to_the_exact_solution():
     schedule = make_schedule(SD)
-    ddim, dpm = (errors(name, (10, 20, 40), schedule) for name in ("ddim", "dpmsolver++"))
+    ddim, dpm = (errors(name, (10, 20, 40), schedule) for name in ("ddim", "dpmpp_2m"))
     assert ddim[0] > 1.7 * ddim[1] > 1.7**2 * ddim[2], ddim  # first order: half the step, half the error
     assert dpm[0] > 2 * dpm[1] > 4 * dpm[2], dpm  # its last step, to sigma = 0, is of first order
     assert all(b < a for a, b in zip(ddim, dpm, strict=True)), (ddim, dpm)

@@ -47,14 +47,14 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     config.sample.every_steps = 1
     assert run(config, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert set(report["teacher"]) == {"ddim", "dpmsolver++"} and set(report["student"]["lcm"]) == {"1", "2"}
+    assert set(report["teacher"]) == {"ddim", "dpmpp_2m"} and set(report["student"]["lcm"]) == {"1", "2"}
     for figures in [*report["teacher"]["ddim"].values(), *report["student"]["lcm"].values()]:
         assert 0 <= figures["verifier"] <= 1 and len(figures["tasks"]) == 6
-        assert figures["frechet"] >= 0 and figures["pictures_per_s"] > 0
+        assert figures["frechet"] >= 0 and figures["images_per_s"] > 0
     composition = report["composition"]
     assert composition["captions"] == 1 and composition["teacher"]["ddim"].keys() == {"2"}
     assert composition["student"]["lcm"].keys() == {"1", "2"} and 0 <= composition["student"]["lcm"]["2"] <= 1
-    assert "no training picture has, 1 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
+    assert "no training image has, 1 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
     assert report["versions"]["jax"] == jax.__version__ and report["device"] and len(report["config_digest"]) == 64
     assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
     for name in ("000001.png", "000002.png", "final.png"):
@@ -201,7 +201,7 @@ def test_what_cannot_be_a_teacher_is_refused(unet, message):
 
 def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():
     report = load_config("shapes").report.to_dict()
-    assert report["teacher"] == {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)}
+    assert report["teacher"] == {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)}
     assert report["student"] == {"lcm": (1, 2, 4, 8)}
 
 

@@ -404,7 +404,7 @@ SAMPLERS = {
     "lcm": Sampler("LCMScheduler", make_lcm_table, sample_consistency, adds_noise=True),
     "ddim": Sampler("DDIMScheduler", make_ddim_table, sample_ddim),
     "pndm": Sampler("PNDMScheduler", make_pndm_table, sample_pndm),
-    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp),
+    "dpmpp_2m": Sampler("DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp),
     "euler": Sampler("EulerDiscreteScheduler", make_euler_table, sample_euler),
     "euler_ancestral": Sampler(
         "EulerAncestralDiscreteScheduler", make_euler_ancestral_table, sample_euler, adds_noise=True

@@ -1,1 +1,1 @@
-"""How good pictures are: metrics on arrays."""
+"""Metrics of generated images, and reports of them."""

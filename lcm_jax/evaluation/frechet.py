@@ -1,43 +1,70 @@
 """The Frechet distance between two sets of features, each seen as a Gaussian (arXiv 1706.08500)."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from lcm_jax.evaluation.evaluate import Column, Resources
+from lcm_jax.models.stable_diffusion import StableDiffusion
 
 
 class Moments(NamedTuple):
+    """The first two moments of N features, which are enough to merge sets."""
+
+    count: int
     mean: np.ndarray  # float64[D]
-    covariance: np.ndarray  # float64[D, D], unbiased
+    scatter: np.ndarray  # float64[D, D], the sum of the outer products of deviations from the mean
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """float64[D, D], unbiased. Raises ValueError for fewer than two features."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 or more images, got {self.count}; use more images")
+        return self.scatter / (self.count - 1)
 
 
 def moments(features: np.ndarray) -> Moments:
-    """features: float[N, D], N >= 2. Raises ValueError for fewer rows and for features that are not finite."""
+    """features: float[N, D], N >= 1. Raises ValueError for no rows and for features that are not finite."""
     features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features have shape {features.shape}; moments need [N, D] with N >= 2: pass more pictures")
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"features have shape {features.shape}, which is not supported; use [N, D] with N >= 1")
     bad = np.argwhere(~np.isfinite(features))
     if len(bad):
         row, column = (int(i) for i in bad[0])
         raise ValueError(
             f"features[{row}, {column}] is {features[row, column]} ({len(bad)} values are not finite); "
-            "check the pictures and the network that made them"
+            "check the images and the network that made them"
         )
     mean = features.mean(0)
-    centred = features - mean
-    return Moments(mean, centred.T @ centred / (len(features) - 1))
+    centered = features - mean
+    return Moments(len(features), mean, centered.T @ centered)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Return the moments of both sets together, by Chan's update: no large sums cancel, whatever the mean is."""
+    count, difference = a.count + b.count, b.mean - a.mean
+    mean = a.mean + difference * (b.count / count)
+    scatter = a.scatter + b.scatter + np.outer(difference, difference) * (a.count * b.count / count)
+    return Moments(count, mean, scatter)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2), at least 0; covariances may be singular.
 
-    The last trace is the sum of the singular values of Ca^1/2 Cb^1/2. Taken so, no rounding error goes through a square
-    root: the eigenvalues of Ca^1/2 Cb Ca^1/2 that should be 0 come out near 1e-16, and their roots near 1e-8.
+    The last trace is the sum of the singular values of Ca^1/2 Cb^1/2. This way, no rounding error goes through a square
+    root: the eigenvalues of Ca^1/2 Cb Ca^1/2 that should be 0 come out near 1e-16, and their roots near 1e-8. Raises
+    ValueError for moments of different dimensions, or of fewer than two features.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; use those of one network")
+        raise ValueError(f"features have {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; use those of one network")
     cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
-    apart = np.sum((a.mean - b.mean) ** 2)
-    return max(0.0, float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
+    shift = np.sum((a.mean - b.mean) ** 2)
+    return max(0.0, float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -45,3 +72,53 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     floor = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return (vectors * np.sqrt(np.where(values > floor, values, 0.0))) @ vectors.T
+
+
+def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function uint8[N, H, W, 3] -> float[N, C]: the encoder's last features, averaged over positions.
+
+    batch_size: images encoded at once, by one program for any N.
+    """
+
+    @jax.jit
+    def encode(params, images):
+        images = images.astype(jnp.float32) / 127.5 - 1.0
+        return model.vae.apply({"params": params}, images, method="features").mean((1, 2))
+
+    params = jax.device_put(vae_params)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        starts = range(0, len(images), batch_size)
+        rows = [np.minimum(start + np.arange(batch_size), len(images) - 1) for start in starts]
+        return np.concatenate([np.asarray(encode(params, images[chosen])) for chosen in rows])[: len(images)]
+
+    return features
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """Metric: the Frechet distance of the images' features to those of real images. Its state is `Moments`."""
+
+    columns = {"frechet": Column("Frechet", ".2f")}
+    note = (
+        "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
+        "of real images; with this few images it is biased upwards, for all rows alike."
+    )
+    sources = None
+
+    features: Callable[[np.ndarray], np.ndarray]
+    reference: Moments
+
+    @classmethod
+    def create(cls, resources: Resources) -> Self:
+        batches = (moments(resources.features(images)) for images in resources.real_images())
+        return cls(resources.features, reduce(merge_moments, batches))
+
+    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> Moments:
+        return moments(self.features(images))
+
+    def merge(self, a: Moments, b: Moments) -> Moments:
+        return merge_moments(a, b)
+
+    def result(self, state: Moments) -> dict[str, float]:
+        return {"frechet": round(frechet_distance(state, self.reference), 4)}

@@ -1,38 +1,40 @@
-"""Whether a picture of the embedded set satisfies its caption, from its pixels alone.
+"""Verifier of `shapes`: decides from the pixels alone if an image satisfies its caption.
 
-The grounds of `shapes` are nearly grey and its objects are not: chroma, relative to an object's own, says how much of
-each pixel the object covers. Connected components are counted, and each is named by its colour and by the outline that,
-at the component's centre and of its area, overlaps its coverage most. What resembles no colour or no outline gets no
-name and satisfies no caption. The six tasks and the strictness (exactly the objects named, no more) follow GenEval
-(arXiv 2310.11513).
+The grounds of `shapes` are nearly gray and its objects are not, so the chroma of a pixel, relative to that of the
+object, is the share of the pixel that the object covers. Connected components are counted, and each is named by its
+color and by the outline that, with the component's center and area, overlaps its coverage most. A component that
+resembles no color or no outline has no name and satisfies no caption. The six tasks and the strictness (exactly the
+objects named, no more) follow GenEval (arXiv 2310.11513).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from typing import Self
 
 import numpy as np
 from scipy import ndimage
 
 from lcm_jax.data import shapes
+from lcm_jax.evaluation.evaluate import Column, Resources
 
-CHROMA = 50  # of 255, between the ground's (below 25) and the colours' (above 100)
-LEAST_AREA = 12  # pixels of a picture of 64; smaller specks are no objects
-LARGEST = 16.0  # radius in pixels; a larger patch of colour is no object of the set
+MIN_CHROMA = 50  # of 255, between the chroma of grounds (below 25) and of colors (above 100)
+MIN_AREA = 12  # pixels of an image of 64 x 64; smaller components are specks
+MAX_RADIUS = 16.0  # pixels; a larger component is not an object of the set
 SIZE_LIMIT = 10.0  # radius in pixels between small (up to 8.5) and large (from 11.5)
-LEAST_OVERLAP = 0.78  # intersection over union with the best outline; softly decoded crosses reach 0.79
+MIN_OVERLAP = 0.78  # intersection over union with the best outline; softly decoded crosses reach 0.79
 RAMPS = (1.0, 3.0)  # pixels from full to no coverage across an edge: sharp, or as soft as decoders leave it
-COLOR_RADIUS = 60.0  # RGB distance to a named colour; two of them are at least 90 apart
-PURITY = 0.85  # the least share of an object's inside that is nearest to its colour
+COLOR_RADIUS = 60.0  # RGB distance to a named color; two of them are at least 90 apart
+MIN_PURITY = 0.85  # of the pixels inside an object, the share whose nearest named color is the object's
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object as seen; shape or color is None where it resembles none.
+    """One detected object; shape or color is None if it resembles none.
 
-    x, y: centre; radius: in pixels, as `shapes` counts it. Both in units of a picture of 64. overlap: 0..1, with the
-    outline that fits best.
+    x, y: center; radius: as `shapes` defines it; all in pixels of an image of 64 x 64. overlap: intersection over union
+    with the best outline, in [0, 1].
     """
 
     shape: str | None
@@ -47,30 +49,32 @@ class Detection:
         return "large" if self.radius > SIZE_LIMIT else "small"
 
     def __str__(self) -> str:
-        return f"{self.size} {self.color or 'oddly coloured'} {self.shape or 'figure'}"
+        return f"{self.size} {self.color or 'unnamed-color'} {self.shape or 'figure'}"
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """The verifier's decision on one image, and what it saw."""
+
     ok: bool
     reason: str
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """image: uint8[H, H, 3]. Every object in it, from left to right. Raises ValueError for another shape or dtype."""
+    """image: uint8[H, H, 3]. Return its objects, from left to right. Raises ValueError for another shape or dtype."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
-        raise ValueError(f"image is {image.dtype}{list(image.shape)}; the verifier takes square uint8[H, H, 3]")
+        raise ValueError(f"image is {image.dtype}{list(image.shape)}; use square uint8[H, H, 3]")
     scale = shapes.BASE / image.shape[0]
     pixels = image.astype(np.float32)
     chroma = pixels.max(2) - pixels.min(2)
-    labels, _ = ndimage.label(chroma > CHROMA)
-    found = []
-    for part, where in enumerate(ndimage.find_objects(labels), 1):
-        # The mask is grown by the soft border, half of which lies below the threshold.
-        rows, columns = (slice(max(s.start - 2, 0), s.stop + 2) for s in where)
+    labels, _ = ndimage.label(chroma > MIN_CHROMA)
+    detections = []
+    for part, window in enumerate(ndimage.find_objects(labels), 1):
+        # Half of the soft border lies below the threshold, so the window and the mask include it.
+        rows, columns = (slice(max(s.start - 2, 0), s.stop + 2) for s in window)
         core = labels[rows, columns] == part
-        if core.sum() * scale**2 < LEAST_AREA:
+        if core.sum() * scale**2 < MIN_AREA:
             continue
         strength = chroma[rows, columns]
         near = ndimage.binary_dilation(core, iterations=2) & ((labels[rows, columns] == 0) | core)
@@ -78,16 +82,20 @@ def detect(image: np.ndarray) -> list[Detection]:
         background = np.median(strength[near & ~core]) if (near & ~core).any() else 0.0
         background = min(float(background), 0.25 * full)
         cover = np.where(near, np.clip((strength - background) / (full - background), 0, 1), 0)
-        found.append(_name(cover, pixels[rows, columns], columns.start, rows.start, scale))
-    return sorted(found, key=lambda d: d.x)
+        detections.append(_name(cover, pixels[rows, columns], columns.start, rows.start, scale))
+    return sorted(detections, key=lambda d: d.x)
 
 
 def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: float) -> Detection:
-    """cover: [h, w] in 0..1, the part of each pixel that the object takes; left, top: of that window, in pixels."""
+    """Name the object in a window of an image.
+
+    cover: float[h, w] in [0, 1], the share of each pixel that the object covers; pixels: float[h, w, 3]; left, top: of
+    the window, in pixels; scale: pixels of an image of 64 per pixel of this one.
+    """
     x = (left + 0.5 + np.arange(cover.shape[1])) * scale
     y = (top + 0.5 + np.arange(cover.shape[0])) * scale
     area = cover.sum()
-    cx, cy = float(cover.sum(0) @ x / area), float(cover.sum(1) @ y / area)  # every outline has its centroid at 0
+    cx, cy = float(cover.sum(0) @ x / area), float(cover.sum(1) @ y / area)  # the centroid of every outline is 0
     best = None
     for shape in shapes.SHAPES:
         radius = float(np.sqrt(area * scale**2 / _unit_area(shape)))
@@ -99,66 +107,107 @@ def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: flo
             if best is None or overlap > best[0]:
                 best = overlap, radius, shape
     overlap, radius, shape = best
-    fits = overlap >= LEAST_OVERLAP and radius <= LARGEST
+    fits = overlap >= MIN_OVERLAP and radius <= MAX_RADIUS
     return Detection(shape if fits else None, _color(pixels[cover > 0.8]), cx, cy, radius, overlap)
 
 
 def _color(inside: np.ndarray) -> str | None:
-    """inside: float[n, 3]. The named colour of the median, if it is near enough and most of the pixels agree."""
+    """inside: float[n, 3]. Return the named color of the median, or None if it is too far or too few pixels agree."""
     names, table = list(shapes.COLORS), np.array(list(shapes.COLORS.values()), np.float32)
     if not len(inside):
         return None
     distances = np.linalg.norm(np.median(inside, 0) - table, axis=1)
     nearest = int(distances.argmin())
-    agree = (((inside[:, None] - table) ** 2).sum(-1).argmin(1) == nearest).mean()
-    return names[nearest] if distances[nearest] <= COLOR_RADIUS and agree >= PURITY else None
+    purity = (((inside[:, None] - table) ** 2).sum(-1).argmin(1) == nearest).mean()
+    return names[nearest] if distances[nearest] <= COLOR_RADIUS and purity >= MIN_PURITY else None
 
 
 @cache
 def _unit_area(shape: str) -> float:
+    """The area of an outline of radius 1."""
     axis = (np.arange(400) + 0.5 - 200) / 100.0
     return float((shapes.outline(shape, axis[None, :], axis[:, None], 1.0) < 0).sum()) / 100.0**2
 
 
 def verify(image: np.ndarray, caption: str) -> Verdict:
-    """image: uint8[H, H, 3]; caption: of the grammar of `shapes` (ValueError otherwise)."""
-    wanted = shapes.parse(caption)
-    found = detect(image)
-    seen = ", ".join(map(str, found)) or "nothing"
-    if len(found) != len(wanted.things):
-        return Verdict(False, f"{len(wanted.things)} objects expected, {len(found)} seen: {seen}")
+    """Decide if an image satisfies its caption.
+
+    image: uint8[H, H, 3]; caption: of the grammar of `shapes`. Raises ValueError for another caption, shape or dtype.
+    """
+    specification = shapes.parse(caption)
+    detections = detect(image)
+    seen = ", ".join(map(str, detections)) or "nothing"
+    if len(detections) != len(specification.things):
+        return Verdict(False, f"{len(specification.things)} objects expected, {len(detections)} seen: {seen}")
 
     def matches(thing: shapes.Thing, d: Detection) -> bool:
         return d.color is not None and all(
-            want in (None, have)
-            for want, have in ((thing.shape, d.shape), (thing.color, d.color), (thing.size, d.size))
+            expected in (None, detected)
+            for expected, detected in ((thing.shape, d.shape), (thing.color, d.color), (thing.size, d.size))
         )
 
-    fitting = [
+    matching = [
         order
-        for order in permutations(found)
-        if all(matches(thing, d) for thing, d in zip(wanted.things, order, strict=True))
+        for order in permutations(detections)
+        if all(matches(thing, d) for thing, d in zip(specification.things, order, strict=True))
     ]
-    if not fitting:
+    if not matching:
         return Verdict(False, f"seen: {seen}")
-    if wanted.relation is None:
+    relation = specification.relation
+    if relation is None:
         return Verdict(True, seen)
-    for first, second in fitting:
+    for first, second in matching:
         dx, dy = first.x - second.x, first.y - second.y
-        along, across = {"left": (-dx, dy), "right": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[wanted.relation]
+        along, across = {"left": (-dx, dy), "right": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
         if along > abs(across):
             return Verdict(True, seen)
-    return Verdict(False, f"not {shapes.RELATIONS[wanted.relation]}: {seen}")
+    return Verdict(False, f"not {shapes.RELATIONS[relation]}: {seen}")
+
+
+def count_accepted(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """images: uint8[N, H, H, 3]. Return int64[tasks, 2]: accepted images and all, in the order of `shapes.TASKS`.
+
+    Raises ValueError as `verify` does.
+    """
+    counts = np.zeros((len(shapes.TASKS), 2), np.int64)
+    for image, caption in zip(images, captions, strict=True):
+        counts[shapes.TASKS.index(shapes.parse(caption).task)] += verify(image, caption).ok, 1
+    return counts
+
+
+def to_score(counts: np.ndarray) -> dict:
+    """Return {"overall": mean over tasks, "tasks": {task: share of accepted images}} of `count_accepted`'s counts.
+
+    Like GenEval's, the overall score is the mean over the tasks, so that it does not depend on the captions of each.
+    """
+    tasks = {task: float(ok / total) for task, (ok, total) in zip(shapes.TASKS, counts, strict=True) if total}
+    return {"overall": float(np.mean(list(tasks.values()))), "tasks": tasks}
 
 
 def score(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict:
-    """The share of pictures that satisfy their captions: {"overall": mean over tasks, "tasks": {task: share}}.
+    """images: uint8[N, H, H, 3]. Return the share of images that satisfy their captions, as `to_score` does."""
+    return to_score(count_accepted(images, captions))
 
-    Like GenEval's, the overall score is the mean of the tasks' scores, so that it does not depend on how many captions
-    each has.
-    """
-    by_task: dict[str, list[bool]] = {}
-    for image, caption in zip(images, captions, strict=True):
-        by_task.setdefault(shapes.parse(caption).task, []).append(verify(np.asarray(image), caption).ok)
-    tasks = {task: float(np.mean(by_task[task])) for task in shapes.TASKS if task in by_task}
-    return {"overall": float(np.mean(list(tasks.values()))), "tasks": tasks}
+
+@dataclass(frozen=True)
+class Verifier:
+    """Metric: the share of images that satisfy their captions. Its state is that of `count_accepted`."""
+
+    columns = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
+    note = "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
+    sources = ("shapes",)
+
+    @classmethod
+    def create(cls, resources: Resources) -> Self:
+        return cls()
+
+    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        return count_accepted(images, prompts)
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def result(self, state: np.ndarray) -> dict:
+        score = to_score(state)
+        tasks = {task: round(share, 4) for task, share in score["tasks"].items()}
+        return {"verifier": round(score["overall"], 4), "tasks": tasks}

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import pipeline, report
+from lcm_jax import pipeline
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import check_data, load_dataset
 from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.errors import RunError
-from lcm_jax.evaluation import verifier
-from lcm_jax.evaluation.frechet import moments
+from lcm_jax.evaluation import report, verifier
+from lcm_jax.evaluation.evaluate import Resources, evaluate
+from lcm_jax.evaluation.frechet import encoder_features
+from lcm_jax.evaluation.metrics import make_metrics
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes import inpainting
@@ -214,7 +216,8 @@ def lcd_job(config, workdir: Path) -> Job:
     def finish(ema, seconds):
         path, exported = workdir / "report.json", (workdir / "export" / "model_index.json").exists()
         before = read_object(path, "delete it, and the same command makes it again") if path.exists() else None
-        wanted = json.loads(json.dumps(config.report.to_dict()))
+        settings = {"metrics": config.metrics} | config.report.to_dict()
+        wanted = json.loads(json.dumps(settings))
         # Reports of earlier versions did not record their settings.
         changed = differences(before.get("settings", wanted), wanted) if before and exported else []
         if before and exported and not changed:
@@ -228,7 +231,8 @@ def lcd_job(config, workdir: Path) -> Job:
             )
         if changed:
             key, value, now = changed[0]
-            print(f"report.{key} is {value} in {path} and {now} in the config: a new report is made")
+            name = key if key in config else f"report.{key}"
+            print(f"{name} is {value} in {path} and {now} in the config: a new report is made")
         elif (workdir / "export").exists():  # left by a run that was stopped between its export and its report
             shutil.rmtree(workdir / "export")
         student = frozen | jax.device_get(ema)
@@ -244,58 +248,56 @@ def lcd_job(config, workdir: Path) -> Job:
         captions = own.prompts(config.report.prompts)
         # Fewer: they stand beside the others, and the teacher's 50 steps are most of a report's time.
         unseen_prompts = own.compositional_prompts(max(config.report.prompts // 4, 1))
-        encoder = jax.jit(
-            lambda params, x: model.vae.apply({"params": params}, to_float(x), method="features").mean((1, 2))
-        )
+        size = config.report.batch_size
 
-        vae, most = jax.device_put(frozen["vae"]), config.report.batch_size
+        def real_images():
+            for first in range(0, config.report.reference, size):
+                last = min(first + size, config.report.reference)
+                yield np.stack([own.held_out[i]["image"] for i in range(first, last)])
 
-        def features(images):
-            parts = [images[i : i + most] for i in range(0, len(images), most)]
-            return np.concatenate([np.asarray(encoder(vae, np.stack(part))) for part in parts])
-
-        reference = moments(features([own.held_out[i]["image"] for i in range(config.report.reference)]))
-        figures, composition = {}, {}
+        metrics = make_metrics(config.metrics, Resources(encoder_features(model, frozen["vae"], size), real_images))
+        rows, composition = [], {}
         for who, network, params, plan in [
-            ("teacher", teacher.model, frozen, config.report.teacher),
-            ("student", model, student, config.report.student),
+            ("teacher", teacher.model, frozen, config.report.teacher.to_dict()),
+            ("student", model, student, config.report.student.to_dict()),
         ]:
             print(f"{who}, {len(captions)} captions:")
-            plan = plan.to_dict()
             sampler = Sampler(
                 network,
                 teacher.tokenize,
                 captions,
                 config.data.size,
-                config.report.batch_size,
+                size,
                 plan,
                 seed=2,
                 inpainting=inpainting.to_paint(network, own.held_out, len(captions)),
             )
-            draw = lambda name, steps, s=sampler, p=params: s(p, name, steps, config.report.guidance_scale)  # noqa: E731
+            draw = lambda name, steps, s=sampler, p=params: [s(p, name, steps, config.report.guidance_scale)]  # noqa: E731
             if unseen_prompts:
-                name, steps = next(iter(plan.items()))
+                name, steps = next((name, steps) for name, steps in plan.items() if steps)
                 unseen = sampler.of(unseen_prompts)
                 composition[who] = {name: {}}
                 for n in steps if who == "student" else steps[-1:]:
                     images, _ = unseen(params, name, n, config.report.guidance_scale)
-                    composition[who][name][str(n)] = round(score(images, unseen_prompts)["overall"], 4)
-            figures[who] = report.figures_of(draw, plan, captions, features, reference, score, print)
+                    composition[who][name][str(n)] = round(verifier.score(images, unseen_prompts)["overall"], 4)
+            for row in evaluate(draw, plan, captions, metrics):
+                print(f"  {report.line(row)}")
+                rows.append({"model": who} | row)
         result = (
-            figures
+            report.nest(rows)
             | ({"composition": {"captions": len(unseen_prompts)} | composition} if unseen_prompts else {})
             | report.environment()
             | {
                 "captions": len(captions),
                 "guidance_scale": config.report.guidance_scale,
-                "settings": config.report.to_dict(),
+                "settings": settings,
                 "config_digest": config_digest(config.to_dict()),
                 "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
             }
         )
         report.write(result, workdir)
         report.show(result)
-        print(f"student in {workdir / 'export'}; pictures in {workdir / 'samples' / 'final.png'}; figures in {path}")
+        print(f"student in {workdir / 'export'}; images in {workdir / 'samples' / 'final.png'}; figures in {path}")
 
     draw_of_step, loss = lcd_functions(config, teacher.model, model)
     return Job(

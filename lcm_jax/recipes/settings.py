@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.evaluation.metrics import check_metrics
 from lcm_jax.pipeline import DTYPES
 
 
@@ -134,6 +135,8 @@ def check(config) -> None:
     """
     if missing := [group for group in GROUPS if group not in config]:
         raise ValueError(f"the config has no {missing[0]}; copy this group from a bundled config (--list_configs)")
+    if "report" in config and "metrics" not in config:
+        raise ValueError("the config has no metrics; copy this key from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
     for key, value in settings.items():
         if (allowed := range_of(key)) is not None and not allowed.has(value):
@@ -142,6 +145,8 @@ def check(config) -> None:
         if choices and not (type(value) is type(choices[0]) and value in choices):
             raise ValueError(f"{key} {value!r} is not supported; use {' or '.join(map(str, choices))}")
     _check_pairs(settings)
+    if "metrics" in config:
+        check_metrics(config.metrics, config.data.source)
 
 
 def _check_pairs(settings: Mapping[str, Any]) -> None:

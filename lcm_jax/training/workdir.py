@@ -12,7 +12,7 @@ from lcm_jax import locks
 from lcm_jax.errors import RunError
 
 # Groups of a config that say where and how often, not what: a run may be continued with other values.
-FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "report")
+FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "metrics", "report")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

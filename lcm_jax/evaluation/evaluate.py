@@ -1,0 +1,81 @@
+"""Evaluation of a model by metrics: images for a plan of samplers and steps, measured batch by batch."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+
+# draw(sampler, steps) -> batches (uint8[B, H, W, 3], seconds without compilation) for all prompts, in their order
+Draw = Callable[[str, int], Iterable[tuple[np.ndarray, float]]]
+
+
+class Resources(NamedTuple):
+    """What metrics compare images with.
+
+    features: uint8[B, H, W, 3] -> float[B, D]. real_images: returns batches uint8[B, H, W, 3], from the first one on at
+    each call.
+    """
+
+    features: Callable[[np.ndarray], np.ndarray]
+    real_images: Callable[[], Iterable[np.ndarray]]
+
+
+class Column(NamedTuple):
+    """heading: in a table. format: of the value, or of every value if the column is a group {name: value}."""
+
+    heading: str
+    format: str
+
+
+class Metric(Protocol):
+    """A measure of images and their prompts that accumulates in a state, a pytree of arrays.
+
+    Parts of a set, from batches or from processes, are measured apart and merged in any order. columns: every key of
+    `result`. note: what a reader has to know of them, one sentence. sources: the data sources whose captions the metric
+    can judge, or None for any.
+    """
+
+    columns: ClassVar[Mapping[str, Column]]
+    note: ClassVar[str]
+    sources: ClassVar[tuple[str, ...] | None]
+
+    @classmethod
+    def create(cls, resources: Resources) -> Self: ...
+
+    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> Any:
+        """images: uint8[B, H, W, 3], one for each prompt. Return the state of these images alone."""
+        ...
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Return the state of both sets of images."""
+        ...
+
+    def result(self, state: Any) -> dict[str, Any]:
+        """Return {column: value}; the value of a group is {name: value}."""
+        ...
+
+
+def evaluate(
+    draw: Draw, plan: Mapping[str, Sequence[int]], prompts: Sequence[str], metrics: Mapping[str, Metric]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row {"sampler", "steps", columns of the metrics, "images_per_s"} for every number of steps in the plan.
+
+    plan: {sampler: numbers of steps}; a sampler without any is left out. One batch of images is held at a time. Raises
+    ValueError if `draw` returns more or fewer images than there are prompts.
+    """
+    for sampler, numbers in plan.items():
+        for steps in numbers:
+            states: dict[str, Any] = {}
+            count, seconds = 0, 0.0
+            for images, elapsed in draw(sampler, steps):
+                chosen = prompts[count : count + len(images)]
+                for name, metric in metrics.items():
+                    state = metric.measure(images, chosen)
+                    states[name] = metric.merge(states[name], state) if name in states else state
+                count, seconds = count + len(images), seconds + elapsed
+            if count != len(prompts):
+                raise ValueError(f"{sampler} {steps} gave {count} images for {len(prompts)} prompts; use one for each")
+            row: dict[str, Any] = {"sampler": sampler, "steps": steps}
+            for name, metric in metrics.items():
+                row |= metric.result(states[name])
+            yield row | {"images_per_s": round(count / seconds, 2)}

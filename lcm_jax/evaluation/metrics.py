@@ -1,0 +1,31 @@
+"""The table of metrics, by the names that `config.metrics` uses."""
+
+from collections.abc import Mapping, Sequence
+
+from lcm_jax.evaluation.evaluate import Metric, Resources
+from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.verifier import Verifier
+
+METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance}
+
+
+def check_metrics(names: Sequence[str], source: str) -> None:
+    """Raise ValueError for a metric that does not exist, comes twice, or cannot judge captions of the data source."""
+    if isinstance(names, str) or not names:
+        raise ValueError(f"metrics {names!r} is not supported; use a tuple of {', '.join(METRICS)}")
+    for i, name in enumerate(names):
+        if name not in METRICS:
+            raise ValueError(f"metrics {name!r} is not supported; use {' or '.join(METRICS)}")
+        if name in names[:i]:
+            raise ValueError(f"metrics {tuple(names)!r} has {name!r} twice; use it once")
+        sources = METRICS[name].sources
+        if sources is not None and source not in sources:
+            raise ValueError(
+                f"metrics {name!r} is not supported for data.source {source!r}, as it judges captions of "
+                f"{' or '.join(sources)} alone; remove it from metrics"
+            )
+
+
+def make_metrics(names: Sequence[str], resources: Resources) -> dict[str, Metric]:
+    """Return the metrics of these names, ready to measure; what they compare with is computed here, once."""
+    return {name: METRICS[name].create(resources) for name in names}
