@@ -15,7 +15,8 @@ from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.samplers import SAMPLERS, Table
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.conditioning import concatenate
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from lcm_jax.diffusion.grids import SPACINGS, lcm_timesteps, solver_timesteps
-from lcm_jax.diffusion.samplers import SAMPLERS, consistency_table, ddim_table, sample_consistency, sample_ddim
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers.ddim import ddim_table, sample_ddim
+from lcm_jax.diffusion.samplers.lcm import consistency_table, sample_consistency
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 
 torch = pytest.importorskip("torch")

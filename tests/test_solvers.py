@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.diffusion.guidance import classifier_free
-from lcm_jax.diffusion.samplers import SAMPLERS, make_dpm_solver_pp_table
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers.dpm_solver import make_dpm_solver_pp_table
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule
 from lcm_jax.diffusion.solvers import ddim_step, dpm_solver_pp_2m_step
 

@@ -14,8 +14,8 @@ def ddim_step(x0: jax.Array, noise: jax.Array, alpha: jax.Array, sigma: jax.Arra
 
 
 def dpm_solver_pp_2m_step(z, x0, x0_before, ratio, first, second) -> jax.Array:
-    """The second-order multistep update of DPM-Solver++ (arXiv 2211.01095, algorithm 2).
+    """Return the second-order multistep update of DPM-Solver++ (arXiv 2211.01095, algorithm 2).
 
-    z <- ratio z + first x0 + second (x0 - x0_before), with the scalars of `dpm_solver_pp_coefficients`.
+    z <- ratio z + first x0 + second (x0 - x0_before), with the scalars of `make_dpm_solver_pp_table`.
     """
     return ratio * z + first * x0 + second * (x0 - x0_before)

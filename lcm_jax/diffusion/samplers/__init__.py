@@ -1,0 +1,22 @@
+"""From noise to latents: the table of samplers, one record and one file for each.
+
+A sampler computes every coefficient that does not depend on z on the host in float64, into a table of its steps, and
+scans over the table. `network(z, t)` takes z: float32[B, h, w, c] and t[B], of the table's dtype, and returns the
+network's output, guidance included. The options of a sampler are those of its scheduler's class in diffusers.
+"""
+
+from lcm_jax.diffusion.samplers.ddim import DDIM
+from lcm_jax.diffusion.samplers.dpm_solver import DPMPP_2M
+from lcm_jax.diffusion.samplers.euler import EULER, EULER_ANCESTRAL
+from lcm_jax.diffusion.samplers.lcm import LCM
+from lcm_jax.diffusion.samplers.pndm import PNDM
+from lcm_jax.diffusion.samplers.table import Sampler
+
+SAMPLERS: dict[str, Sampler] = {
+    "lcm": LCM,
+    "ddim": DDIM,
+    "pndm": PNDM,
+    "dpmpp_2m": DPMPP_2M,
+    "euler": EULER,
+    "euler_ancestral": EULER_ANCESTRAL,
+}

@@ -1,0 +1,45 @@
+"""The multistep consistency sampler of latent consistency models (arXiv 2310.04378)."""
+
+import jax
+import numpy as np
+
+from lcm_jax.diffusion import grids
+from lcm_jax.diffusion.consistency import consistency_function
+from lcm_jax.diffusion.options import Config, choice, whole
+from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, refuse_clipping, scan, stack_table, step_noise
+from lcm_jax.diffusion.schedule import Schedule
+
+
+def consistency_table(timesteps: np.ndarray, schedule: Schedule) -> Table:
+    """Return alpha and sigma of the next timestep, for `sample_consistency`. timesteps: int32[n], descending."""
+    n = len(timesteps)
+    bar = schedule.alphas_cumprod.astype(np.float64)[np.append(timesteps[1:], timesteps[-1])]
+    # Nothing is added after the last jump, as if it had gone to alpha = 1, sigma = 0.
+    last = np.arange(n) == n - 1
+    return stack_table(timesteps, np.where(last, 1.0, np.sqrt(bar)), np.where(last, 0.0, np.sqrt(1.0 - bar)))
+
+
+def make_lcm_table(schedule: Schedule, config: Config, n: int) -> Table:
+    """Return the table of n steps on the grid of `original_inference_steps` timesteps. Raises ValueError."""
+    refuse_clipping(config)
+    choice(config, "timestep_scaling", 10.0, (10.0,))
+    total = len(schedule.alphas_cumprod)
+    original = whole(config, "original_inference_steps", 50, 1, total)
+    return consistency_table(grids.lcm_timesteps(n, 1.0, original, total), schedule)
+
+
+def sample_consistency(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: jax.Array) -> jax.Array:
+    """Sample by Algorithm 3 of arXiv 2310.04378: jump to x0, add noise up to the next timestep, jump again.
+
+    z: float32[B, h, w, c], standard normal. noise: float32[n - 1 or more, B, h, w, c].
+    Returns the latents of the last jump, float32[B, h, w, c].
+    """
+
+    def step(z, t, coefficients, noise):
+        alpha, sigma = coefficients
+        return alpha * consistency_function(schedule, network(z, t), z, t) + sigma * noise
+
+    return scan(step, z, table, step_noise(noise, table, z))
+
+
+LCM = Sampler("LCMScheduler", make_lcm_table, sample_consistency, adds_noise=True)
