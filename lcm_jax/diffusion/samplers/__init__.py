@@ -1,7 +1,7 @@
 """From noise to latents: the table of samplers, one record and one file for each.
 
 A sampler computes every coefficient that does not depend on z on the host in float64, into a table of its steps, and
-scans over the table. `network(z, t)` takes z: float32[B, h, w, c] and t[B], of the table's dtype, and returns the
+iterates over the table. `network(z, t)` takes z: float32[B, h, w, c] and t[B], of the table's dtype, and returns the
 network's output, guidance included. The options of a sampler are those of its scheduler's class in diffusers.
 """
 

@@ -5,7 +5,15 @@ import numpy as np
 
 from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, choice, flag, whole
-from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, refuse_clipping, scan, split_output, stack_table
+from lcm_jax.diffusion.samplers.table import (
+    Network,
+    Sampler,
+    Table,
+    iterate,
+    refuse_clipping,
+    split_output,
+    stack_table,
+)
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.diffusion.solvers import ddim_step
 
@@ -47,11 +55,11 @@ def make_ddim_table(schedule: Schedule, config: Config, n: int) -> Table:
 def sample_ddim(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None) -> jax.Array:
     """Sample from z: float32[B, h, w, c] at the table's first timestep."""
 
-    def step(z, t, coefficients):
+    def step(z, i, t, coefficients):
         alpha, sigma, alpha_to, sigma_to = coefficients
         return ddim_step(*split_output(schedule, network(z, t), z, alpha, sigma), alpha_to, sigma_to)
 
-    return scan(step, z, table)
+    return iterate(step, z, table)
 
 
 DDIM = Sampler("DDIMScheduler", make_ddim_table, sample_ddim)

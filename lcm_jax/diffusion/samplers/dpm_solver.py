@@ -9,7 +9,7 @@ import numpy as np
 from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, choice, flag, number, unsupported, whole
 from lcm_jax.diffusion.samplers import sigmas
-from lcm_jax.diffusion.samplers.table import NO_CLIPPING, Network, Sampler, Table, scan, stack_table
+from lcm_jax.diffusion.samplers.table import NO_CLIPPING, Network, Sampler, Table, iterate, stack_table
 from lcm_jax.diffusion.schedule import Schedule, output_to_x0
 from lcm_jax.diffusion.solvers import dpm_solver_pp_2m_step
 
@@ -67,13 +67,13 @@ def sample_dpm_solver_pp(
 ) -> jax.Array:
     """Sample from z: float32[B, h, w, c] at the table's first timestep."""
 
-    def step(carry, t, coefficients):
+    def step(carry, i, t, coefficients):
         z, x0_before = carry
         alpha, sigma, *update = coefficients
         x0 = output_to_x0(schedule.prediction_type, network(z, t), z, alpha, sigma)
         return dpm_solver_pp_2m_step(z, x0, x0_before, *update), x0
 
-    return scan(step, (z, jnp.zeros_like(z)), table)[0]
+    return iterate(step, (z, jnp.zeros_like(z)), table)[0]
 
 
 DPMPP_2M = Sampler("DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp)

@@ -6,7 +6,7 @@ import numpy as np
 from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, choice, whole
 from lcm_jax.diffusion.samplers import sigmas
-from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, scan, split_output, stack_table, step_noise
+from lcm_jax.diffusion.samplers.table import Network, Noise, Sampler, Table, iterate, split_output, stack_table
 from lcm_jax.diffusion.schedule import Schedule
 
 SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -58,19 +58,20 @@ def _stack(timesteps: np.ndarray, levels: np.ndarray, scaled: bool, up: np.ndarr
 
 
 def sample_euler(
-    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: jax.Array | None = None
+    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: Noise | None = None
 ) -> jax.Array:
     """Sample from z: float32[B, h, w, c], standard normal.
 
-    noise: for an ancestral table, float32[n - 1 or more, B, h, w, c].
+    noise(i): float32[B, h, w, c], standard normal, for an ancestral table.
     """
 
-    def step(z, t, coefficients, *fresh):
+    def step(z, i, t, coefficients):
         alpha, sigma, alpha_to, down, up = coefficients
         x0, direction = split_output(schedule, network(z, t), z, alpha, sigma)
-        return alpha_to * (x0 + down * direction + sum(up * each for each in fresh))
+        added = 0.0 if noise is None else up * noise(i)
+        return alpha_to * (x0 + down * direction + added)
 
-    return scan(step, table.scale * z, table, *([] if noise is None else [step_noise(noise, table, z)]))
+    return iterate(step, table.scale * z, table)
 
 
 EULER = Sampler("EulerDiscreteScheduler", make_euler_table, sample_euler)

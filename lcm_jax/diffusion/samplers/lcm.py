@@ -6,7 +6,7 @@ import numpy as np
 from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.options import Config, choice, whole
-from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, refuse_clipping, scan, stack_table, step_noise
+from lcm_jax.diffusion.samplers.table import Network, Noise, Sampler, Table, iterate, refuse_clipping, stack_table
 from lcm_jax.diffusion.schedule import Schedule
 
 
@@ -28,18 +28,18 @@ def make_lcm_table(schedule: Schedule, config: Config, n: int) -> Table:
     return consistency_table(grids.lcm_timesteps(n, 1.0, original, total), schedule)
 
 
-def sample_consistency(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: jax.Array) -> jax.Array:
+def sample_consistency(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: Noise) -> jax.Array:
     """Sample by Algorithm 3 of arXiv 2310.04378: jump to x0, add noise up to the next timestep, jump again.
 
-    z: float32[B, h, w, c], standard normal. noise: float32[n - 1 or more, B, h, w, c].
+    z: float32[B, h, w, c], standard normal. noise(i): float32[B, h, w, c], standard normal; none of the last is added.
     Returns the latents of the last jump, float32[B, h, w, c].
     """
 
-    def step(z, t, coefficients, noise):
+    def step(z, i, t, coefficients):
         alpha, sigma = coefficients
-        return alpha * consistency_function(schedule, network(z, t), z, t) + sigma * noise
+        return alpha * consistency_function(schedule, network(z, t), z, t) + sigma * noise(i)
 
-    return scan(step, z, table, step_noise(noise, table, z))
+    return iterate(step, z, table)
 
 
 LCM = Sampler("LCMScheduler", make_lcm_table, sample_consistency, adds_noise=True)

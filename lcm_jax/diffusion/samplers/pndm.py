@@ -6,7 +6,7 @@ import numpy as np
 
 from lcm_jax.diffusion.options import Config, flag, unsupported
 from lcm_jax.diffusion.samplers.ddim import noise_levels, training_timesteps
-from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, scan, split_output, stack_table
+from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, iterate, split_output, stack_table
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.diffusion.solvers import ddim_step
 
@@ -52,7 +52,7 @@ def sample_pndm(network: Network, z: jax.Array, table: Table, schedule: Schedule
     z: float32[B, h, w, c] at the table's first timestep.
     """
 
-    def step(carry, t, coefficients):
+    def step(carry, i, t, coefficients):
         z, before, outputs = carry
         alpha, sigma, alpha_to, sigma_to, restarts, *weights = coefficients
         outputs = (network(z, t).astype(jnp.float32), *outputs)
@@ -60,7 +60,7 @@ def sample_pndm(network: Network, z: jax.Array, table: Table, schedule: Schedule
         start = jnp.where(restarts > 0, before, z)
         return ddim_step(*split_output(schedule, output, start, alpha, sigma), alpha_to, sigma_to), z, outputs[:-1]
 
-    return scan(step, (z, z, (jnp.zeros_like(z),) * 4), table)[0]
+    return iterate(step, (z, z, (jnp.zeros_like(z),) * 4), table)[0]
 
 
 PNDM = Sampler("PNDMScheduler", make_pndm_table, sample_pndm)

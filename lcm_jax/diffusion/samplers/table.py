@@ -1,4 +1,4 @@
-"""What all samplers share: the record, the table of steps, and the scan over the table."""
+"""What all samplers share: the record, the table of steps, and the loop over the table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from lcm_jax.diffusion.options import Config, flag, unsupported
 from lcm_jax.diffusion.schedule import Schedule, output_to_noise, output_to_x0
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
+Noise = Callable[[jax.Array], jax.Array]
 NO_CLIPPING = "false: latents are not clipped"
 
 
@@ -20,8 +21,8 @@ class Table(NamedTuple):
     timesteps: int32[n], or float32[n] for timesteps between training steps. coefficients: float32[n, k], computed in
     float64. scale: float32[], the factor that turns standard normal noise into the first latents.
 
-    A table of NumPy arrays is a constant of the program. A traced table is an argument, and may be `padded`, so that
-    one program serves any number of steps up to n.
+    A table of NumPy arrays is a constant of the program. A traced table is an argument; if it is `padded`, one program
+    serves any number of steps up to n.
     """
 
     timesteps: np.ndarray | jax.Array
@@ -29,7 +30,7 @@ class Table(NamedTuple):
     scale: np.ndarray | jax.Array = np.float32(1)
 
     def padded(self, n: int) -> "Table":
-        """Return the table with n rows; the added ones have the timestep -1 and are skipped at no cost."""
+        """Return the table with n rows; the loop ends before the added ones, whose timestep is -1."""
         added = n - len(self.timesteps)
         return self._replace(
             timesteps=np.pad(self.timesteps, (0, added), constant_values=-1),
@@ -42,8 +43,8 @@ class Sampler(NamedTuple):
 
     scheduler: the class in diffusers. make_table(schedule, config, n): the Table of n steps for the options of a
     scheduler_config.json of any class; raises ValueError for an unsupported value of an option that this sampler uses.
-    sample(network, z, table, schedule, noise): final latents, float32[B, h, w, c]. adds_noise: True if `sample` uses
-    `noise`, else it is None.
+    sample(network, z, table, schedule, noise): final latents, float32[B, h, w, c]. adds_noise: True if `sample` needs
+    `noise`, where noise(i) is the standard normal noise float32[B, h, w, c] of step i; else `noise` is None.
     """
 
     scheduler: str
@@ -57,25 +58,21 @@ def stack_table(timesteps: np.ndarray, *columns: np.ndarray, scale: float = 1.0)
     return Table(timesteps, np.stack(columns, axis=1).astype(np.float32), np.float32(scale))
 
 
-def step_noise(noise: jax.Array, table: Table, z: jax.Array) -> jax.Array:
-    """Return the noise that each step of the table adds, none at the last: float32[n, B, h, w, c]."""
-    return jnp.concatenate([noise[: len(table.timesteps) - 1], jnp.zeros_like(z)[None]])
+def iterate(step: Callable, carry, table: Table):
+    """Return `carry` after step(carry, i, t, coefficients) for every row i of the table.
 
-
-def scan(step: Callable, carry, table: Table, *more: jax.Array):
-    """Return `carry` after step(carry, t, coefficients, *more) for every row of the table; t: int32[B]."""
+    i: int32[]; t: [B], the row's timestep; coefficients: float32[k]. The number of iterations is that of the table's
+    own rows, even if the table is padded: a loop of dynamic length, which cannot be differentiated in reverse.
+    """
     batch = len(jax.tree.leaves(carry)[0])
+    timesteps, coefficients = jnp.asarray(table.timesteps), jnp.asarray(table.coefficients)
+    constant = isinstance(table.timesteps, np.ndarray)
+    rows = np.count_nonzero(table.timesteps >= 0) if constant else jnp.sum(timesteps >= 0, dtype=jnp.int32)
 
-    def take(carry, row):
-        timestep, coefficients, *rest = row
-        return step(carry, jnp.full(batch, timestep), coefficients, *rest)
+    def take(i, carry):
+        return step(carry, i, jnp.full(batch, timesteps[i]), coefficients[i])
 
-    def take_or_pass(carry, row):
-        return jax.lax.cond(row[0] >= 0, take, lambda carry, row: carry, carry, row)
-
-    chosen = take if isinstance(table.timesteps, np.ndarray) else take_or_pass
-    rows = (table.timesteps, table.coefficients, *more)
-    return jax.lax.scan(lambda carry, row: (chosen(carry, row), None), carry, rows)[0]
+    return jax.lax.fori_loop(np.int32(0), np.int32(rows) if constant else rows, take, carry)
 
 
 def refuse_clipping(config: Config) -> None:
