@@ -25,6 +25,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,10 @@ from absl import flags, logging
 
 from lcm_jax import command
 from lcm_jax.errors import check_devices
-from lcm_jax.weights.errors import ModelError, plural, unwritten
+from lcm_jax.weights.errors import ModelError, plural, write_error
 
 if TYPE_CHECKING:  # the rest is imported late, so that --help and a mistyped option answer at once
-    from lcm_jax.stored_model import Model
+    from lcm_jax.weights.model import StoredModel
 
 LORA_FORMATS = ("lora-kohya", "lora-peft")
 AVERAGES = "averaged unet"  # beside the components of a model: the EMA target, where the student is written with it
@@ -86,17 +87,17 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the input is, and write 
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the output if it is there already.", **OWN)
 
 
-def describe(model: "Model") -> dict[str, str]:
+def describe(model: "StoredModel") -> dict[str, str]:
     """Prints what the model is; the digest of each component."""
-    from lcm_jax.weights.stored import outline_of
+    from lcm_jax.weights.stored import get_specs
 
     unknown = "what it predicts is not told" if model.family == "sd2" and model.guessed else "predicts epsilon"
     told = model.configs.get("scheduler", {}).get("prediction_type")
     predicts = f"predicts {told}" if told else unknown
-    print(f"{INPUT.value}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
+    print(f"{model.name}: {model.family}" + (f", {predicts}" if "unet" in model.tensors else ""))
     digests = digests_of(model.tensors, "reading")
     for name, tensors in model.tensors.items():
-        outline = outline_of(tensors).values()
+        outline = get_specs(tensors).values()
         count = sum(tensor.size for tensor in outline)
         dtypes = ", ".join(sorted({tensor.dtype.name for tensor in outline}))
         size = f"{plural(len(tensors), 'tensor')}, {count:,} parameters, {dtypes}"
@@ -134,24 +135,24 @@ def progress(what: str, components: Mapping[str, Mapping[str, np.ndarray]]):
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: Path, base: "Model | None"):
+def read_lora(path: Path, base: "StoredModel | None"):
     """The LoRA of a file, checked against the model it belongs to where there is one. Raises ModelError."""
     from lcm_jax.weights import lora
-    from lcm_jax.weights.stored import outline_of
+    from lcm_jax.weights.stored import get_specs
 
-    outlines = base and {name: outline_of(parts) for name, parts in base.tensors.items()}
+    outlines = base and {name: get_specs(parts) for name, parts in base.tensors.items()}
     return lora.open_lora(path, outlines, base.family if base else "sd1")
 
 
 def convert_lora(path: Path) -> None:
     """A LoRA in one naming to the other."""
-    from lcm_jax import stored_model
     from lcm_jax.weights import lora, stored
+    from lcm_jax.weights.model import open_folder
 
     of_models = (MERGE, COMPONENT, WITH_EMA, EMA, DTYPE, PREDICTION, SCALING)
     if given := [f"--{flag.name}" for flag in of_models if flag.present]:
         raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole: leave out {given[0]}")
-    found = read_lora(path, None if BASE.value is None else stored_model.read_folder(BASE.value, VARIANT.value))
+    found = read_lora(path, None if BASE.value is None else open_folder(BASE.value, VARIANT.value))
     print(f"{path}: a LoRA")
     for component, updates in found.updates.items():
         ranks = sorted({len(update.down) for update in updates.values()})
@@ -172,15 +173,15 @@ def convert_lora(path: Path) -> None:
     print(f"wrote {OUTPUT.value}, and read it back: sha256 {digest[:16]}")
 
 
-def merge(model: "Model") -> None:
-    """Adds every LoRA of --merge to the tensors of `model`."""
+def merge(model: "StoredModel") -> "StoredModel":
+    """Return `model` with every LoRA of --merge added to its tensors."""
     from lcm_jax.weights import lora
 
     chosen = []
     for path, weight in map(lora.file_and_weight, MERGE.value):
         chosen.append((read_lora(path, model), weight))
         print(f"merging {path} at {weight:g}")
-    model.tensors = lora.merge(model.tensors, chosen)
+    return replace(model, tensors=lora.merge(model.tensors, chosen))
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -237,12 +238,12 @@ def write_file(
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        raise unwritten(target, error) from error
+        raise write_error(target, error) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
+def write_ldm(model: "StoredModel", target: Path, digests: Mapping[str, str]) -> None:
     """A model in one .safetensors file."""
     from lcm_jax.weights import single_file, single_file_configs
     from lcm_jax.weights.stored import Tensors
@@ -258,16 +259,16 @@ def write_ldm(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
 
     file = single_file.open_ldm(others, model.family, averages)
     marks = single_file_configs.marks_of(model.configs.get("scheduler", {})) if "unet" in others else {}
-    tensors = Tensors(file.outline | marks, lambda key: marks[key] if key in marks else file[key])
+    tensors = Tensors(file.specs | marks, lambda key: marks[key] if key in marks else file[key])
     write_file(model.tensors, tensors, {}, target, check)
 
 
-def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
+def write_folder(model: "StoredModel", target: Path, digests: Mapping[str, str]) -> None:
     """A diffusers folder, whole or not at all."""
     from lcm_jax.models.stable_diffusion import StableDiffusion
     from lcm_jax.weights import diffusers_folder as folders
     from lcm_jax.weights import trees
-    from lcm_jax.weights.stored import outline_of
+    from lcm_jax.weights.stored import get_specs
 
     if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
         raise ModelError(
@@ -277,7 +278,7 @@ def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> No
     if model.tokenizer is None:
         raise ModelError(f"{INPUT.value} has no tokenizer: name a {model.family} model in diffusers layout with --base")
     abstract = StableDiffusion.from_configs(model.configs).abstract_params()
-    outlines = {name: outline_of(tensors) for name, tensors in model.tensors.items()}
+    outlines = {name: get_specs(tensors) for name, tensors in model.tensors.items()}
     trees.all_params(outlines, abstract, INPUT.value)  # raises where they do not fit
     with folders.new_folder(target, OVERWRITE.value) as folder:
         with progress("writing", model.tensors) as advance:
@@ -294,26 +295,24 @@ def write_folder(model: "Model", target: Path, digests: Mapping[str, str]) -> No
         verify(digests, {name: folders.open_component(folder, name)[1] for name in model.tensors})
 
 
-def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> None:
+def write_orbax(model: "StoredModel", target: Path, digests: Mapping[str, str]) -> None:
     """A model as an orbax checkpoint with its configs, whole or not at all."""
     from flax.traverse_util import unflatten_dict
 
-    from lcm_jax import stored_model
-    from lcm_jax.training import checkpoint
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import single_file_configs
+    from lcm_jax.weights import orbax_folder, orbax_tree, single_file_configs
 
     if model.guessed:
         single_file_configs.complete(model.configs, model.family)
     about = {"family": model.family, "configs": model.configs, "index": model.index, "guessed": sorted(model.guessed)}
     with folders.new_folder(target, OVERWRITE.value) as folder:
-        folders.write_json(folder / stored_model.CONFIGS, about)
+        folders.write_json(folder / orbax_folder.CONFIGS, about)
         if model.tokenizer is not None:
             for name in ("tokenizer", "tokenizer_2"):
                 if (path := model.tokenizer.with_name(name)).is_dir():
                     shutil.copytree(path, folder / name)
-        parts = {name: stored_model.by_path(tensors) for name, tensors in model.tensors.items()}
-        outline = {name: unflatten_dict(part.outline, sep=".") for name, part in parts.items()}
+        parts = {name: orbax_folder.by_path(tensors) for name, tensors in model.tensors.items()}
+        outline = {name: unflatten_dict(part.specs, sep=".") for name, part in parts.items()}
 
         def read(name):
             component, _, rest = name.partition(".")
@@ -322,10 +321,10 @@ def write_orbax(model: "Model", target: Path, digests: Mapping[str, str]) -> Non
         logging.set_verbosity(logging.FATAL)  # orbax logs the trace of what it raises as well
         try:
             with progress("writing", model.tensors) as advance:
-                checkpoint.write_tree(folder / "checkpoints", outline, read, advance)
-        except checkpoint.CheckpointError as error:
-            raise unwritten(target, error) from error
-        verify(digests, stored_model.read_orbax(folder).tensors)
+                orbax_tree.write_tree(folder / "checkpoints", outline, read, advance)
+        except ModelError as error:
+            raise write_error(target, error) from error
+        verify(digests, orbax_folder.open_components(folder / "checkpoints", None)[1])
 
 
 def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -339,9 +338,9 @@ def verify(digests: Mapping[str, str], written: Mapping[str, Mapping[str, np.nda
 
 def convert() -> None:
     """Reads the flags and writes the output. Raises ValueError (ModelError) before anything is written."""
-    from lcm_jax import stored_model
     from lcm_jax.weights import diffusers_folder as folders
-    from lcm_jax.weights import lora, lora_settings, stored
+    from lcm_jax.weights import lora, lora_settings, orbax_folder, stored
+    from lcm_jax.weights.model import open_model
 
     for flag in (INPUT, *(() if DRY_RUN.value else (OUTPUT, FORMAT))):
         if flag.value is None:
@@ -356,7 +355,7 @@ def convert() -> None:
         return convert_lora(source)
     if FORMAT.value in LORA_FORMATS:
         raise ModelError(f"--format={FORMAT.value} is for LoRAs; {INPUT.value} has none by its keys")
-    alone = FORMAT.value != "ldm" or MERGE.value or EMA.present or stored_model.find_run(source) is None
+    alone = FORMAT.value != "ldm" or MERGE.value or EMA.present or orbax_folder.find_run(source) is None
     if WITH_EMA.value and alone:
         raise ModelError("--with_ema writes a run to --format=ldm, without --merge and --ema; leave it out otherwise")
     how = {
@@ -365,25 +364,27 @@ def convert() -> None:
         "prediction_type": PREDICTION.value,
         "scaling_factor": SCALING.value,
     }
-    model = stored_model.read_model(INPUT.value, ema=False if WITH_EMA.value else EMA.value, **how)
+    model = open_model(INPUT.value, ema=False if WITH_EMA.value else EMA.value, **how)
     if COMPONENT.value is not None:
         if COMPONENT.value not in model.tensors:
             there = ", ".join(model.tensors)
             raise ModelError(f"--component={COMPONENT.value} is not in {INPUT.value}; it has {there}")
         if FORMAT.value == "diffusers":
             raise ModelError("--component works with ldm and orbax: a folder needs every component")
-        model.tensors = {COMPONENT.value: model.tensors[COMPONENT.value]}
+        model = replace(model, tensors={COMPONENT.value: model.tensors[COMPONENT.value]})
     if WITH_EMA.value:
         if "unet" not in model.tensors:
             raise ModelError(f"--with_ema is for a run that trains a UNet; {INPUT.value} trains none")
-        model.tensors[AVERAGES] = stored_model.read_model(INPUT.value, ema=True, **how).tensors["unet"]
+        averages = open_model(INPUT.value, ema=True, **how).tensors["unet"]
+        model = replace(model, tensors={**model.tensors, AVERAGES: averages})
     digests = describe(model)
     if MERGE.value:
-        merge(model)
+        model = merge(model)
     if DRY_RUN.value:
         return
     if DTYPE.value is not None:
-        model.tensors = {name: stored.narrow(tensors, DTYPE.value) for name, tensors in model.tensors.items()}
+        cast = {name: stored.cast(tensors, DTYPE.value) for name, tensors in model.tensors.items()}
+        model = replace(model, tensors=cast)
     if MERGE.value or DTYPE.value is not None:
         digests = digests_of(model.tensors, "changing")
     check_space(Path(OUTPUT.value), model.tensors)

@@ -14,8 +14,10 @@ import optax
 import pytest
 
 from lcm_jax.training import sharding
-from lcm_jax.training.checkpoint import CheckpointError, Checkpoints, read_tree, write_tree
+from lcm_jax.training.checkpoint import CheckpointError, Checkpoints
 from lcm_jax.training.state import create_state
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.orbax_tree import read_leaves, write_tree
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -148,8 +150,8 @@ def test_what_is_read_beside_a_damaged_array_ends_unheard(tmp_path, monkeypatch)
             content[1000::2000] = bytes(b ^ 1 for b in content[1000::2000])
             path.write_bytes(content)
     for _ in range(5):
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            read_tree(tmp_path / "one", None, "unet")
+        with pytest.raises(ModelError, match="cannot be read"):
+            read_leaves(tmp_path / "one", 0, [("unet", name) for name in tree["unet"]])
     assert not heard
     sys.unraisablehook(SimpleNamespace(exc_value=ValueError("of something else")))
     assert [str(error) for error in heard] == ["of something else"]

@@ -177,8 +177,8 @@ def test_what_is_there_stays(model, tmp_path):
         (["--input=M", "--format=ldm"], "--output is missing"),
         (["--input=U", "--output=W/a", "--format=diffusers"], "looked for"),
         (["--input=O", "--output=W/o.safetensors", "--format=ldm", "--dtype=float16"], "1 tensor overflows in float16"),
-        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--ema"], "has one set of weights: --ema"),
-        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--noema"], "has one set of weights: --ema"),
+        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--ema"], "has one set of weights; use --ema"),
+        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--noema"], "has one set of weights; use --ema"),
     ],
 )
 def test_a_mistake_is_an_error_and_writes_nothing(arguments, message, model, single, tmp_path):
@@ -273,7 +273,7 @@ def test_one_network_takes_the_place_of_the_bases(model, tmp_path):
     config = {**tiny_model.UNET, "_class_name": "UNet2DConditionModel", "time_cond_proj_dim": 24}
     folders.write_component(tmp_path, "unet", config, student.params["unet"])
     done = convert(f"--input={tmp_path / 'unet'}", f"--output={tmp_path / 'out'}", "--format=diffusers")
-    assert done.returncode == 1 and "is a unet alone: name the model that it belongs to with --base" in done.stderr
+    assert done.returncode == 1 and "contains only a unet; pass its model as base (--base)" in done.stderr
     arguments = [f"--input={tmp_path / 'unet'}", f"--base={model}"]
     assert_done(convert(*arguments, f"--output={tmp_path / 'out'}", "--format=diffusers"))
     rest = {key: tensor for key, tensor in tensors_of(model).items() if not key.startswith("unet/")}
@@ -306,7 +306,10 @@ def test_an_autoencoder_alone_and_beside_a_base(model, tmp_path):
 def test_a_network_of_another_kind_is_named(tmp_path):
     folders.write_tensors(tmp_path, "unet", {"_class_name": "ControlNetModel"}, {"a": np.zeros(3, np.float32)})
     done = convert(f"--input={tmp_path / 'unet'}", "--dry_run")
-    assert done.returncode == 1 and "is of the class 'ControlNetModel'; only UNet2DConditionModel" in done.stderr
+    assert (
+        done.returncode == 1
+        and "class 'ControlNetModel' is not supported; use one of UNet2DConditionModel" in done.stderr
+    )
 
 
 # ---- every pair of formats ------------------------------------------------------------------------------------------
@@ -469,7 +472,7 @@ def test_a_damaged_checkpoint_is_named_and_stays(workdir, tmp_path):
     largest.write_bytes(content)
     before = sorted(copy.rglob("*"))
     done = convert(f"--input={copy}", f"--output={tmp_path / 'out'}", "--format=diffusers")
-    assert done.returncode == 1 and "checkpoint 7 in" in done.stderr and "give another" in done.stderr
+    assert done.returncode == 1 and "checkpoint 7 in" in done.stderr and "use another" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists() and sorted(copy.rglob("*")) == before
     done = convert(f"--input={copy / 'checkpoints' / '9'}", f"--output={tmp_path / 'out'}", "--format=diffusers")
     assert done.returncode == 1
@@ -482,7 +485,9 @@ def test_a_run_whose_teacher_is_gone_wants_a_base(workdir, model, tmp_path):
     config = json.loads((copy / "config.json").read_text()) | {"teacher": "nowhere"}
     (copy / "config.json").write_text(json.dumps(config))
     done = convert(f"--input={copy}", f"--output={tmp_path / 'out.safetensors'}", "--format=ldm")
-    assert done.returncode == 1 and "cannot be read, name it with --base: there is no model 'nowhere'" in done.stderr
+    assert (
+        done.returncode == 1 and "cannot be read, pass it as base (--base): there is no model 'nowhere'" in done.stderr
+    )
     assert_done(convert(f"--input={copy}", f"--output={tmp_path / 'o.safetensors'}", "--format=ldm", f"--base={model}"))
 
 
@@ -496,8 +501,8 @@ def alone(before: str, *arguments: str) -> subprocess.CompletedProcess:
 
 DAMAGE = """
 from lcm_jax.weights import diffusers_folder, stored
-from lcm_jax.training import checkpoint
-write, write_tree = stored.write_safetensors, checkpoint.write_tree
+from lcm_jax.weights import orbax_tree
+write, write_tree = stored.write_safetensors, orbax_tree.write_tree
 
 def damaged(path, *rest, **how):
     write(path, *rest, **how)
@@ -509,7 +514,7 @@ def other(folder, outline, read, advance):
     write_tree(folder, outline, lambda name: read(name) + (name == "unet.conv_in.bias"), advance)
 
 stored.write_safetensors = diffusers_folder.write_safetensors = damaged
-checkpoint.write_tree = other
+orbax_tree.write_tree = other
 """
 
 
@@ -536,8 +541,8 @@ def test_it_converts_without_torch(model, single, tmp_path):
 KILL = """
 import os
 from lcm_jax.weights import diffusers_folder, stored
-from lcm_jax.training import checkpoint
-write, write_tree = stored.write_safetensors, checkpoint.write_tree
+from lcm_jax.weights import orbax_tree
+write, write_tree = stored.write_safetensors, orbax_tree.write_tree
 
 def half(path, *rest, **how):
     write(path, *rest, **how)
@@ -549,7 +554,7 @@ def whole(*arguments):
     os.kill(os.getpid(), 9)
 
 stored.write_safetensors = diffusers_folder.write_safetensors = half
-checkpoint.write_tree = whole
+orbax_tree.write_tree = whole
 """
 
 
@@ -595,9 +600,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(model, tmp_
 
 INTERRUPT = """
 import os, signal, time
-from lcm_jax.training import checkpoint
+from lcm_jax.weights import orbax_tree
 from lcm_jax.weights import stored
-write, init = stored.write_safetensors, checkpoint.Streamed.__init__
+write, init = stored.write_safetensors, orbax_tree.Streamed.__init__
 
 def interrupted(path, *rest, **how):
     write(path, *rest, **how)
@@ -611,7 +616,7 @@ def begun(self, read, advance):
         return read(name)
     init(self, then, advance)
 
-stored.write_safetensors, checkpoint.Streamed.__init__ = interrupted, begun
+stored.write_safetensors, orbax_tree.Streamed.__init__ = interrupted, begun
 """
 
 

@@ -27,7 +27,7 @@ def write_sdxl(folder: Path) -> Path:
     model = StableDiffusion.from_configs(configs)
     for name, abstract in model.abstract_params().items():
         outline = {
-            naming.to_key(path): stored.hollow("float16", tuple(naming.tensor_shape(path, leaf.shape)))
+            naming.to_key(path): stored.placeholder("float16", tuple(naming.tensor_shape(path, leaf.shape)))
             for path, leaf in flatten_dict(abstract).items()
         }
 

@@ -26,7 +26,6 @@ ROOMS = (
     "recipes",
     "cost",
     "dry_run",
-    "stored_model",
     "command",
     "benchmarks",
     "commands",
@@ -42,7 +41,7 @@ FLAGS = {"absl", "ml_collections"}
 UNKNOWN = {
     "diffusion": NETWORKS | TEXT | FILES | TRAINING,
     "models": FILES | TRAINING,
-    "weights": TRAINING | {"lcm_jax.diffusion", "lcm_jax.models"},
+    "weights": {"optax", "lcm_jax.training"},
     "data": NETWORKS | TRAINING | {"lcm_jax.objectives", "lcm_jax.diffusion", "lcm_jax.weights"},
     "objectives": DEVICES | FILES | NETWORKS | TRAINING | {"lcm_jax.data", "lcm_jax.weights"},
     "training": FLAGS,
@@ -51,7 +50,7 @@ UNKNOWN = {
     "pipeline": TRAINING,
 }
 ONLY_IN = {
-    "orbax": {"training/checkpoint.py"},
+    "orbax": {"training/checkpoint.py", "weights/orbax_tree.py"},
     "torch": {"benchmarks/diffusers_peer.py"},
     "diffusers": {"benchmarks/diffusers_peer.py"},
     "tensorflow": set(),

@@ -11,10 +11,11 @@ import pytest
 import tiny_model
 from safetensors.numpy import load_file, save_file
 
-from lcm_jax import stored_model
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights import lora as loras
+from lcm_jax.weights import orbax_tree
+from lcm_jax.weights.model import open_model
 
 DEEP = json.loads("[" * 60 + "]" * 60)
 VALUES = (
@@ -115,8 +116,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def without_tracing_and_orbax(monkeypatch):
-    """Networks of the same configs are traced once; checkpoints hold one array, so that orbax is not needed."""
+def without_tracing_and_checkpoints(monkeypatch):
+    """Networks of the same configs are traced once; there are checkpoints of one array, without files."""
     traced, known = StableDiffusion.abstract_params, {}
 
     def abstract_params(model):
@@ -127,8 +128,7 @@ def without_tracing_and_orbax(monkeypatch):
 
     monkeypatch.setattr(StableDiffusion, "abstract_params", abstract_params)
     tree = {"unet": {"conv_in": {"bias": np.zeros(3, np.float32)}}}
-    monkeypatch.setattr(stored_model, "read_checkpoint", lambda folder, step, part: (3, tree))
-    monkeypatch.setattr(stored_model, "checkpointed", lambda read: (0, tree))
+    monkeypatch.setattr(orbax_tree, "read_specs", lambda folder, step: (3, tree | {"ema": tree}))
 
 
 def open_settings(folder: Path, base: dict):
@@ -167,7 +167,7 @@ def opened(folder: Path, part: str, base: dict) -> None:
     elif part == "style":
         open_settings(folder, base)
     elif part in ("orbax", "run"):
-        model = stored_model.read_model(str(folder / part))
+        model = open_model(str(folder / part))
         StableDiffusion.from_configs(model.configs)
     else:
         Pipeline.from_pretrained(folder / "model")

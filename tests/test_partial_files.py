@@ -12,13 +12,13 @@ from test_single_file import SMALL, build, components, published
 
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.stored_model import Model, read_file, take_base
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import trees
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import StoredModel, merge_base, open_file
 from lcm_jax.weights.single_file import left_out, to_diffusers, to_ldm
 from lcm_jax.weights.single_file_configs import configs_of
-from lcm_jax.weights.single_file_family import recognise
+from lcm_jax.weights.single_file_family import detect_family
 
 torch = pytest.importorskip("torch")
 
@@ -29,23 +29,23 @@ def assert_same_tensors(a, b):
         assert (a[key].dtype, a[key].shape, a[key].tobytes()) == (b[key].dtype, b[key].shape, b[key].tobytes()), key
 
 
-def base(name: str) -> Model:
+def base(name: str) -> StoredModel:
     """A model of this name's configs, every number of which is 7."""
     tensors = {
         part: {key: np.full_like(tensor, 7) for key, tensor in each.items()} for part, each in components(name).items()
     }
     configs = SMALL[name] | {"scheduler": FAMILIES["sd15"]["scheduler"], "model_index": {}}
-    return Model("base", name.split()[0], configs, tensors, "tokenizer", {"_class_name": "Base"})
+    return StoredModel("base", name.split()[0], configs, tensors, "tokenizer", {"_class_name": "Base"})
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_text_encoders_and_autoencoder_without_a_unet_are_all_read(name, tmp_path):
     parts = {part: each for part, each in components(name).items() if part != "unet"}
     save_file(to_ldm(parts, name), tmp_path / "m.safetensors")
-    model = read_file(str(tmp_path / "m.safetensors"), False, None, None)
+    model = open_file(tmp_path / "m.safetensors")
     assert (model.family, model.left_out) == (name, ())
     assert model.tensors.keys() == model.configs.keys() == parts.keys()
-    take_base(model, base(name))
+    model = merge_base(model, base(name))
     for part, tensors in parts.items():
         assert_same_tensors(model.tensors[part], tensors)
     assert {float(tensor.max()) for tensor in model.tensors["unet"].values()} == {7.0}
@@ -69,7 +69,7 @@ def test_a_network_with_diffusers_keys_in_full_size(name, part, family):
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in build(FAMILIES[name][part]).state_dict().items()}
     zeros = {key: np.broadcast_to(np.zeros((), np.float16), shape) for key, shape in shapes.items()}
-    assert recognise(shapes) == family
+    assert detect_family(shapes) == family
     config = configs_of(shapes, family, "epsilon", 0.13025)[part]
     for option, value in FAMILIES[name][part].items():
         if option not in ("sample_size", "force_upcast"):
@@ -100,11 +100,11 @@ def test_a_lone_unet_takes_the_place_of_the_bases(layout, ending, tmp_path):
         save_file(file | {"v_pred": np.zeros(0, np.float32)}, path)
     else:
         torch.save({key: torch.from_numpy(tensor) for key, tensor in file.items()}, path)
-    model = read_file(str(path), False, None, None)
+    model = open_file(path)
     assert model.family == "sd1" and model.tensors.keys() == {"unet"} and not model.left_out
     rest = base("sd1")
     rest.configs["unet"] = rest.configs["unet"] | {"attention_head_dim": 4, "cross_attention_dim": 768}
-    take_base(model, rest)
+    model = merge_base(model, rest)
     assert_same_tensors(model.tensors["unet"], unet)
     assert model.configs["unet"]["attention_head_dim"] == 4, "what the file does not say is the base's"
     assert {float(tensor.max()) for tensor in model.tensors["vae"].values()} == {7.0}
@@ -128,8 +128,8 @@ def test_the_metadata_say_what_is_predicted(key, tmp_path):
     ]:
         marks = {"v_pred": np.zeros(0, np.float32)} if mark else {}
         save_file(to_ldm(components("sdxl"), "sdxl") | marks, path, {key: value})
-        assert read_file(str(path), False, None, None).configs["scheduler"].get("prediction_type") == expected
-        assert read_file(str(path), False, "epsilon", None).configs["scheduler"]["prediction_type"] == "epsilon"
+        assert open_file(path).configs["scheduler"].get("prediction_type") == expected
+        assert open_file(path, prediction_type="epsilon").configs["scheduler"]["prediction_type"] == "epsilon"
     for value, mark, message in [
         ("epsilon", True, f"v_pred says v_prediction, metadata {key} says epsilon; pass --prediction_type"),
         ("flow", False, f"metadata {key}='flow' is not supported; pass --prediction_type"),
@@ -137,9 +137,9 @@ def test_the_metadata_say_what_is_predicted(key, tmp_path):
         marks = {"v_pred": np.zeros(0, np.float32)} if mark else {}
         save_file(to_ldm(components("sdxl"), "sdxl") | marks, path, {key: value})
         with pytest.raises(ModelError, match=message) as caught:
-            read_file(str(path), False, None, None)
+            open_file(path)
         assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-        read_file(str(path), False, "epsilon", None)
+        open_file(path, prediction_type="epsilon")
 
 
 def test_ztsnr_counts_beside_v_pred_only():
@@ -171,7 +171,7 @@ def test_float8_is_read_as_float16_exactly(dtype, tmp_path):
     torch.save({"a": torch.arange(256, dtype=torch.uint8).view(torch_type).reshape(16, 16)}, tmp_path / "m.bin")
     for name in ("m.safetensors", "m.bin"):
         tensors, _ = folders.open_file(tmp_path / name)
-        assert tensors.outline["a"].dtype == tensors["a"].dtype == np.float16
+        assert tensors.specs["a"].dtype == tensors["a"].dtype == np.float16
         np.testing.assert_array_equal(tensors["a"].reshape(-1).astype(np.float64), every.astype(np.float64))
     expected = torch.load(tmp_path / "m.bin")["a"].to(torch.float16).numpy()
     np.testing.assert_array_equal(tensors["a"], expected)

@@ -15,9 +15,10 @@ import reference_pipeline
 import lcm_jax
 from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.diffusion.schedule import lcm_scheduler, make_schedule
+from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.recipes.drawing import Sampler
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.scheduler import lcm_scheduler
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

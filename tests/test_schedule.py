@@ -10,7 +10,6 @@ from lcm_jax.diffusion.schedule import (
     Schedule,
     add_noise,
     alpha_sigma,
-    lcm_scheduler,
     make_schedule,
     predict_noise,
     predict_x0,
@@ -18,6 +17,7 @@ from lcm_jax.diffusion.schedule import (
     training_target,
     velocity,
 )
+from lcm_jax.weights.scheduler import lcm_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CONFIGS = [

@@ -14,13 +14,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.stored_model import Model, read_file, take_base
 from lcm_jax.weights import single_file
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import StoredModel, merge_base, open_file
 from lcm_jax.weights.pickles import read_pickle
 from lcm_jax.weights.single_file import open_diffusers, open_ldm, to_diffusers, to_ldm
 from lcm_jax.weights.single_file_configs import complete, configs_of
-from lcm_jax.weights.single_file_family import recognise
+from lcm_jax.weights.single_file_family import detect_family
 from lcm_jax.weights.stored import Tensors
 from lcm_jax.weights.trees import all_params, to_params
 
@@ -261,7 +261,7 @@ def zeros_of(name):
 
 def shapes_of(parts: dict, family: str) -> dict[str, tuple[int, ...]]:
     """Of the tensors of a single file."""
-    return {key: tensor.shape for key, tensor in open_ldm(parts, family).outline.items()}
+    return {key: tensor.shape for key, tensor in open_ldm(parts, family).specs.items()}
 
 
 FULL = {"sd15": "sd1", "sd15-inpainting": "sd1", "lcm-dreamshaper": "sd1", "sd21": "sd2", "sd21-768": "sd2"}
@@ -274,7 +274,7 @@ KINDS |= {"sd2-inpainting": "inpainting_v2", "sdxl": "xl_base", "lcm-sdxl": "xl_
 def test_the_full_size_names_shapes_and_configs(name):
     family, zeros = FULL[name], zeros_of(name)
     shapes = shapes_of(zeros, family)
-    assert recognise(shapes) == recognise({key: Shaped(*shape) for key, shape in shapes.items()}) == family
+    assert detect_family(shapes) == detect_family({key: Shaped(*shape) for key, shape in shapes.items()}) == family
     assert theirs.infer_diffusers_model_type({key: Shaped(*shape) for key, shape in shapes.items()}) == KINDS[name]
 
     config = FAMILIES[name]["scheduler"]
@@ -375,13 +375,13 @@ def test_the_scheduler():
         scheduler("sd2", "velocity")
 
 
-def with_base(tmp_path, name: str, base: Mapping, scheduler: Mapping, **extra) -> Model:
+def with_base(tmp_path, name: str, base: Mapping, scheduler: Mapping, **extra) -> StoredModel:
     """The model of a file beside a base of these configs."""
     save_file(to_ldm(components(name), family_of(name)) | extra, tmp_path / "m.safetensors")
-    model = read_file(str(tmp_path / "m.safetensors"), False, None, None)
+    model = open_file(tmp_path / "m.safetensors")
     configs = dict(base) | {"scheduler": dict(scheduler), "model_index": {}}
-    take_base(model, Model("base", family_of(name), configs, {}, tmp_path / "tokenizer", {"_class_name": "Base"}))
-    return model
+    index = {"_class_name": "Base"}
+    return merge_base(model, StoredModel("base", family_of(name), configs, {}, tmp_path / "tokenizer", index))
 
 
 def test_what_the_file_tells_stays_and_what_it_guesses_is_the_bases(tmp_path):
@@ -463,7 +463,7 @@ def test_an_autoencoder_alone(prefix):
     assert "decoder.up.0.block.0.conv1.weight" in bare
     file = {prefix + key: tensor for key, tensor in bare.items()}
     file |= {"loss.logvar": np.zeros(()), "model_ema.decay": np.zeros(()), "epoch": np.zeros(())}
-    assert recognise(file) == "vae"
+    assert detect_family(file) == "vae"
     assert_same_tensors(to_diffusers(file, "vae")["vae"], vae)
     expected = theirs.convert_ldm_vae_checkpoint(
         {key: torch.from_numpy(np.array(tensor)) for key, tensor in file.items()}, networks("sd1")["vae"].config
@@ -479,19 +479,19 @@ def test_an_autoencoder_alone(prefix):
 def test_a_unet_alone():
     for name, family in [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl")]:
         file = shapes_of({"unet": zeros_of(name)["unet"]}, family)
-        assert recognise(file) == family
+        assert detect_family(file) == family
         configs = configs_of(file, family, "epsilon")
         assert configs.keys() == {"unet", "scheduler"}
         assert configs["unet"].get("addition_time_embed_dim") == (256 if family == "sdxl" else None)
     with pytest.raises(ModelError, match="no known family"):  # attends to a text of width 64
-        recognise(to_ldm({"unet": components("sd1")["unet"]}, "sd1"))
+        detect_family(to_ldm({"unet": components("sd1")["unet"]}, "sd1"))
 
 
 def test_older_names_are_read():
     """1.x without `text_model.`; folders with the attention of the autoencoder under its first names."""
     file = to_ldm(components("sd1"), "sd1")
     bare = {key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in file.items()}
-    assert recognise(bare) == "sd1"
+    assert detect_family(bare) == "sd1"
     assert_same_tensors(to_diffusers(bare, "sd1")["text_encoder"], components("sd1")["text_encoder"])
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {
@@ -518,8 +518,8 @@ def test_tensors_are_read_one_at_a_time(name):
     file, extra = published(name)
     read: list[str] = []
     source = counted(file, read)
-    assert recognise(source.outline) == family_of(name)
-    configs_of(source.outline, family_of(name), "epsilon")
+    assert detect_family(source.specs) == family_of(name)
+    configs_of(source.specs, family_of(name), "epsilon")
     opened = open_diffusers(source, family_of(name))
     assert not read
     for component, tensors in components(name).items():
@@ -527,14 +527,14 @@ def test_tensors_are_read_one_at_a_time(name):
         for key, tensor in tensors.items():
             read.clear()
             assert opened[component][key].tobytes() == tensor.tobytes() and len(read) == 1
-            assert opened[component].outline[key].shape == tensor.shape
+            assert opened[component].specs[key].shape == tensor.shape
 
     parts = {component: counted(tensors, read) for component, tensors in components(name).items()}
     read.clear()
     opened = open_ldm(parts, family_of(name))
     assert not read and len(opened) == len(file) - len(extra)
     for key, tensor in opened.items():
-        assert len(read) in (1, 3) and opened.outline[key].shape == tensor.shape
+        assert len(read) in (1, 3) and opened.specs[key].shape == tensor.shape
         read.clear()
 
 
@@ -543,7 +543,7 @@ def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
     state = {key: torch.from_numpy(np.array(tensor)).half() for key, tensor in file.items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "m.ckpt")
     read = read_pickle(tmp_path / "m.ckpt")
-    assert recognise(read) == "sd2"
+    assert detect_family(read) == "sd2"
     mine = to_diffusers(read, "sd2")
     for component, tensors in components("sd2").items():
         assert_same_tensors(mine[component], {key: tensor.astype(np.float16) for key, tensor in tensors.items()})
@@ -596,7 +596,7 @@ def test_a_checkpoint_of_torch_and_a_safetensors_file(tmp_path):
 )
 def test_an_unknown_family_says_which_keys_decided(keys, message):
     with pytest.raises(ModelError, match=message) as caught:
-        recognise(dict.fromkeys(keys, (1, 1)))
+        detect_family(dict.fromkeys(keys, (1, 1)))
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -432,9 +432,9 @@ def test_locate(student, tmp_path, monkeypatch):
             layout.locate(tmp_path / name)
         command = f"`python -m lcm_jax.convert --input={tmp_path / name} --output=DIR --format=diffusers{base}`"
         assert str(caught.value).startswith(f"{tmp_path / name} is {what}, ") and command in str(caught.value)
-    assert layout.locate(tmp_path / "unet", alone=True) == tmp_path / "unet"
+    assert layout.locate(tmp_path / "unet", allow_single_network=True) == tmp_path / "unet"
     monkeypatch.setattr(layout, "ASSETS", tmp_path)
-    with pytest.raises(ModelError, match="shipped model 'shapes-lcm' is not at"):
+    with pytest.raises(ModelError, match="bundled model 'shapes-lcm' is not at"):
         layout.locate("shapes-lcm")
 
 

@@ -75,24 +75,6 @@ def make_schedule(config: Config) -> Schedule:
     return Schedule(alphas_cumprod, config.get("prediction_type", "epsilon"))
 
 
-def lcm_scheduler(config: Config, num_ddim_steps: int) -> dict[str, Any]:
-    """The LCMScheduler of a student whose teacher has this scheduler/scheduler_config.json: it samples on the grid of
-    `num_ddim_steps` timesteps that it was trained on. Raises ValueError for betas that are not supported."""
-    kept = ("trained_betas", "prediction_type", "rescale_betas_zero_snr", "steps_offset")
-    # The betas are written in full, since LCMScheduler has other defaults than its teacher's class.
-    return (
-        read_betas(config)
-        | {name: config[name] for name in kept if name in config}
-        | {
-            "_class_name": "LCMScheduler",
-            "original_inference_steps": num_ddim_steps,
-            "timestep_scaling": 10.0,
-            "set_alpha_to_one": False,
-            "clip_sample": False,
-        }
-    )
-
-
 def alpha_sigma(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """t: int32[...] -> (alpha, sigma), float32[...]."""
     bar = jnp.asarray(schedule.alphas_cumprod)[t]

@@ -14,7 +14,6 @@ import numpy as np
 from lcm_jax import pipeline
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import check_data, load_dataset
-from lcm_jax.diffusion.schedule import lcm_scheduler
 from lcm_jax.errors import RunError
 from lcm_jax.evaluation import report, verifier
 from lcm_jax.evaluation.evaluate import Resources, evaluate
@@ -28,6 +27,7 @@ from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder, to_float
 from lcm_jax.training.loop import Job
 from lcm_jax.training.workdir import config_digest, differences, read_object
 from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights.scheduler import lcm_scheduler
 
 
 def held_dtype(leaf, dtype):

@@ -1,38 +1,25 @@
-"""Checkpoints of a run: written asynchronously, committed atomically, kept by a policy (the only importer of orbax)."""
+"""Checkpoints of a run: written asynchronously, committed atomically, kept by a policy."""
 
-import asyncio
 import logging
-import math
 import shutil
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.errors import RunError, disk_is_full, first_line
 from lcm_jax.training.state import TrainState
+from lcm_jax.weights.orbax_tree import checksum, ignore_orphans
 
 STABLER = "start in another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)"
-GROUP = 2**28  # bytes of a model that are read or written at once, so that it is not held twice
 
 
 class CheckpointError(RunError):
     """A checkpoint cannot be read or written, or none of a folder that has some can."""
-
-
-def checksum(array: np.ndarray) -> int:
-    """The crc32 of its bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array))
 
 
 def checksums(state) -> dict[str, int]:
@@ -59,134 +46,6 @@ def not_finite(state) -> list[str]:
     return [jax.tree_util.keystr(path) for (path, _), good in zip(leaves, finite, strict=True) if not good]
 
 
-def _tell_all_but_orphans(before: Callable, unraisable) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
-        before(unraisable)
-
-
-def _ignore_orphans() -> None:
-    """From now on, reads that end after one beside them has failed are not told about.
-
-    The failure closes the loop that they report to, and each would print a traceback before the error that counts.
-    """
-    if getattr(sys.unraisablehook, "func", None) is not _tell_all_but_orphans:
-        sys.unraisablehook = partial(_tell_all_but_orphans, sys.unraisablehook)
-
-
-def groups(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """The indices of `sizes` in order, in groups of GROUP bytes or a little more."""
-    group, total = [], 0
-    for i, size in enumerate(sizes):
-        group, total = [*group, i], total + size
-        if total >= GROUP:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
-
-
-class Streamed(ocp.type_handlers.NumpyHandler):
-    """Writes arrays that are read when it is their turn, a group at a time: orbax's own handler holds all at once."""
-
-    def __init__(self, read: Callable[[str], np.ndarray], advance: Callable[[int], None]):
-        super().__init__(deepcopy_host_arrays=False)
-        self._read, self._advance = read, advance
-
-    async def serialize(self, values, infos, args=None):
-        args = args or [ocp.SaveArgs()] * len(values)
-
-        def write_all():
-            for group in groups([value.nbytes for value in values]):
-                arrays = [self._read(infos[i].name) for i in group]
-                write = super(Streamed, self).serialize(arrays, [infos[i] for i in group], [args[i] for i in group])
-                for written in asyncio.run(write):
-                    written.result()
-                self._advance(sum(values[i].nbytes for i in group))
-
-        with ThreadPoolExecutor(1) as thread:  # this one runs a loop already
-            return [thread.submit(write_all)]
-
-
-def write_tree(
-    folder: Path, outline: dict[str, Any], read: Callable[[str], np.ndarray], advance: Callable[[int], None]
-) -> None:
-    """A tree of arrays as checkpoint 0 of `folder`, with its checksums; a few are held at a time.
-
-    outline: arrays whose numbers do not matter. read: that at a.b.c in the tree, by this name; each is read twice.
-    advance is told how many bytes were written. Raises CheckpointError.
-    """
-    _ignore_orphans()
-    leaves = jax.tree_util.tree_leaves_with_path(outline)
-    sums = {
-        jax.tree_util.keystr(path): checksum(read(jax.tree_util.keystr(path, simple=True, separator=".")))
-        for path, _ in leaves
-    }
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, Streamed(read, advance)))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    try:
-        with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
-            manager.save(0, args=ocp.args.PyTreeSave(outline), custom_metadata={"crc32": sums})
-    except Exception as error:  # orbax and tensorstore raise many kinds
-        raise CheckpointError(first_line(error)) from error
-
-
-def read_tree(folder: Path, step: int | None, part: str) -> tuple[int, dict[str, Any]]:
-    """(step, tree of numpy arrays): what `part` is of the newest checkpoint in `folder`, or of that of `step`.
-
-    Nothing is changed there. Raises CheckpointError where there is none, or it is not what was saved.
-    """
-    with _opened(folder, step) as (manager, step, tree):
-        saved = (manager.metadata(step).custom_metadata or {}).get("crc32", {})
-        leaves = flatten_dict({part: tree[part]})
-        found = {}
-        # A group at a time: what orbax reads at once it holds twice, as it was stored and as it is.
-        for group in groups([leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves.values()]):
-            paths = [list(leaves)[i] for i in group]
-            how = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
-            item = jax.tree.map(lambda _: 0, how)
-            restore = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-            found |= flatten_dict(manager.restore(step, args=restore))
-    found = unflatten_dict(found)[part]
-    sums = checksums(found)
-    prefixes = [f".{part}", f"[{part!r}]"]  # the state of a run is no dict
-    known = {key: saved[prefix + key] for key in sums for prefix in prefixes if prefix + key in saved}
-    changed = [key for key, value in known.items() if sums[key] != value]
-    if changed:
-        raise CheckpointError(
-            f"checkpoint {step} in {folder} is damaged: {len(changed)} arrays are not what was saved, first "
-            f"{changed[0]}; give another one"
-        )
-    return step, found
-
-
-def read_outline(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """As `read_tree`, but jax.ShapeDtypeStruct in place of arrays, of which nothing is read."""
-    with _opened(folder, step) as (_, step, tree):
-        return step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-@contextmanager
-def _opened(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
-    """(manager, step, what its metadata tell of its tree); whatever fails inside is a CheckpointError."""
-    _ignore_orphans()
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps or step not in (None, *steps):
-            there = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: there are {there}")
-        step = steps[-1] if step is None else step
-        try:
-            yield manager, step, manager.item_metadata(step).tree
-        except Exception as error:  # orbax and tensorstore raise many kinds
-            raise CheckpointError(
-                f"checkpoint {step} in {folder} cannot be read ({first_line(error)}): give another, such as "
-                f"{folder / str(steps[0])}"
-            ) from error
-
-
 class Checkpoints:
     """The checkpoints in `folder`, one numbered subfolder each; the newest `keep` stay.
 
@@ -201,7 +60,7 @@ class Checkpoints:
         # orbax logs its steps by absl, at level INFO, which absl commands print, and in hundreds of lines what its
         # threads raise, which `save` and `wait` raise as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        _ignore_orphans()
+        ignore_orphans()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:

@@ -16,9 +16,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import pickles
-from lcm_jax.weights.errors import ModelError, plural, unwritten
+from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, shown, variant_of, weight_file
-from lcm_jax.weights.stored import Advance, Tensors, map_safetensors, outline_of, size_of, widen, write_safetensors
+from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, size_of, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
 POINTER = b"version https://git-lfs"  # what git leaves in the place of a large file that it did not fetch
@@ -80,7 +80,7 @@ def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors
     if missing := sorted(placed.keys() - where.keys()):
         count = plural(len(missing), "tensor")
         raise ModelError(f"{index} promises {count} that its shards lack: {shown(', '.join(missing[:5]))}")
-    return Tensors({key: shard.outline[key] for key, shard in where.items()}, lambda key: where[key][key])
+    return Tensors({key: shard.specs[key] for key, shard in where.items()}, lambda key: where[key][key])
 
 
 def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
@@ -160,7 +160,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
     except OSError as error:
-        raise unwritten(target, error) from error
+        raise write_error(target, error) from error
     finally:
         remove(temporary)
 
@@ -211,13 +211,13 @@ def write_tensors(
     part = folder / name
     part.mkdir(parents=True)
     write_json(part / "config.json", config)
-    outline = outline_of(tensors)
+    specs = get_specs(tensors)
     stem = FILES[name] + (f".{variant}" if variant else "")
     shards: list[dict[str, np.ndarray]] = [{}]
-    for key in sorted(outline):
-        if shards[-1] and size_of(shards[-1]) + outline[key].nbytes > max_shard_bytes:
+    for key in sorted(specs):
+        if shards[-1] and size_of(shards[-1]) + specs[key].nbytes > max_shard_bytes:
             shards.append({})
-        shards[-1][key] = outline[key]
+        shards[-1][key] = specs[key]
     if len(shards) == 1:
         write_safetensors(part / f"{stem}.safetensors", tensors, advance=advance)
         return
@@ -228,7 +228,7 @@ def write_tensors(
         write_safetensors(part / file, Tensors(shard, tensors.__getitem__), advance=advance)
         placed |= dict.fromkeys(shard, file)
     index = f"{FILES[name]}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
-    write_json(part / index, {"metadata": {"total_size": size_of(outline)}, "weight_map": placed})
+    write_json(part / index, {"metadata": {"total_size": size_of(specs)}, "weight_map": placed})
 
 
 def write_pipeline(

@@ -10,7 +10,7 @@ class ModelError(ValueError):
     """A model that cannot be read or written; the text names what, which value, and what to do."""
 
 
-def unwritten(target: object, error: Exception) -> ModelError:
+def write_error(target: object, error: Exception) -> ModelError:
     """The error for a target that could not be written. Space helps where the system says that there is none."""
     said = f"{error} {error.__cause__}"  # orbax's errors are cut to a line
     remedy = "Free some space" if any(reason in said for reason in FULL) else "Choose another place"

@@ -36,34 +36,40 @@ SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 60, 60, 30
 
 
-def locate(model: str | Path, variant: str | None = None, alone: bool = False) -> Path:
-    """The folder of a model: a path, one of the names that are shipped (`shapes`, `shapes-lcm`), or a hub id.
+def locate(model: str | Path, variant: str | None = None, allow_single_network: bool = False) -> Path:
+    """Return the folder of a model: a path, a bundled name (`shapes`, `shapes-lcm`), or a hub id.
 
-    variant: of the weight files that are fetched from the hub. alone: the folder of one network will do. Raises
-    ModelError when there is no such model, or it has no model_index.json, with the command for what convert can read.
+    variant: of the weight files that are downloaded from the hub. allow_single_network: accept the folder of a single
+    network, or a folder with one below it, as runs of autoencoders export. Raises ModelError if there is no such model
+    or it has no model_index.json, with the command if `convert` can read it.
     """
     folder = ASSETS / str(model) if str(model) in SHIPPED else Path(model)
     if not folder.exists() and hub.ID.fullmatch(str(model)):
-        folder = hub.download(str(model), partial(needed_files, str(model), variant=variant, alone=alone))
+        choose = partial(needed_files, str(model), variant=variant, allow_single_network=allow_single_network)
+        folder = hub.download(str(model), choose)
     if folder.is_file():
-        raise to_convert(model, "a file")
+        raise conversion_needed_error(model, "a file")
     if not folder.is_dir():
         if str(model) in SHIPPED:
-            raise ModelError(f"the shipped model {str(model)!r} is not at {folder}: install lcm_jax again")
+            raise ModelError(f"the bundled model {str(model)!r} is not at {folder}; install lcm_jax again")
         near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)
         names = ", ".join(SHIPPED)
         hint = f"did you mean {near[0]!r}?" if near else f"give a folder in diffusers layout, or one of {names}"
         raise ModelError(f"there is no model {str(model)!r}: {hint}")
-    if (folder / "model_index.json").is_file() or alone and is_component(folder):
+    if (folder / "model_index.json").is_file():
         return folder
+    if allow_single_network:
+        single = [each for each in (folder, *(folder / part for part in NETWORKS)) if is_component(each)]
+        if len(single) == 1:
+            return single[0]
     if "checkpoints" in (folder.name, folder.parent.name) or (folder / "checkpoints").is_dir():
-        raise to_convert(model, "orbax checkpoints", based=False)
+        raise conversion_needed_error(model, "orbax checkpoints", based=False)
     if is_component(folder) and not (folder.parent / "model_index.json").is_file():
-        raise to_convert(model, "one network")
+        raise conversion_needed_error(model, "one network")
     raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
 
 
-def to_convert(model: str | Path, what: str, based: bool = True) -> ModelError:
+def conversion_needed_error(model: str | Path, what: str, based: bool = True) -> ModelError:
     """The error for what is a model, but no folder in diffusers layout. based: it lacks what a base gives."""
     base = " --base=BASE`, BASE being a folder of the same family" if based else "`"
     return ModelError(
@@ -79,18 +85,20 @@ def is_component(folder: Path) -> bool:
     )
 
 
-def needed_files(model: str, names: Collection[str], variant: str | None = None, alone: bool = False) -> list[str]:
+def needed_files(
+    model: str, names: Collection[str], variant: str | None = None, allow_single_network: bool = False
+) -> list[str]:
     """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError.
 
-    alone: those of one network, which has them at the top, will do.
+    allow_single_network: those of one network, which has them at the top, will do.
     """
     if "model_index.json" not in names:
         top = [name for name in names if "/" not in name]
         found = next(filter(None, (component_files(top, stem, variant) for stem in FILES.values())), [])
-        if alone and "config.json" in found:
+        if allow_single_network and "config.json" in found:
             return found
         if "config.json" in found:
-            raise to_convert(model, "one network")
+            raise conversion_needed_error(model, "one network")
         raise ModelError(
             f"{model} is not in diffusers layout on the hub: download the file that you want, and give that"
         )

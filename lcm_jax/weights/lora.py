@@ -187,7 +187,7 @@ def read_lora(
     if unknown:
         raise ModelError(
             f"{len(unknown)} of {len(tensors)} keys of this LoRA belong to no module of the model: "
-            f"{some(unknown)}; {kinship(tensors, base)}"
+            f"{some(unknown)}; {describe_mismatch(tensors, base)}"
         )
     alphas = alphas_of(metadata, parts)
     if not alphas and any(key.startswith(WRAPPED) for key in tensors) and not any("alpha" in p for p in parts.values()):
@@ -280,11 +280,11 @@ def check(lora: LoRA, base: Components) -> None:
         tensors = {f"{c}.{m}.lora_A.weight": u.down for c, updates in lora.updates.items() for m, u in updates.items()}
         raise ModelError(
             f"{len(wrong)} of {total} modules of this LoRA have another shape in the model: "
-            f"{some(wrong)}; {kinship(tensors, base)}"
+            f"{some(wrong)}; {describe_mismatch(tensors, base)}"
         )
 
 
-def kinship(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
+def describe_mismatch(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
     """Which model a LoRA is for, by the width of the text that it attends to, and which one was given."""
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
     own = next(

@@ -17,9 +17,9 @@ What diffusers has no place for is dropped in reading: the noise schedule, `posi
 averaged weights (`model_ema.*`, unless they are asked for), and of sd2 the text encoder's 24th layer and projection,
 which the model does not use; `left_out` lists such keys. All else comes back bit for bit.
 
-Of `stored.Tensors` only the outlines are looked at first, and each tensor is read when it is asked for. Where shapes
-alone matter, a Mapping of shapes does as well. single_file_family.py detects the family, and single_file_configs.py
-makes the networks' configs from the shapes.
+Of `stored.Tensors` only the specs are used at first, and each tensor is read when it is used. If shapes alone matter, a
+Mapping of shapes does as well. single_file_family.py detects the family, and single_file_configs.py makes the networks'
+configs from the shapes.
 """
 
 import re
@@ -32,7 +32,7 @@ import numpy as np
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.naming import modern_key
 from lcm_jax.weights.single_file_family import MARKS, has, prefixes_of
-from lcm_jax.weights.stored import Tensors, outline_of
+from lcm_jax.weights.stored import Tensors, get_specs
 
 OPEN_CLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))
 
@@ -212,22 +212,22 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
 def open_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, Tensors]:
     """By component the tensors under diffusers' keys, each read when it is asked for.
 
-    family: as `recognise` says. ema: take the UNet's averaged weights, which some files have beside the last ones.
+    family: as `detect_family` says. ema: take the UNet's averaged weights, which some files have beside the last ones.
     Raises ModelError, before anything is read, that names the keys which no component of this family has.
     """
-    outline = outline_of(tensors)
-    outlines: dict[str, dict[str, np.ndarray]] = {}
+    specs = get_specs(tensors)
+    specs_by_component: dict[str, dict[str, np.ndarray]] = {}
     sources = {}
     for (component, name), key in locate(tensors, family, ema).items():
-        for new, part in from_file(component, family, name, outline[key]):
-            outlines.setdefault(component, {})[new] = part
+        for new, part in from_file(component, family, name, specs[key]):
+            specs_by_component.setdefault(component, {})[new] = part
             sources[component, new] = (name, key)
 
     def read(component: str, new: str) -> np.ndarray:
         name, key = sources[component, new]
         return dict(from_file(component, family, name, tensors[key]))[new]
 
-    return {component: Tensors(parts, partial(read, component)) for component, parts in outlines.items()}
+    return {component: Tensors(parts, partial(read, component)) for component, parts in specs_by_component.items()}
 
 
 def to_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, dict[str, np.ndarray]]:
@@ -316,20 +316,20 @@ def open_ldm(
     file then has beside the others under `model_ema.`, as files of a training have them.
     Raises ModelError, before anything is read, that names the keys which the layout cannot represent.
     """
-    outlines = {component: outline_of(tensors) for component, tensors in components.items()}
-    places = {old: (component, sources) for (component, old), sources in ldm_places(outlines, family).items()}
+    specs_by_component = {component: get_specs(tensors) for component, tensors in components.items()}
+    places = {old: (component, sources) for (component, old), sources in ldm_places(specs_by_component, family).items()}
 
     def read(tensors: Mapping[str, Mapping[str, np.ndarray]], old: str) -> np.ndarray:
         component, sources = places[old]
         return to_file(component, family, {new: tensors[component][key] for new, key in sources})
 
-    file = Tensors({old: read(outlines, old) for old in places}, partial(read, components))
+    file = Tensors({old: read(specs_by_component, old) for old in places}, partial(read, components))
     if averages is None:
         return file
     beside = open_ldm({"unet": averages}, family)
     keys = {averaged(old): old for old in beside}
-    outline = file.outline | {new: beside.outline[old] for new, old in keys.items()}
-    return Tensors(outline, lambda key: beside[keys[key]] if key in keys else file[key])
+    specs = file.specs | {new: beside.specs[old] for new, old in keys.items()}
+    return Tensors(specs, lambda key: beside[keys[key]] if key in keys else file[key])
 
 
 def to_ldm(components: Mapping[str, Mapping[str, np.ndarray]], family: str) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.layout import shown
+from lcm_jax.weights.scheduler import published_scheduler
 from lcm_jax.weights.single_file import OPEN_CLIP, PROJECTION, count, locate
 from lcm_jax.weights.single_file_family import first, has, shape_of
 
@@ -16,15 +17,6 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 PREDICTION_NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-}
 # What no file tells of its networks: the number here is that of the published models, and a base knows better.
 GUESSED = frozenset(
     {
@@ -45,7 +37,6 @@ GUESSED = frozenset(
         "addition_time_embed_dim",
     }
 )
-LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 def configs_of(
@@ -96,13 +87,9 @@ def configs_of(
         if family == "sd2" and prediction_type == "v_prediction":
             unet |= {"sample_size": 96, "upcast_attention": True}
         configs["unet"] = unet
-        kind = {"_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler"}
-        kind |= {"timestep_spacing": "leading"} if family == "sdxl" else {}
-        kind = LCM if unet["time_cond_proj_dim"] else kind
-        velocity = prediction_type == "v_prediction"
-        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors and velocity else {}
-        told = {} if prediction_type is None else {"prediction_type": prediction_type}
-        configs["scheduler"] = SCHEDULE | kind | zero | told
+        zero_snr = "ztsnr" in tensors and prediction_type == "v_prediction"
+        guided = unet["time_cond_proj_dim"] is not None
+        configs["scheduler"] = published_scheduler(family, guided, prediction_type, zero_snr)
     return configs
 
 

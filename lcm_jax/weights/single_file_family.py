@@ -44,7 +44,7 @@ OTHERS = {
 }
 
 
-def recognise(tensors: Mapping[str, Any]) -> str:
+def detect_family(tensors: Mapping[str, Any]) -> str:
     """Return the family of a file: sd1, sd2, sdxl or vae. tensors: arrays or shapes by key; at most one is looked at.
 
     Raises ModelError, with the keys that were looked for and those that are there, for any other file.

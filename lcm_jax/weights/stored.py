@@ -40,39 +40,52 @@ SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|in
 class Tensors(Mapping[str, np.ndarray]):
     """Tensors by key: each `[key]` reads one, and nothing is kept.
 
-    outline: by key an array of the tensor's shape and dtype whose numbers do not matter. read: key -> the tensor.
+    specs: by key an array of the tensor's shape and dtype whose numbers do not matter. read: key -> the tensor.
     """
 
-    def __init__(self, outline: Mapping[str, np.ndarray], read: Callable[[str], np.ndarray]):
-        self.outline, self._read = outline, read
+    def __init__(self, specs: Mapping[str, np.ndarray], read: Callable[[str], np.ndarray]):
+        self.specs, self._read = specs, read
 
     def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self.outline:
+        if key not in self.specs:
             raise KeyError(key)
         return self._read(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.outline
+        return key in self.specs
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.outline)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self.outline)
+        return len(self.specs)
 
 
-def hollow(dtype: str | np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array for an outline: of this shape and dtype, but one number large."""
+class NoTensors(Mapping[str, np.ndarray]):
+    """The tensors of a model of which only the configs are known: every use raises ModelError."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *_: object):
+        raise ModelError(f"{self._name} have no weights; use a model folder or file")
+
+    __getitem__ = __contains__ = __iter__ = __len__ = _refuse
+
+
+def placeholder(dtype: str | np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of this shape and dtype for a table of specs; it holds one number in memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def outline_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    return tensors.outline if isinstance(tensors, Tensors) else tensors
+def get_specs(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return arrays of the shapes and dtypes of `tensors`, by key; nothing is read."""
+    return tensors.specs if isinstance(tensors, Tensors) else tensors
 
 
 def size_of(tensors: Mapping[str, np.ndarray]) -> int:
     """In bytes."""
-    return sum(tensor.nbytes for tensor in outline_of(tensors).values())
+    return sum(tensor.nbytes for tensor in get_specs(tensors).values())
 
 
 def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -95,16 +108,16 @@ def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise ModelError(
             f"{path} has tensors of {', '.join(other)}, which is not supported: save it in float16 or wider"
         )
-    outline = {key: hollow(DTYPES[entry["dtype"]], tuple(entry["shape"])) for key, entry in header.items()}
+    specs = {key: placeholder(DTYPES[entry["dtype"]], tuple(entry["shape"])) for key, entry in header.items()}
 
     def read(key: str) -> np.ndarray:
-        like = outline[key]
+        like = specs[key]
         if not like.size:  # nothing can be mapped
             return np.empty(like.shape, like.dtype)
         offset = begin + header[key]["data_offsets"][0]
         return np.memmap(path, like.dtype, "r", offset, like.shape).view(np.ndarray)
 
-    return Tensors(outline, read), metadata
+    return Tensors(specs, read), metadata
 
 
 def widen(tensors: Tensors, path: Path) -> Tensors:
@@ -112,18 +125,18 @@ def widen(tensors: Tensors, path: Path) -> Tensors:
 
     Raises ModelError for float8 that is scaled by other tensors, and for types whose numbers float16 cannot hold.
     """
-    narrow = {key: like for key, like in tensors.outline.items() if like.dtype.name.startswith("float8")}
-    if not narrow:
+    float8 = {key: like for key, like in tensors.specs.items() if like.dtype.name.startswith("float8")}
+    if not float8:
         return tensors
     if scaled := next((key for key in tensors if SCALED.search(key)), None):
         raise ModelError(
             f"{path} has float8 weights with scales beside them ({scaled}), which are not supported: use the file in "
             "float16 or bfloat16"
         )
-    if other := next((key for key, like in narrow.items() if like.dtype.name == "float8_e8m0fnu"), None):
+    if other := next((key for key, like in float8.items() if like.dtype.name == "float8_e8m0fnu"), None):
         raise ModelError(f"{path}: {other} is float8_e8m0fnu, which is not supported: use the file in float16")
-    outline = tensors.outline | {key: hollow("float16", like.shape) for key, like in narrow.items()}
-    return Tensors(outline, lambda key: tensors[key].astype(outline[key].dtype, copy=False))
+    specs = tensors.specs | {key: placeholder("float16", like.shape) for key, like in float8.items()}
+    return Tensors(specs, lambda key: tensors[key].astype(specs[key].dtype, copy=False))
 
 
 def write_safetensors(
@@ -133,14 +146,14 @@ def write_safetensors(
     advance: Advance = lambda _: None,
 ) -> None:
     """Writes a file, one tensor after another as `tensors` gives them. Raises ModelError for a dtype without a name."""
-    outline = outline_of(tensors)
-    if other := sorted({like.dtype.name for like in outline.values()} - NAMES.keys()):
+    specs = get_specs(tensors)
+    if other := sorted({like.dtype.name for like in specs.values()} - NAMES.keys()):
         raise ModelError(f"{path}: safetensors have no {', '.join(other)}; give float32, bfloat16 or float16")
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    order = sorted(outline, key=lambda key: (-outline[key].dtype.itemsize, key))  # so that each is aligned
+    order = sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))  # so that each is aligned
     for key in order:
-        like = outline[key]
+        like = specs[key]
         header[key] = {
             "dtype": NAMES[like.dtype.name],
             "shape": list(like.shape),
@@ -153,8 +166,8 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             tensor = tensors[key]
-            if (tensor.dtype, tensor.shape) != (outline[key].dtype, outline[key].shape):
-                raise AssertionError(f"{key} is {tensor.dtype}{tensor.shape}, its outline another")
+            if (tensor.dtype, tensor.shape) != (specs[key].dtype, specs[key].shape):
+                raise AssertionError(f"{key} is {tensor.dtype}{tensor.shape}, its specs another")
             file.write(bytes_of(tensor))
             advance(tensor.nbytes)
 
@@ -175,20 +188,20 @@ def digest(tensors: Mapping[str, np.ndarray], advance: Advance = lambda _: None)
     return total.hexdigest()
 
 
-def narrow(tensors: Mapping[str, np.ndarray], dtype: str) -> Tensors:
+def cast(tensors: Mapping[str, np.ndarray], dtype: str) -> Tensors:
     """Every tensor in `dtype` (float32, bfloat16, float16), cast when it is read.
 
     Reads each once, and raises ModelError that counts and names those of which a finite number overflows.
     """
-    outline = outline_of(tensors)
+    specs = get_specs(tensors)
     wanted = np.dtype(getattr(ml_dtypes, dtype, dtype))
 
-    def cast(key: str) -> np.ndarray:
+    def read(key: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return tensors[key].astype(wanted, copy=False)
 
     finite = lambda tensor: np.isfinite(tensor.astype(np.float32, copy=False)).all()  # noqa: E731
-    changed = [key for key in tensors if outline[key].dtype != wanted]
-    if bad := [key for key in changed if not finite(cast(key)) and finite(tensors[key])]:
+    changed = [key for key in tensors if specs[key].dtype != wanted]
+    if bad := [key for key in changed if not finite(read(key)) and finite(tensors[key])]:
         raise overflowing(bad, dtype, "use bfloat16 or float32")
-    return Tensors({key: hollow(wanted, like.shape) for key, like in outline.items()}, cast)
+    return Tensors({key: placeholder(wanted, like.shape) for key, like in specs.items()}, read)

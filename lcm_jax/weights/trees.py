@@ -1,6 +1,6 @@
 """Tensors by PyTorch name, as every format stores them, to and from the parameter trees of our networks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,44 +8,69 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import naming
 from lcm_jax.weights.errors import ModelError
-from lcm_jax.weights.stored import narrow
+from lcm_jax.weights.stored import cast as cast_tensors
+from lcm_jax.weights.stored import get_specs
 
 DTYPES = ("float32", "bfloat16", "float16")
 Params = dict[str, Any]
 
 
-def to_params(name: str, tensors: Mapping[str, np.ndarray], abstract: Params, where: str = "") -> Params:
-    """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs), in the stored dtypes.
+def match_params(
+    name: str, tensors: Mapping[str, np.ndarray], abstract: Params, where: str = ""
+) -> dict[tuple[str, ...], str]:
+    """Return the key of each parameter of `abstract`, by its path; only shapes and dtypes of `tensors` are used.
 
     Raises ModelError of two lines: how many keys are missing, extra, or of another shape or dtype, and some of each.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
-    found: dict[tuple[str, ...], np.ndarray] = {}
+    specs = get_specs(tensors)
+    keys: dict[tuple[str, ...], str] = {}
     extra = []
-    for key, tensor in tensors.items():
+    for key in tensors:
         modern = naming.modern_key(name, key)
         if modern is None:
             continue
-        path = naming.to_path(modern, tensor.ndim)
-        if path in wanted and path not in found:
-            found[path] = naming.to_array(path, tensor)
+        path = naming.to_path(modern, specs[key].ndim)
+        if path in wanted and path not in keys:
+            keys[path] = key
         else:
-            extra.append(f"+ {key} {tensor.dtype.name}{list(tensor.shape)}")
-    missing = [f"- {naming.to_key(path)}" for path in wanted if path not in found]
+            extra.append(f"+ {key} {specs[key].dtype.name}{list(specs[key].shape)}")
+    missing = [f"- {naming.to_key(path)}" for path in wanted if path not in keys]
     other = []
-    for path, array in found.items():
-        key, shape = naming.to_key(path), naming.tensor_shape(path, array.shape)
-        if array.shape != wanted[path]:
-            other.append(f"! {key} {shape}, by the config {naming.tensor_shape(path, wanted[path])}")
-        elif array.dtype.name not in DTYPES:
-            other.append(f"! {key} {array.dtype.name}, which is not one of {', '.join(DTYPES)}")
+    for path, key in keys.items():
+        spec = specs[key]
+        if naming.to_array(path, spec).shape != wanted[path]:
+            expected = naming.tensor_shape(path, wanted[path])
+            other.append(f"! {naming.to_key(path)} {list(spec.shape)}, by the config {expected}")
+        elif spec.dtype.name not in DTYPES:
+            other.append(f"! {naming.to_key(path)} {spec.dtype.name}, which is not one of {', '.join(DTYPES)}")
     if missing or extra or other:
         raise ModelError(
             f"{name}{f' of {where}' if where else ''}: weights and config.json disagree ({len(missing)} keys missing "
             f"-, {len(extra)} extra +, {len(other)} of another shape or dtype !); use the config that belongs to these "
             "weights\n" + "; ".join(some(missing) + some(extra) + some(other))
         )
-    return unflatten_dict(found)
+    return keys
+
+
+def to_params(
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    abstract: Params,
+    where: str = "",
+    cast: Callable[[np.ndarray], Any] | None = None,
+) -> Params:
+    """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs) of arrays in our layout.
+
+    Each tensor is read when it is converted, and arrays that need no change are views. cast: array -> the dtype for
+    it; by default the stored one. Raises ModelError as `match_params`, before anything is read.
+    """
+    params = {}
+    for path, key in match_params(name, tensors, abstract, where).items():
+        array = naming.to_array(path, tensors[key])
+        with np.errstate(over="ignore"):
+            params[path] = array if cast is None else array.astype(cast(array), copy=False)
+    return unflatten_dict(params)
 
 
 def some(problems: list[str], most: int = 5) -> list[str]:
@@ -79,4 +104,4 @@ def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarra
     tensors = {
         naming.to_key(path): naming.to_tensor(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items()
     }
-    return tensors if dtype is None else dict(narrow(tensors, dtype))
+    return tensors if dtype is None else dict(cast_tensors(tensors, dtype))

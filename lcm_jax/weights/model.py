@@ -1,0 +1,256 @@
+"""A model as it is stored, in whatever format: its configs, and tensors that are read when they are used."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.models.families import FAMILIES
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights import layout, naming, orbax_folder, single_file, single_file_configs, stored, trees
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.scheduler import lcm_scheduler, merge_scheduler
+from lcm_jax.weights.single_file_family import detect_family
+from lcm_jax.weights.stored import NoTensors, Tensors, get_specs
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The configs of a model, its tensors under diffusers' keys, and the place of its tokenizer.
+
+    Nothing changes one: `dataclasses.replace` makes another. A tensor is read from its file each time it is used, so
+    the files must stay as they are.
+    """
+
+    name: str  # for messages: the path or id that it was opened by
+    family: str  # sd1, sd2, sdxl, or vae for an autoencoder alone
+    configs: Mapping[str, Mapping[str, Any]]  # by component, and of scheduler and model_index
+    tensors: Mapping[str, Mapping[str, np.ndarray]]  # by component
+    tokenizer: Path | None = None  # a folder, with tokenizer_2 beside it for SDXL
+    index: Mapping[str, Any] | None = None  # model_index.json; None if it must be made from the configs
+    guessed: frozenset[str] = frozenset()  # options of the configs that the input does not record
+    left_out: tuple[str, ...] = ()  # keys of a single file that no component has a place for
+
+
+# ---- opening --------------------------------------------------------------------------------------------------------
+
+
+def open_model(
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    scaling_factor: float | None = None,
+) -> StoredModel:
+    """Open a model in any format; its configs and the names of its tensors are read, no tensor is.
+
+    name: a .safetensors or .ckpt file, a folder in diffusers layout (also of a single network), a hub id (`org/name`),
+    a bundled name (`shapes`), the workdir of a run or one of its checkpoints, or an orbax model written by `convert`.
+    base: a model in diffusers layout that supplies what the input lacks: networks, tokenizer, config values. ema: use
+    the averaged weights; by default those of a run, but not those of a single file. variant: of the weight files of a
+    folder, such as `fp16`. prediction_type, scaling_factor: override the input and the base.
+    Raises ModelError.
+    """
+    path = Path(name)
+    run = None if orbax_folder.is_model(path) else orbax_folder.find_run(path)
+    if path.is_file():
+        model = open_file(path, bool(ema), prediction_type, scaling_factor)
+    elif run is not None:
+        model = open_run(*run, base, ema is not False, variant)
+    elif ema is not None:
+        raise ModelError(f"{name} has one set of weights; use --ema and --noema with runs and single files only")
+    else:
+        model = open_orbax(path) if orbax_folder.is_model(path) else open_folder(name, variant, True)
+    if model.tokenizer is None and base is not None:
+        model = merge_base(model, open_folder(base, variant))
+    if not model.family:
+        part = next(iter(model.tensors))
+        raise ModelError(f"{name} contains only a {part}; pass its model as base (--base)")
+    for part, option, value in (
+        ("scheduler", "prediction_type", prediction_type),
+        ("vae", "scaling_factor", scaling_factor),
+    ):
+        if value is not None:
+            if part not in model.configs:
+                raise ModelError(f"{name} has no {part}; omit {option}")
+            model = replace(model, configs={**model.configs, part: {**model.configs[part], option: value}})
+    return model
+
+
+def open_file(
+    path: Path, ema: bool = False, prediction_type: str | None = None, scaling_factor: float | None = None
+) -> StoredModel:
+    """Open a single file; the options are those of `open_model`. Raises ModelError if its family is unknown."""
+    tensors, metadata = folders.open_file(path)
+    specs = get_specs(tensors)
+    try:
+        family = detect_family(specs)
+        configs = single_file_configs.configs_of(specs, family, prediction_type, scaling_factor, metadata)
+        components = single_file.open_diffusers(tensors, family, ema)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    left_out = tuple(single_file.left_out(specs, family, ema))
+    guessed = single_file_configs.GUESSED
+    return StoredModel(str(path), family, configs, components, guessed=guessed, left_out=left_out)
+
+
+def open_folder(name: str | Path, variant: str | None = None, allow_single_network: bool = False) -> StoredModel:
+    """Open a diffusers folder, a bundled name or a hub id; with `allow_single_network` also one network alone."""
+    folder = layout.locate(name, variant, allow_single_network)
+    if not (folder / "model_index.json").is_file():
+        return open_network(name, folder, variant)
+    index = layout.read_index(folder)
+    configs, tensors = {"model_index": index}, {}
+    for part in layout.networks_of(index):
+        configs[part], opened = folders.open_component(folder, part, variant)
+        tensors[part] = rename_legacy_keys(part, opened)
+    configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
+    return StoredModel(str(name), infer_family(configs), configs, tensors, folder / "tokenizer", index)
+
+
+def open_network(name: str | Path, folder: Path, variant: str | None = None) -> StoredModel:
+    """Open a network that is published alone. Raises ModelError for a kind that no model here has."""
+    config = layout.read_json(folder / "config.json")
+    kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    part = next((part for part in layout.NETWORKS if kind in layout.CLASSES[part][1]), None)
+    if part is None:
+        kinds = ", ".join(kind for part in layout.NETWORKS for kind in layout.CLASSES[part][1])
+        raise ModelError(f"{folder / 'config.json'}: class {kind!r} is not supported; use one of {kinds}")
+    tensors = rename_legacy_keys(part, folders.open_tensors(folder, layout.FILES[part], variant))
+    return StoredModel(str(name), "vae" if part == "vae" else "", {part: config}, {part: tensors})
+
+
+def open_run(workdir: Path, step: int | None, base: str | Path | None, ema: bool, variant: str | None) -> StoredModel:
+    """Open the student of a run, or its EMA, with the networks that the run does not train from its teacher.
+
+    These come from `base`, else the run's export, else the teacher that its config names. Raises ModelError.
+    """
+    config = orbax_folder.read_run_file(workdir)
+    part = "ema" if ema else "params"
+    step, trained = orbax_folder.open_components(workdir / "checkpoints", step, part)
+    name = f"{workdir}, the {'EMA target' if ema else 'student'} at step {step}"
+    if config["objective"]["name"] == "autoencoder":
+        return StoredModel(name, "vae", {}, trained)
+    if other := sorted(trained.keys() - set(layout.NETWORKS)):
+        raise ModelError(f"{workdir} trains {', '.join(other)}, which no model has; use the workdir of another run")
+    export = workdir / "export"
+    began = export if (export / "model_index.json").is_file() else config.get("teacher")
+    if (rest := base or began) is None:
+        raise ModelError(f"{workdir} has no export yet; pass a model of the same shape as base (--base)")
+    try:
+        rest = open_folder(rest, variant)
+    except ModelError as error:
+        raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
+    configs, index = dict(rest.configs), rest.index
+    guided = get_specs(trained.get("unet", {})).get("time_embedding.cond_proj.weight")
+    if guided is not None:
+        configs["unet"] = {**configs["unet"], "time_cond_proj_dim": guided.shape[1]}
+        if configs["scheduler"]["_class_name"] != "LCMScheduler":  # the rest is the teacher's
+            configs["scheduler"] = lcm_scheduler(configs["scheduler"], config["objective"]["num_ddim_steps"])
+            index = None
+    return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
+
+
+def open_orbax(folder: Path) -> StoredModel:
+    """Open a model that `convert` wrote as an orbax checkpoint. Raises ModelError."""
+    content = orbax_folder.read_model_file(folder)
+    _, tensors = orbax_folder.open_components(folder / "checkpoints", None)
+    tokenizer = folder / "tokenizer"
+    return StoredModel(
+        str(folder),
+        content["family"],
+        content["configs"],
+        tensors,
+        tokenizer if tokenizer.is_dir() else None,
+        content.get("index"),
+        frozenset(content.get("guessed") or ()),
+    )
+
+
+def published(family: str) -> StoredModel:
+    """Return a model of the published configs of `family`, a name of `FAMILIES`, without tensors: for dry runs.
+
+    Raises ModelError for another name; so does every use of a tensor.
+    """
+    if family not in FAMILIES:
+        raise ModelError(f"family {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    configs, name = FAMILIES[family], f"the published configs of {family}"
+    tensors = {network: NoTensors(name) for network in layout.NETWORKS if network in configs}
+    return StoredModel(name, infer_family(configs), configs, tensors)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def infer_family(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return sd1, sd2 or sdxl, which single files distinguish, by the text encoders."""
+    if "text_encoder_2" in configs:
+        return "sdxl"
+    return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
+
+
+def rename_legacy_keys(component: str, tensors: Tensors) -> Tensors:
+    """Return `tensors` under their present names, without those that are not parameters."""
+    keys = {naming.modern_key(component, key): key for key in tensors}
+    keys.pop(None, None)
+    return Tensors({new: tensors.specs[key] for new, key in keys.items()}, lambda new: tensors[keys[new]])
+
+
+def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
+    """Return `model` with what it lacks from `base`: other networks, the tokenizer, options that were guessed.
+
+    What the input records has precedence. Raises ModelError if the two are of different families.
+    """
+    if model.family not in (base.family, "vae", ""):
+        raise ModelError(
+            f"{model.name} is of family {model.family} and the base {base.name} of {base.family}; use a base of the "
+            "same family"
+        )
+    configs = dict(base.configs)
+    for part in model.tensors:
+        theirs = base.configs.get(part, {})
+        own = model.configs.get(part, theirs)  # a run of an autoencoder has none
+        same_class = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
+        recorded = {option: value for option, value in own.items() if option not in model.guessed}
+        configs[part] = {**theirs, **recorded} if model.guessed and same_class else own
+    guided = configs["unet"].get("time_cond_proj_dim") is not None
+    configs["scheduler"] = merge_scheduler(model.configs.get("scheduler", {}), base.configs["scheduler"], guided)
+    if model.family != base.family:
+        StableDiffusion.from_configs(configs)  # raises if the networks belong to different models
+    index = None
+    if configs["scheduler"]["_class_name"] == base.configs["scheduler"]["_class_name"]:
+        named = [part for part in ("unet", "vae") if "_class_name" in configs[part]]
+        index = {**base.index, **{part: ["diffusers", configs[part]["_class_name"]] for part in named}}
+    return StoredModel(
+        model.name,
+        base.family,
+        configs,
+        {**base.tensors, **model.tensors},
+        base.tokenizer,
+        index,
+        left_out=model.left_out,
+    )
+
+
+def read_params(
+    model: StoredModel, component: str, abstract: trees.Params, cast: Callable[[np.ndarray], Any] | None = None
+) -> trees.Params:
+    """Read the parameters of one component, a tree shaped like `abstract` of numpy arrays in our layout.
+
+    Each tensor is read when it is converted; one that needs no change stays mapped from its file, read-only. cast:
+    array -> the dtype for it; by default arrays keep the stored dtype. Raises ModelError that lists every missing,
+    extra and misshapen key.
+    """
+    if component not in model.tensors:
+        raise ModelError(f"{model.name} has no {component}; pass a model that has one as base (--base)")
+    return trees.to_params(component, model.tensors[component], abstract, model.name, cast)
+
+
+def compute_digests(model: StoredModel, advance: stored.Advance = lambda _: None) -> dict[str, str]:
+    """Return the sha256 of each component's tensors as stored: keys, dtypes, shapes and bytes, in hexadecimal."""
+    return {name: stored.digest(tensors, advance) for name, tensors in model.tensors.items()}

@@ -1,0 +1,105 @@
+"""The folders with orbax checkpoints: models that `convert` wrote, and the workdirs of runs.
+
+A model is a folder with configs.json, the tokenizers, and one step, 0, under checkpoints/, whose tree is
+{component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no configs of networks.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lcm_jax.weights import layout, naming
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.single_file_family import COMPONENTS
+from lcm_jax.weights.stored import Tensors, get_specs, placeholder
+
+CONFIGS = "configs.json"  # in the folder of a model
+# The keys that are read of this file and of a run's config.json, as `layout.read_json` takes them.
+MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
+RUN_KEYS = {"objective": (dict, True), "teacher": (str, False)}
+OBJECTIVE_KEYS = {"name": (str, True), "num_ddim_steps": (int, False)}
+FILES = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}
+
+
+def is_model(folder: Path) -> bool:
+    """Return True if `folder` is a model that `convert` wrote as an orbax checkpoint."""
+    return (folder / CONFIGS).is_file()
+
+
+def find_run(path: Path) -> tuple[Path, int | None] | None:
+    """Return (workdir, step or None for the newest) if `path` is a workdir, its checkpoints/ or one of these."""
+    path = path.absolute()
+    places = [(path, None), (path.parent, None)]
+    if path.name.isdigit():
+        places.append((path.parent.parent, int(path.name)))
+    for workdir, step in places:
+        inside = path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step))
+        if inside and (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+            return workdir, step
+    return None
+
+
+def read_model_file(folder: Path) -> dict[str, Any]:
+    """Return configs.json of a model: its family, configs, index and guessed options. Raises ModelError."""
+    path = folder / CONFIGS
+    content = layout.read_json(path, MODEL_KEYS)
+    for name, config in content["configs"].items():
+        layout.check_keys(path, config, layout.KEYS[FILES.get(name, "config.json")])
+    if content["family"] not in COMPONENTS:
+        families = ", ".join(COMPONENTS)
+        raise ModelError(f"{path}: family={layout.shown(content['family'])} is not supported; use one of {families}")
+    return content
+
+
+def read_run_file(workdir: Path) -> dict[str, Any]:
+    """Return config.json of a run, with the keys of its objective checked. Raises ModelError."""
+    config = layout.read_json(workdir / "config.json", RUN_KEYS)
+    layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE_KEYS)
+    return config
+
+
+def open_components(folder: Path, step: int | None, *parents: str) -> tuple[int, dict[str, Tensors]]:
+    """Return (step, tensors by component and diffusers' key) of a checkpoint in `folder`, by default the newest.
+
+    parents: the path of the components in the tree. An array is read from the file when it is used, together with
+    some of its neighbors, and these stay in memory until others are read. Raises ModelError.
+    """
+    from lcm_jax.weights import orbax_tree  # orbax takes seconds to import
+
+    step, tree = orbax_tree.read_specs(folder, step)
+    for name in parents:
+        tree = tree[name]
+
+    def open_component(name: str) -> Tensors:
+        leaves = flatten_dict(tree[name])
+        paths = {naming.to_key(path): path for path in leaves}
+        keys = sorted(paths)
+        sizes = [leaves[paths[key]].dtype.itemsize * leaves[paths[key]].size for key in keys]
+        groups = [[paths[keys[i]] for i in group] for group in orbax_tree.make_groups(sizes)]
+        group_of = {path: i for i, group in enumerate(groups) for path in group}
+
+        @lru_cache(maxsize=1)
+        def read_group(i: int) -> dict[tuple[str, ...], np.ndarray]:
+            return orbax_tree.read_leaves(folder, step, [(*parents, name, *path) for path in groups[i]])
+
+        def read(key: str) -> np.ndarray:
+            path = paths[key]
+            return naming.to_tensor(path, read_group(group_of[path])[*parents, name, *path])
+
+        shape_of = lambda path: tuple(naming.tensor_shape(path, leaves[path].shape))  # noqa: E731
+        return Tensors({key: placeholder(leaves[path].dtype, shape_of(path)) for key, path in paths.items()}, read)
+
+    return step, {name: open_component(name) for name in tree}
+
+
+def by_path(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Tensors by diffusers' key -> our arrays by the names of their path, joined by dots; each is read when used."""
+    specs = get_specs(tensors)
+    paths = {key: naming.to_path(key, spec.ndim) for key, spec in specs.items()}
+    keys = {".".join(path): key for key, path in paths.items()}
+    arrays = {name: naming.to_array(paths[key], specs[key]) for name, key in keys.items()}
+    return Tensors(arrays, lambda name: naming.to_array(paths[keys[name]], tensors[keys[name]]))
