@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import reference_families
+from numbered_noise import draw_noise
 
 import lcm_jax
-from lcm_jax import pipeline
 
 torch = pytest.importorskip("torch")
 
@@ -31,7 +31,7 @@ def test_reads_samples_and_writes_as_diffusers_does(family, tmp_path, monkeypatc
     theirs.save_pretrained(tmp_path / "theirs")
     theirs.text_encoder.__dict__["text_model"] = theirs.text_encoder  # where diffusers looks for the last norm
     ours = lcm_jax.Pipeline.from_pretrained(tmp_path / "theirs")
-    latents, noise = pipeline.draw_noise(3, 2, 4, LATENTS[1:])
+    latents, noise = draw_noise(3, 2, 4, LATENTS[1:])
     draws = iter(noise)
     for module in ("scheduling_lcm", "scheduling_euler_ancestral_discrete"):
         monkeypatch.setattr(
@@ -70,7 +70,7 @@ def test_half_precision_spares_an_autoencoder_that_overflows_in_it(tmp_path):
     ours = lcm_jax.Pipeline.from_pretrained(tmp_path / "model", "float16")
     assert ours.model.dtype_of("vae") == np.float32
     assert all(ours.model.dtype_of(name) == np.float16 for name in ours.model.networks if name != "vae")
-    latents = np.asarray(pipeline.draw_noise(3, 2, 1, LATENTS[1:])[0])
+    latents = np.asarray(draw_noise(3, 2, 1, LATENTS[1:])[0])
     arguments = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"} | SIZE
     expected = theirs.to(torch.float16)(PROMPTS, latents=to_torch(latents).half(), **arguments).images
     found = ours(PROMPTS, latents=latents, **arguments).images

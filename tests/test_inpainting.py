@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_families
+from numbered_noise import draw_noise
 from PIL import Image
 from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
-from lcm_jax import pipeline
+from lcm_jax.sampling import inputs
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -60,8 +61,8 @@ def mask(left: int = 0, right: int = 17, mode: str = "L") -> Image.Image:
 
 def run_theirs(theirs, monkeypatch, seed, steps, **arguments):
     """Diffusers' pictures with our draws: the picture's from the seed, then a sampler's own."""
-    latents, noise = pipeline.draw_noise(seed, 2, steps, LATENTS[1:])
-    own = to_torch(pipeline.draw_image_noise(seed, LATENTS[1:]))
+    latents, noise = draw_noise(seed, 2, steps, LATENTS[1:])
+    own = to_torch(inputs.draw_image_noise(seed, LATENTS[1:]))
     draws = iter(noise)
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: own)
     monkeypatch.setattr(
@@ -77,20 +78,21 @@ def test_pixels_are_those_of_diffusers(mode):
         diffusers.image_processor.VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True),
     )
     expected = colours.preprocess(image(), height=16, width=24).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(pipeline.to_pixels(image(), 16, 24, "RGB") * 2 - 1, expected)
+    ours = inputs.make_inpainting(image(), mask(mode=mode), (16, 24), None)
+    np.testing.assert_allclose(ours.image, expected, rtol=0, atol=2e-7)
     expected = hole.preprocess(mask(mode=mode), height=16, width=24).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(pipeline.to_pixels(mask(mode=mode), 16, 24, "L") >= 0.5, expected)
+    np.testing.assert_array_equal(ours.mask, expected)
     assert 0 < expected.mean() < 1
 
 
 def test_a_mask_of_any_mode_is_the_same_mask():
     """16 bits, a palette, and what is clear as white."""
-    expected = pipeline.to_pixels(mask(), 16, 24, "L")
+    expected = inputs.resize(mask(), (16, 24), "L").astype(int)
     wide = Image.fromarray(np.asarray(mask(), np.uint16) * 257)
     clear = Image.new("RGBA", (40, 30))
     clear.putalpha(Image.fromarray(255 - np.asarray(mask())))
     for other in (wide, mask(mode="P"), clear):
-        np.testing.assert_allclose(pipeline.to_pixels(other, 16, 24, "L"), expected, atol=1 / 255)
+        np.testing.assert_allclose(inputs.resize(other, (16, 24), "L"), expected, atol=1)
 
 
 def test_the_picture_is_that_of_diffusers(models, monkeypatch):
@@ -126,14 +128,14 @@ def test_what_is_masked_is_not_seen_and_what_is_kept_is(models):
 
 def test_mistakes_name_the_argument(models):
     _, ours = models
-    with pytest.raises(ValueError, match="^image is NoneType; this model inpaints: use a PIL image"):
+    with pytest.raises(ValueError, match="^image must be a PIL image for inpainting models, got NoneType"):
         ours("a circle")
-    with pytest.raises(ValueError, match="^mask_image is NoneType; this model inpaints"):
+    with pytest.raises(ValueError, match="^mask_image must be a PIL image for inpainting models, got NoneType"):
         ours("a circle", image=image())
-    with pytest.raises(ValueError, match="^image is ndarray; this model inpaints"):
+    with pytest.raises(ValueError, match="^image must be a PIL image for inpainting models, got ndarray"):
         ours("a circle", image=np.zeros((16, 24, 3)), mask_image=mask())
     plain = lcm_jax.Pipeline.from_pretrained("shapes-lcm")
-    with pytest.raises(ValueError, match="mask_image is given, but this model does not inpaint"):
+    with pytest.raises(ValueError, match="mask_image is not supported by this model, which does not inpaint; omit it"):
         plain("a circle", mask_image=mask())
 
 

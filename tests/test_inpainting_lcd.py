@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import reference_families
 import reference_lcd
+from numbered_noise import draw_noise
 from test_inpainting import build, image, mask
 from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
 from test_lcd_config import SMALL, ddim, shrunk, write_shards
 
-from lcm_jax import pipeline
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
 from lcm_jax.recipes.inpainting import EVERYWHERE, Draws, draw_masks, masking
+from lcm_jax.sampling.generate import masked_channels
+from lcm_jax.sampling.inputs import Inpainting, draw_image_noise
 from lcm_jax.training.loop import train
 
 torch = pytest.importorskip("torch")
@@ -89,8 +91,8 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
     batch["image"] = rng.integers(0, 256, (B, 2 * H, 2 * W, 3)).astype(np.uint8)
     draws = Draws(draws, np.array(draw_masks(jax.random.key(1), B, 2 * H, 2 * W)), draws.noise[::-1])
 
-    kept = pipeline.Inpainting(batch["image"] / np.float32(127.5) - 1, draws.mask, draws.posterior)
-    masked = pipeline.masked_channels(model, tree, kept)
+    kept = Inpainting(batch["image"] / np.float32(127.5) - 1, draws.mask, draws.posterior)
+    masked = masked_channels(model, tree, kept)
     ids = np.where(draws.step.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"])
     encode = lambda ids: np.array(model.encode_prompt(tree, ids).context)  # noqa: E731
     embedding = guidance_embedding(draws.step.w)
@@ -145,8 +147,8 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
     client = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "run" / "export")
     client.set_progress_bar_config(disable=True)
     ours = Pipeline.from_pretrained(tmp_path / "run" / "export")
-    latents, _ = pipeline.draw_noise(3, 1, 1, (8, 8, 4))
-    own = torch.from_numpy(np.array(pipeline.draw_image_noise(3, (8, 8, 4)))).permute(0, 3, 1, 2)
+    latents, _ = draw_noise(3, 1, 1, (8, 8, 4))
+    own = torch.from_numpy(np.array(draw_image_noise(3, (8, 8, 4)))).permute(0, 3, 1, 2)
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: own)
     arguments = {
         "num_inference_steps": 1,

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 import reference_families
+from numbered_noise import draw_noise
 from safetensors.numpy import save_file
 from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
-from lcm_jax import pipeline
 from lcm_jax.weights import lora as loras
+from lcm_jax.weights import trees
 from lcm_jax.weights.errors import ModelError
 
 torch = pytest.importorskip("torch")
@@ -62,7 +63,7 @@ def adapter(tensors, seed: int = 0) -> loras.LoRA:
 
 def pictures(theirs, ours):
     """The same two pictures by both, float[2, H, W, 3] in 0..1."""
-    latents, _ = pipeline.draw_noise(3, 2, 1, LATENTS[1:])
+    latents, _ = draw_noise(3, 2, 1, LATENTS[1:])
     arguments = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"} | SIZE
     found = ours(PROMPTS, latents=np.asarray(latents), **arguments).images
     return theirs(PROMPTS, latents=to_torch(latents), **arguments).images, found
@@ -139,7 +140,7 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}
     both = jax.device_get(ours.params["unet"])
     expected = loras.merge(tensors, [(adapter(tensors, 1), 0.5), (adapter(tensors, 2), -0.25)])["unet"]
-    for key, tensor in lcm_jax.pipeline.trees.from_params(both).items():
+    for key, tensor in trees.from_params(both).items():
         np.testing.assert_array_equal(tensor, expected[key], err_msg=key)
 
     same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, jax.device_get(b))  # noqa: E731

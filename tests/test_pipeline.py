@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_pipeline
+from numbered_noise import draw_noise
 
 import lcm_jax
-from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.schedule import make_schedule
-from lcm_jax.recipes.drawing import Sampler
+from lcm_jax.sampling import inputs
+from lcm_jax.sampling.preview import PreviewSampler
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.scheduler import lcm_scheduler
 
@@ -89,7 +90,7 @@ def test_diffusers_loads_what_we_write_and_makes_the_same_picture(student, tmp_p
 
 
 def test_several_steps_are_those_of_diffusers_given_the_same_noise(models, student, monkeypatch):
-    latents, noise = pipeline.draw_noise(7, 1, 4, (8, 8, 4))
+    latents, noise = draw_noise(7, 1, 4, (8, 8, 4))
     draws = iter(noise)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: to_torch(np.asarray(next(draws)))
@@ -210,9 +211,9 @@ def test_a_picture_depends_on_its_seed_and_place_only(student):
 
 
 def test_noise_of_picture_i_is_that_of_any_batch_and_number_of_steps():
-    latents, noise = pipeline.draw_noise(3, 4, 5, (2, 2, 4))
+    latents, noise = draw_noise(3, 4, 5, (2, 2, 4))
     assert latents.shape == (4, 2, 2, 4) and noise.shape == (4, 4, 2, 2, 4) and noise.dtype == jnp.float32
-    later, later_noise = pipeline.draw_noise(3, 1, 3, (2, 2, 4), first=2)
+    later, later_noise = draw_noise(3, 1, 3, (2, 2, 4), first=2)
     np.testing.assert_array_equal(later[0], latents[2])
     np.testing.assert_array_equal(later_noise[:, 0], noise[:2, 2])
     everything = np.concatenate([latents[None], noise]).ravel()
@@ -240,13 +241,13 @@ def test_64_bit_types_change_no_bit(student):
     arguments = {"num_inference_steps": 2, "seed": 5, "batch_size": 2, "output_type": "np"}
     expected = student(PROMPT, **arguments).images
     with jax.enable_x64(True):
-        latents, noise = pipeline.draw_noise(3, 2, 2, (2, 2, 4))
-        image = pipeline.draw_image_noise(3, (2, 2, 4))
+        latents, noise = draw_noise(3, 2, 2, (2, 2, 4))
+        image = inputs.draw_image_noise(3, (2, 2, 4))
         assert latents.dtype == noise.dtype == image.dtype == np.float32
         np.testing.assert_array_equal(student(PROMPT, **arguments).images, expected)
-    for narrow, wide in zip(pipeline.draw_noise(3, 2, 2, (2, 2, 4)), (latents, noise), strict=True):
+    for narrow, wide in zip(draw_noise(3, 2, 2, (2, 2, 4)), (latents, noise), strict=True):
         np.testing.assert_array_equal(narrow, wide)
-    np.testing.assert_array_equal(pipeline.draw_image_noise(3, (2, 2, 4)), image)
+    np.testing.assert_array_equal(inputs.draw_image_noise(3, (2, 2, 4)), image)
 
 
 def test_a_pipeline_that_has_made_images_can_be_pickled(student):
@@ -311,16 +312,29 @@ def test_a_call_is_one_compiled_function_reused(student):
     assert {key: function._cache_size() for key, function in student._compiled.items()} == before
 
 
-def test_one_program_draws_the_pictures_of_every_number_of_steps(student):
-    """Previews and reports: as the pipeline does, which compiles for each."""
+def test_another_number_of_steps_compiles_nothing(student):
+    """A slider from 1 to 8 steps and past it, in the pipeline and in previews, which make the same images."""
     prompts, size = [PROMPT, "a blue square", "two green circles"], student.model.downscale * 4
-    plan = {"lcm": (1, 3), "ddim": ()}  # a config may leave a sampler out by asking for no steps
-    sampler = Sampler(student.model, student.tokenize, prompts, size, 2, plan, seed=3)
-    for steps in (1, 3):
+    pipe, sampler = copy.copy(student), PreviewSampler(student.model, student.tokenize, prompts, size, 2, seed=3)
+    pipe._compiled = {}
+    for steps in (1, 2, 3, 4, 5, 6, 7, 8, 50):
         images, seconds = sampler(student.params, "lcm", steps, 6.0)
-        expected = student(prompts, steps, 6.0, seed=3, height=size, width=size, output_type="np").images
-        assert np.abs(images / 255.0 - expected).max() <= 1 / 255 + 1e-6 and seconds > 0
-    assert len(sampler._compiled) == 1
+        expected = pipe(prompts, steps, 6.0, seed=3, height=size, width=size, batch_size=2).images
+        np.testing.assert_array_equal(images, np.stack([np.asarray(image) for image in expected]))
+        assert images.shape == (3, size, size, 3) and seconds > 0
+    assert [program._cache_size() for program in pipe._compiled.values()] == [1]
+    assert len(sampler._programs) == 1
+
+
+def test_previews_take_parameters_from_the_host_and_from_devices(student):
+    """And other prompts, with the programs that are there."""
+    sampler = PreviewSampler(student.model, student.tokenize, [PROMPT, "a red circle"], 16, 2)
+    images, _ = sampler(student.params, "lcm", 2, 6.0)
+    again, _ = sampler.with_prompts(["a red circle"])(jax.device_get(student.params), "lcm", 2, 6.0)
+    assert again.shape == (1, 16, 16, 3) and np.abs(again[0].astype(int) - images[0]).max() > 0
+    assert len(sampler._programs) == 1
+    same, _ = sampler.with_prompts([PROMPT])(student.params, "lcm", 2, 6.0)
+    np.testing.assert_array_equal(same[0], images[0])
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
@@ -341,8 +355,8 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0; choose 1 to 50"),
         ({"num_inference_steps": 51}, "num_inference_steps is 51; choose 1 to 50"),
-        ({"prompt": []}, "prompt is \\[\\]; use a text"),
-        ({"prompt": ["a", 3]}, "prompt is .*; use a text"),
+        ({"prompt": []}, "prompt is \\[\\]; use a string or a list of strings"),
+        ({"prompt": ["a", 3]}, "prompt is .*; use a string"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; use 1 or more"),
         ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np, latent"),
         ({"sampler": "heun"}, "sampler is 'heun'; choose"),
@@ -367,8 +381,8 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
         ({"first": -1}, "first is -1; use 0 to"),
         ({"clip_skip": 3}, "clip_skip is 3; use 0 to 2"),
-        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts and prompt 1; use one"),
-        ({"negative_prompt": 3}, "negative_prompt is 3; use a text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 prompts and prompt has 1; use 1"),
+        ({"negative_prompt": 3}, "negative_prompt is 3; use a string"),
         ({"prompt": "caf\udce9"}, r"prompt is 'caf\\udce9', which is not valid Unicode at character 3; use UTF-8"),
         ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents have NaN or infinity; use"),
     ],
@@ -408,7 +422,7 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
         lcm_jax.Pipeline.from_pretrained(folder)
 
     folder = changed("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler")
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; choose the sampler: lcm, ddim, pndm"):
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; pass sampler=, one of lcm, ddim"):
         lcm_jax.Pipeline.from_pretrained(folder)(PROMPT)
     tokenizers.build(reference_pipeline.WORDS, folder / "tokenizer", model_max_length=30)
     with pytest.raises(ModelError, match="model_max_length is 30, above the text encoder's max_position_embeddings 12"):

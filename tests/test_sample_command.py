@@ -240,7 +240,7 @@ def test_help_ends_with_an_example_and_needs_no_jax():
         (["--prompt=a", "--output=new", "--image=nowhere.png"], ["nowhere.png"]),
         (
             ["--prompt=a", "--output=new", f"--image={ROOT / 'docs' / 'samples.png'}"],
-            ["image is given, but this model does not inpaint"],
+            ["image is not supported by this model, which does not inpaint; omit it"],
         ),
         (["--prompt=a", "--output=new", "--model=shapes-lmc"], ["'shapes-lmc'", "did you mean 'shapes-lcm'"]),
     ],

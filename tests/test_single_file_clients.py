@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_families
+from numbered_noise import draw_noise
 from test_family_pipelines import PROMPTS, to_torch
 from test_single_file import SMALL, build
 from transformers import CLIPTokenizer
 
 import lcm_jax
-from lcm_jax import pipeline
 from lcm_jax.data import tokenizer as tokenizers
 
 torch = pytest.importorskip("torch")
@@ -105,7 +105,7 @@ def test_diffusers_loads_the_whole_file(model, warnings_of_diffusers):
         assert_same_weights(getattr(loaded, name), getattr(theirs, name))
 
     loaded.set_progress_bar_config(disable=True)
-    latents, _ = pipeline.draw_noise(3, 2, 1, LATENTS[1:])
+    latents, _ = draw_noise(3, 2, 1, LATENTS[1:])
     arguments = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"} | SIZE
     expected = loaded(PROMPTS, latents=to_torch(latents), **arguments).images
     found = lcm_jax.Pipeline.from_pretrained(folder)(PROMPTS, latents=np.asarray(latents), **arguments).images

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import tiny_model
 
-from lcm_jax import pipeline
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.schedule import make_schedule
+from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import autoencoder, diffusion, lcd
 from lcm_jax.recipes.diffusion import SCHEDULE
 from lcm_jax.recipes.inpainting import draw_masks
+from lcm_jax.sampling.generate import generate
+from lcm_jax.sampling.inputs import Inputs, draw_noise
 
 SD = SCHEDULE | {"prediction_type": "v_prediction", "skip_prk_steps": True, "timestep_spacing": "linspace"}
 SHAPE = (2, 4, 4, 4)
@@ -51,9 +53,10 @@ def test_draws():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers(name):
     schedule, sampler = make_schedule(SD), SAMPLERS[name]
-    table, noise = sampler.make_table(schedule, SD, 3), normal(1, 4, *SHAPE) if sampler.adds_noise else None
+    table = sampler.make_table(schedule, SD, 3)
+    noise = jnp.asarray(normal(1, 4, *SHAPE)).__getitem__ if sampler.adds_noise else None
     network = lambda z, t: jnp.tanh(z) * (1 - t.astype(jnp.float32).reshape(-1, 1, 1, 1) / 3000.0)  # noqa: E731
-    for given in (table, table.padded(5)):
+    for given in (table, jax.tree.map(jnp.asarray, table.padded(5))):
         assert_same_bits(
             lambda given=given: sampler.sample(network, jnp.asarray(normal(0, *SHAPE)), given, schedule, noise)
         )
@@ -65,12 +68,13 @@ def test_sampling_with_networks():
     model = StableDiffusion.from_configs({"unet": unet, "vae": tiny_model.VAE, "text_encoder": text, "scheduler": SD})
     params = jax.tree.map(lambda leaf: 0.2 * normal(leaf.size, *leaf.shape), model.abstract_params())
     ids, table = np.arange(20, dtype=np.int32)[None], SAMPLERS["lcm"].make_table(model.schedule, SD, 2)
-    z, noise = normal(0, 1, 4, 4, 4), normal(1, 1, 1, 4, 4, 4)
-    assert_same_bits(
-        lambda: pipeline.generate(
-            model, params, ids, ids[0], z, noise, np.float32(3.0), sampler="lcm", table=table, decode=False
-        )
-    )
+
+    def sample():
+        latents, noise = draw_noise(3, np.arange(1, dtype=np.uint32), (4, 4, 4))
+        inputs = Inputs(ids, ids, latents, noise, np.float32(3.0))
+        return generate(model, params, inputs, "lcm", table, decode=False)
+
+    assert_same_bits(sample)
 
 
 def test_a_distillation_step():
@@ -78,8 +82,8 @@ def test_a_distillation_step():
     batch = {"moments": normal(0, *SHAPE[:3], 8), "token_ids": np.arange(10, dtype=np.int32).reshape(2, 5)}
     frozen = {"unet": np.float32(0.7), "empty_ids": np.arange(5, dtype=np.int32), "table": normal(1, 10)}
 
-    def denoise(params, z, t, context, *guidance):
-        told = sum(jnp.mean(each, -1) for each in guidance) + context
+    def denoise(params, z, t, conditioning):
+        told = conditioning.context + (0.0 if conditioning.guidance is None else jnp.sin(conditioning.guidance))
         return params * jnp.tanh(
             z * (1 - t.astype(jnp.float32).reshape(-1, 1, 1, 1) / 3000.0) + told.reshape(-1, 1, 1, 1)
         )
@@ -87,7 +91,7 @@ def test_a_distillation_step():
     networks = lcd.Networks(
         denoise,
         denoise,
-        lambda frozen, ids, _: jnp.asarray(frozen["table"])[ids].mean(-1),
+        lambda frozen, ids, _: Conditioning(jnp.asarray(frozen["table"])[ids].mean(-1)),
         lambda moments, noise: moments[..., :4] + moments[..., 4:] * noise,
     )
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.diffusion.pixels import to_float
+
 
 class Networks(NamedTuple):
     """encode(params, images float32[B,H,W,3]) -> moments [B,h,w,2c]; decode(params, latents [B,h,w,c]) -> images."""
@@ -29,7 +31,7 @@ def loss(params, target, frozen, batch, draws: Draws, *, networks: Networks, kl_
 
     Returns (float32[], metrics).
     """
-    images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    images = to_float(batch["image"])
     mean, logvar = jnp.split(networks.encode(params, images), 2, axis=-1)
     logvar = jnp.clip(logvar, -30.0, 20.0)
     reconstruction = networks.decode(params, mean + jnp.exp(0.5 * logvar) * draws.noise)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import pipeline
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import check_data, load_dataset
+from lcm_jax.diffusion.pixels import to_float, to_uint8
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives import autoencoder
-from lcm_jax.recipes.drawing import save_grid
-from lcm_jax.recipes.sources import digest, to_float
+from lcm_jax.recipes.sources import digest
+from lcm_jax.sampling.preview import save_grid
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
@@ -62,14 +62,14 @@ def autoencoder_job(config, workdir: Path) -> Job:
     def preview(ema, path):
         restored = decode_mean(ema, encode(ema, to_float(shown)))
         half = len(shown) // 2
-        again = np.asarray(pipeline.to_uint8(restored))
+        again = np.asarray(to_uint8(restored))
         save_grid([shown[:half], again[:half], shown[half:], again[half:]], path)
         return {"held_out_absolute_error": float(jnp.mean(jnp.abs(restored - to_float(shown))))}
 
     def finish(ema, seconds):
         images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
         moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.array_split(images, 8)])
-        restored = [np.asarray(pipeline.to_uint8(decode_mean(ema, part))) for part in jnp.array_split(moments, 8)]
+        restored = [np.asarray(to_uint8(decode_mean(ema, part))) for part in jnp.array_split(moments, 8)]
         mean = jnp.split(moments, 2, axis=-1)[0]
         exported = vae_config | {
             "_class_name": "AutoencoderKL",

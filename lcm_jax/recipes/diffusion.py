@@ -16,8 +16,8 @@ from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
 from lcm_jax.recipes.autoencoder import folder_of
-from lcm_jax.recipes.drawing import Sampler, save_grid
 from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder
+from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import Job
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout
@@ -84,13 +84,12 @@ def diffusion_job(config, workdir: Path) -> Job:
             config, workdir, dataset, first, tokenize=tokenize, make_encoder=encoder, encoder_digest=vae
         )
 
-    sampler = Sampler(
+    sampler = PreviewSampler(
         model,
         tokenize,
         shapes.evaluation_prompts("val", config.sample.prompts),
         config.data.size,
         config.sample.batch_size,
-        {"ddim": (config.sample.steps,)},
     )
     # A model to go on from: its weights are checked against the networks of this config.
     start = {

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import pipeline
+from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
-from lcm_jax.recipes.sources import to_float
+from lcm_jax.sampling.generate import masked_channels
+from lcm_jax.sampling.inputs import Inpainting
 
 EVERYWHERE = 0.25  # of all masks cover all, as those that Stable Diffusion's inpainting models were trained with
 SEED = 3  # of the masks that samples and reports are drawn with
@@ -56,8 +57,8 @@ def masking(
         return Draws(draw(step, batch), masks, jax.random.normal(posterior, (b, h, w, c2 // 2), jnp.float32))
 
     def loss_of_masked(params, target, frozen, batch, draws):
-        kept = pipeline.Inpainting(to_float(batch["image"]), draws.mask, draws.posterior)
-        masked = pipeline.masked_channels(model, frozen, kept)
+        kept = Inpainting(to_float(batch["image"]), draws.mask, draws.posterior)
+        masked = masked_channels(model, frozen, kept)
         seeing = networks._replace(
             encode_prompt=lambda *prompt: networks.encode_prompt(*prompt)._replace(masked=masked)
         )
@@ -66,7 +67,7 @@ def masking(
     return draw_with_masks, loss_of_masked
 
 
-def to_paint(model: StableDiffusion, records: Sequence, count: int) -> pipeline.Inpainting | None:
+def to_paint(model: StableDiffusion, records: Sequence, count: int) -> Inpainting | None:
     """The first `count` of `records` and the same masks each time; None for a model that does not inpaint."""
     if not model.inpaints:
         return None
@@ -74,6 +75,6 @@ def to_paint(model: StableDiffusion, records: Sequence, count: int) -> pipeline.
     _, height, width, _ = images.shape
     mask, noise = jax.random.split(jax.random.key(SEED))
     shape = (count, height // model.downscale, width // model.downscale, model.vae.config["latent_channels"])
-    return pipeline.Inpainting(
+    return Inpainting(
         to_float(images), draw_masks(mask, count, height, width), jax.random.normal(noise, shape, jnp.float32)
     )

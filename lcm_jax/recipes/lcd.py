@@ -14,6 +14,7 @@ import numpy as np
 from lcm_jax import pipeline
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import check_data, load_dataset
+from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.errors import RunError
 from lcm_jax.evaluation import report, verifier
 from lcm_jax.evaluation.evaluate import Resources, evaluate
@@ -22,8 +23,9 @@ from lcm_jax.evaluation.metrics import make_metrics
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import lcd
 from lcm_jax.recipes import inpainting
-from lcm_jax.recipes.drawing import Sampler, save_grid
-from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder, to_float
+from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder
+from lcm_jax.sampling.generate import sampler_table
+from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import Job
 from lcm_jax.training.workdir import config_digest, differences, read_object
 from lcm_jax.weights import diffusers_folder as folders
@@ -98,7 +100,7 @@ def check_samplers(config, teacher: StableDiffusion, model: StableDiffusion) -> 
     for key, (network, sampler, every) in plans.items():
         for steps in every:
             try:
-                pipeline.sampler_table(network, sampler, steps)
+                sampler_table(network, sampler, steps)
             except ValueError as error:
                 raise ValueError(f"{key} {steps} is not supported: {error}") from None
 
@@ -180,8 +182,8 @@ def lcd_job(config, workdir: Path) -> Job:
         to_paint = inpainting.to_paint(model, data().held_out, len(shown))
         size, batch_size = config.data.size, config.sample.batch_size
         return [
-            Sampler(each, teacher.tokenize, shown, size, batch_size, plan, inpainting=to_paint)
-            for each, plan in [(model, {"lcm": few}), (teacher.model, {"ddim": (config.sample.teacher_steps,)})]
+            PreviewSampler(each, teacher.tokenize, shown, size, batch_size, inpainting=to_paint)
+            for each in (model, teacher.model)
         ]
 
     teacher_row: list[np.ndarray] = []
@@ -262,20 +264,19 @@ def lcd_job(config, workdir: Path) -> Job:
             ("student", model, student, config.report.student.to_dict()),
         ]:
             print(f"{who}, {len(captions)} captions:")
-            sampler = Sampler(
+            sampler = PreviewSampler(
                 network,
                 teacher.tokenize,
                 captions,
                 config.data.size,
                 size,
-                plan,
                 seed=2,
                 inpainting=inpainting.to_paint(network, own.held_out, len(captions)),
             )
             draw = lambda name, steps, s=sampler, p=params: [s(p, name, steps, config.report.guidance_scale)]  # noqa: E731
             if unseen_prompts:
                 name, steps = next((name, steps) for name, steps in plan.items() if steps)
-                unseen = sampler.of(unseen_prompts)
+                unseen = sampler.with_prompts(unseen_prompts)
                 composition[who] = {name: {}}
                 for n in steps if who == "student" else steps[-1:]:
                     images, _ = unseen(params, name, n, config.report.guidance_scale)

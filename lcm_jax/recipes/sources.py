@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.models.stable_diffusion import StableDiffusion
-
-
-def to_float(images: np.ndarray) -> jax.Array:
-    """uint8[..., 3] -> float32 in -1..1."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def batch_shapes(model: StableDiffusion, size: int, count: int, content: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,1 +1,1 @@
-"""What images are made from, and checks of it and of what comes out."""
+"""From prompts to pixels: inputs, the pure function that generates images, checks of arguments and of results."""

@@ -1,6 +1,7 @@
-"""What images are made from: noise, sizes, and the image and mask of an inpainting model."""
+"""All that images are made from, as one pytree, and how its parts are made."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,53 +9,86 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.data import images
+from lcm_jax.diffusion.pixels import to_float
 
 
 class Inpainting(NamedTuple):
-    """Inputs of an inpainting model; N is 1 (shared by all images) or B."""
+    """Inputs of an inpainting model; N is 1 (shared by all images) or B.
 
-    image: jax.Array  # float32[N, H, W, 3] in -1..1
-    mask: jax.Array  # float32[N, H, W, 1], 1 where to paint and 0 where to keep
-    noise: jax.Array  # float32[N, h, w, c], for the autoencoder's draw
+    image: float32[N, H, W, 3] in [-1, 1]. mask: float32[N, H, W, 1], 1 to repaint and 0 to keep. noise:
+    float32[N, h, w, c], standard normal, that samples the image's latents from the autoencoder's posterior.
+    """
+
+    image: Any
+    mask: Any
+    noise: Any
+
+
+class Inputs(NamedTuple):
+    """Inputs of B images; an absent part is None.
+
+    token_ids, negative_ids: int32[B, L], or int32[B, 2, L] for SDXL, of the prompts and of what to guide away from, as
+    a rule the empty prompt. latents: float32[B, h, w, c], standard normal. noise: key[B], from which `step_noise` makes
+    the noise that steps add. guidance_scale: float32[] in diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's
+    sizes. inpainting: for an inpainting model.
+    """
+
+    token_ids: Any
+    negative_ids: Any
+    latents: Any
+    noise: Any
+    guidance_scale: Any
+    time_ids: Any = None
+    inpainting: Inpainting | None = None
 
 
 def make_time_ids(
     count: int, size: tuple[int, int], original: tuple[int, int] | None = None, corner: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
-    """SDXL's sizes, float32[count, 6]: original (height, width), the crop's (top, left), size (height, width)."""
+    """Return SDXL's sizes, float32[count, 6]: original (height, width), (top, left) of the crop, (height, width)."""
     return np.tile(np.array([*(original or size), *corner, *size], np.float32), (count, 1))
 
 
-def draw_noise(
-    seed: int, count: int, steps: int, shape: tuple[int, int, int], first: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """(latents float32[count, h, w, c], noise float32[steps - 1, count, h, w, c]).
+@partial(jax.jit, static_argnames="shape")
+def draw_noise(seed: int, numbers: np.ndarray, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Return (latents float32[B, h, w, c], noise key[B]) of the images with these numbers, uint32[B].
 
-    Image i's numbers depend on (seed, first + i) alone, so that it is the same in any batch, and with 64-bit types
-    enabled too.
+    An image's numbers depend on the seed and on its own number alone, so that it is the same in any batch.
     """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+    return _normal(keys, 0, shape), keys
 
-    def one(i):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        draws = [jax.random.normal(jax.random.fold_in(key, s), shape, jnp.float32) for s in range(steps)]
-        return draws[0], jnp.stack(draws)[1:]
 
-    latents, noise = jax.vmap(one)(jnp.arange(first, first + count, dtype=jnp.uint32))
-    return latents, jnp.moveaxis(noise, 1, 0)
+def step_noise(noise: jax.Array, i: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Return the noise that step i adds, float32[B, h, w, c]. noise: key[B] of `draw_noise`."""
+    return _normal(noise, i + 1, shape)
+
+
+def _normal(keys: jax.Array, number: int | jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32))(keys)
 
 
 def draw_image_noise(seed: int, shape: tuple[int, int, int]) -> jax.Array:
-    """float32[1, h, w, c] for the autoencoder's draw of the image to inpaint, by the seed alone."""
-    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # which no image's number reaches in draw_noise
+    """Return float32[1, h, w, c] for the posterior of the image to inpaint; it depends on the seed alone."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # larger than the numbers of images in draw_noise
     return jax.random.normal(key, (1, *shape), jnp.float32)
 
 
-def to_pixels(image: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
-    """A PIL image of any mode -> float32[1, height, width, bands of `mode`] in 0..1, resized first, as diffusers does.
+def make_inpainting(image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: jax.Array) -> Inpainting:
+    """Resize a PIL image and its mask, of any modes, to (height, width); the mask is 1 where it is 50% white or more.
+
+    noise: float32[1, h, w, c]. Raises ImageError as `to_rgb` does.
+    """
+    pixels, mask = resize(image, size, "RGB"), resize(mask, size, "L")
+    return Inpainting(to_float(pixels), np.float32(mask >= 128), noise)
+
+
+def resize(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Return a PIL image of any mode as uint8[1, height, width, bands of `mode`], resized as diffusers does.
 
     mode: RGB or L. Raises ImageError as `to_rgb` does.
     """
-    if image.mode != "1":  # which is resized without a filter, to the same mask as in diffusers
+    if image.mode != "1":  # resized without a filter, to the same mask as in diffusers
         image = images.to_rgb(image)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS).convert(mode)
-    return np.asarray(resized, np.float32).reshape(1, height, width, len(resized.getbands())) / np.float32(255)
+    resized = image.resize(size[::-1], Image.Resampling.LANCZOS).convert(mode)
+    return np.asarray(resized).reshape(1, *size, len(resized.getbands()))

@@ -1,0 +1,98 @@
+"""From token ids to pixels, as one pure function; jitted, it is one program for any number of steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.diffusion.guidance import classifier_free
+from lcm_jax.diffusion.pixels import to_uint8
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers.table import Network, Table
+from lcm_jax.models.conditioning import Conditioning, concatenate
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling.finite import Finite, all_finite
+from lcm_jax.sampling.inputs import Inpainting, Inputs, step_noise
+
+
+def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
+    """Return the steps of the sampler of that name for the model's scheduler_config.json.
+
+    The table is padded to the same size for every number of steps, so that all share one program. Raises ValueError for
+    a number of steps that the sampler does not have, and for options that it does not support.
+    """
+    config = model.scheduler
+    if model.text_encoder_2 is None and sampler != "lcm":
+        # diffusers' StableDiffusionPipeline sets these two whatever the file contains: old files have the class's own.
+        config = dict(config) | {"steps_offset": 1, "clip_sample": False}
+    table = SAMPLERS[sampler].make_table(model.schedule, config, steps)
+    return table.padded(len(model.schedule.alphas_cumprod) + 1)  # PNDM has a row more than steps
+
+
+def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting) -> jax.Array:
+    """Return the `masked` part of a Conditioning, float32[N, h, w, 1 + c].
+
+    It is the mask at the first pixel of each latent, and the scaled latents of the image, gray where it is repainted.
+    params: by network.
+    """
+    kept = inpainting.image * (1.0 - inpainting.mask)
+    encoded = model.to_latents(model.encode(params["vae"], kept), inpainting.noise)
+    return jnp.concatenate([inpainting.mask[:, :: model.downscale, :: model.downscale], encoded], axis=-1)
+
+
+def guided_network(
+    model: StableDiffusion, params: Any, prompt: Conditioning, negative: Conditioning | None, weight: jax.Array
+) -> Network:
+    """Return the network that a sampler evaluates, guided by the weight w: float32[].
+
+    params: of the UNet. negative: None for a UNet that has the weight as an input; else guidance is classifier-free,
+    and its two passes are one batch of 2B.
+    """
+    if negative is None:
+        guided = prompt._replace(guidance=jnp.full(len(prompt.context), weight))
+        return lambda z, t: model.denoise(params, z, t, guided)
+    both = concatenate(prompt, negative)
+
+    def network(z, t):
+        output = model.denoise(params, jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+        cond, uncond = jnp.split(output, 2)
+        return classifier_free(uncond, cond, weight)
+
+    return network
+
+
+def generate(
+    model: StableDiffusion,
+    params: Any,
+    inputs: Inputs,
+    sampler: str,
+    table: Table,
+    *,
+    clip_skip: int = 0,
+    zero_empty: bool = True,
+    decode: bool = True,
+) -> tuple[jax.Array, Finite]:
+    """Return images uint8[B, H, W, 3], or scaled latents float32[B, h, w, c] if `decode` is False, and their flags.
+
+    params: by network. sampler: name in SAMPLERS. table: of `sampler_table`. clip_skip: last layers of the text
+    encoder to leave out, for the prompt but not for the negative prompt. zero_empty: False if an empty negative prompt
+    is encoded even by a model that was trained with zeros for it.
+    """
+    prompt = model.encode_prompt(params, inputs.token_ids, inputs.time_ids, clip_skip=clip_skip, zero_empty=False)
+    negative = masked = None
+    if model.guidance_embedding_dim is None:
+        negative = model.encode_prompt(params, inputs.negative_ids, inputs.time_ids, zero_empty=zero_empty)
+    encoded = (prompt, negative)
+    batch, *shape = inputs.latents.shape
+    if inputs.inpainting is not None:
+        masked = masked_channels(model, params, inputs.inpainting)
+        repeated = jnp.broadcast_to(masked, (batch, *masked.shape[1:]))
+        prompt = prompt._replace(masked=repeated)
+        negative = None if negative is None else negative._replace(masked=repeated)
+    network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
+    noise = (lambda i: step_noise(inputs.noise, i, tuple(shape))) if SAMPLERS[sampler].adds_noise else None
+    z = SAMPLERS[sampler].sample(network, inputs.latents, table, model.schedule, noise)
+    images = model.decode(params["vae"], z) if decode else None
+    stages = Finite(encoded, masked, z, images)
+    finite = Finite(*(None if output is None else all_finite(output) for output in stages))
+    return (to_uint8(images) if decode else z), finite

@@ -1,0 +1,96 @@
+"""Images of fixed prompts while a model is trained, and grids of them."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling.generate import generate, sampler_table
+from lcm_jax.sampling.inputs import Inpainting, Inputs, draw_noise, make_time_ids
+
+
+class PreviewSampler:
+    """Generator of images of size x size pixels for fixed prompts from fixed noise.
+
+    tokenize(prompts): token ids, as `Inputs` has them. inpainting: for an inpainting model, an image and a mask for
+    each prompt. Each sampler is compiled once, for any number of steps.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        tokenize: Callable[[Sequence[str]], np.ndarray],
+        prompts: Sequence[str],
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 1,
+        inpainting: Inpainting | None = None,
+    ):
+        self.model, self.tokenize, self.prompts = model, tokenize, list(prompts)
+        self._batch_size, self._size, self._seed = min(batch_size, len(prompts)), size, seed
+        self._token_ids, self._negative_ids, self._inpainting = tokenize(self.prompts), tokenize([""]), inpainting
+        self._programs: dict = {}
+
+    def with_prompts(self, prompts: Sequence[str], inpainting: Inpainting | None = None) -> "PreviewSampler":
+        """Return a sampler of other prompts, with an inpainting of their own, that shares the compiled programs."""
+        other = copy.copy(self)
+        other.prompts, other._token_ids, other._inpainting = list(prompts), self.tokenize(prompts), inpainting
+        return other
+
+    def __call__(
+        self, params: Mapping[str, Any], sampler: str, steps: int, guidance_scale: float
+    ) -> tuple[np.ndarray, float]:
+        """Return (uint8[N, size, size, 3], seconds without compilation) for the N prompts.
+
+        params: by network, on the host or on devices; those on devices are used where they are.
+        """
+        params = jax.block_until_ready(jax.device_put({name: params[name] for name in self.model.networks}))
+        table = sampler_table(self.model, sampler, steps)
+        starts = range(0, len(self.prompts), self._batch_size)
+        batches = jax.block_until_ready([self._inputs(start, guidance_scale) for start in starts])
+        program = self._program(sampler, params, batches[0], table)
+        began = time.monotonic()
+        parts = [np.asarray(program(params, inputs, table=table)[0]) for inputs in batches]
+        return np.concatenate(parts)[: len(self.prompts)], time.monotonic() - began
+
+    def _inputs(self, start: int, guidance_scale: float) -> Inputs:
+        rows = np.minimum(start + np.arange(self._batch_size), len(self.prompts) - 1)
+        side = self._size // self.model.downscale
+        shape = (side, side, self.model.vae.config["latent_channels"])
+        latents, noise = draw_noise(self._seed, np.arange(start, start + len(rows), dtype=np.uint32), shape)
+        return Inputs(
+            token_ids=self._token_ids[rows],
+            negative_ids=np.repeat(self._negative_ids, len(rows), axis=0),
+            latents=latents,
+            noise=noise,
+            guidance_scale=np.float32(guidance_scale),
+            time_ids=None if self.model.text_encoder_2 is None else make_time_ids(len(rows), (self._size, self._size)),
+            inpainting=jax.tree.map(lambda each: each[rows], self._inpainting),
+        )
+
+    def _program(self, sampler: str, params, inputs: Inputs, table):
+        """Return the compiled program for parameters that are placed as these are."""
+        key = (sampler, *(leaf.sharding for leaf in jax.tree.leaves(params)))
+        if key not in self._programs:
+            function = jax.jit(partial(generate, self.model, sampler=sampler))
+            self._programs[key] = function.lower(params, inputs, table=table).compile()
+        return self._programs[key]
+
+
+def save_grid(rows: Sequence[np.ndarray], path: Path, labels: Sequence[str] = ()) -> None:
+    """Write a PNG of rows of images of one size, each uint8[n, H, W, 3], with a label left of each row, if any."""
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    margin, height = (110 if labels else 0), rows[0].shape[1]
+    page = Image.new("RGB", (grid.shape[1] + margin, grid.shape[0]), "white")
+    page.paste(Image.fromarray(grid), (margin, 0))
+    for i, label in enumerate(labels):
+        ImageDraw.Draw(page).text((6, i * height + height // 2 - 5), label, fill="black")
+    page.save(path)
