@@ -243,7 +243,7 @@ class Pipeline:
         for start in range(0, count, batch):
             rows = np.minimum(start + np.arange(batch), count - 1)
             drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
-            drawn = drawn if latents is None else latents[rows]
+            drawn = drawn if latents is None else jnp.asarray(latents[rows])
             inputs = Inputs(ids[rows], negative_ids[rows], drawn, noise, scale, time_ids, inpainting)
             parts.append(self._run(program, inputs, table)[: count - start])
         return _output(np.concatenate(parts), output_type)

@@ -381,7 +381,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
         ({"first": -1}, "first is -1; use 0 to"),
         ({"clip_skip": 3}, "clip_skip is 3; use 0 to 2"),
-        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 prompts and prompt has 1; use 1"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 prompts and prompt has 1; use one, or one for each"),
         ({"negative_prompt": 3}, "negative_prompt is 3; use a string"),
         ({"prompt": "caf\udce9"}, r"prompt is 'caf\\udce9', which is not valid Unicode at character 3; use UTF-8"),
         ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents have NaN or infinity; use"),

@@ -66,7 +66,9 @@ def negative_prompts(value: Any, count: int) -> list[str]:
     if isinstance(value, str):
         negatives = negatives * count
     if len(negatives) != count:
-        raise ValueError(f"negative_prompt has {len(negatives)} prompts and prompt has {count}; use one, or {count}")
+        raise ValueError(
+            f"negative_prompt has {len(negatives)} prompts and prompt has {count}; use one, or one for each"
+        )
     return negatives
 
 
