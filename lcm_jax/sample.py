@@ -1,7 +1,7 @@
 """Generate images from text prompts with a diffusers model, or a bundled one (`shapes`, `shapes-lcm`).
 
-Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, each as soon as its batch is made, and OUTPUT/grid.png
-with --grid. Image i is the same in any batch.
+Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, each as soon as its batch is generated, and
+OUTPUT/grid.png with --grid. Image i does not depend on the batch size.
 """
 
 import math
@@ -20,56 +20,54 @@ from lcm_jax.errors import check_devices
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
 OWN = {"flag_values": FLAGS}
-MODEL = flags.DEFINE_string("model", "shapes-lcm", "A folder in diffusers layout, or shapes, or shapes-lcm.", **OWN)
+MODEL = flags.DEFINE_string("model", "shapes-lcm", "Folder in diffusers layout, hub id, shapes or shapes-lcm.", **OWN)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text prompt; repeat the flag for more.", **OWN)
 PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "A text file of prompts, one a line; blank lines are skipped.", **OWN
+    "prompts_file", None, "Text file with one prompt per line; blank lines are skipped.", **OWN
 )
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What to guide away from; an LCM does not take it.", **OWN)
-OUTPUT = flags.DEFINE_string("output", None, "The folder that the images go to.", **OWN)
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "Prompt to guide away from; not supported by LCMs.", **OWN)
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", **OWN)
 STEPS = flags.DEFINE_integer(
     "num_inference_steps",
     4,
     "Number of denoising steps; an LCM supports 1 to its training grid size (shapes-lcm: 8).",
     **OWN,
 )
-GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "How closely to follow the prompt, as in diffusers.", **OWN)
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same images.", **OWN)
-COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Images of each prompt.", **OWN)
-BATCH = flags.DEFINE_integer("batch_size", 8, "Images made at once; lower it if the memory is full.", **OWN)
-SAMPLER = flags.DEFINE_enum(
-    "sampler",
-    None,
-    ["lcm", "ddim", "pndm", "dpmpp_2m", "euler", "euler_ancestral"],
-    "Sampler; defaults to the model's scheduler.",
-    **OWN,
+GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "Strength of guidance, as in diffusers; 1 is none.", **OWN)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed; the same seed gives the same images.", **OWN)
+COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Number of images of each prompt.", **OWN)
+BATCH = flags.DEFINE_integer("batch_size", 8, "Images generated at once; lower it if memory runs out.", **OWN)
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "Sampler, such as lcm, ddim or dpmpp_2m; defaults to the model's scheduler.", **OWN
 )
-CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "The text encoder's last layers to skip, as in diffusers.", **OWN)
+CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text encoder to skip, as in diffusers.", **OWN)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "What the networks compute in.", **OWN
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
 )
-LORA = flags.DEFINE_list("lora", [], "LoRA files to apply, each FILE or FILE:WEIGHT, with commas between them.", **OWN)
-VARIANT = flags.DEFINE_string("variant", None, "The variant of the weight files to read, such as fp16.", **OWN)
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's own.", **OWN)
-WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's own.", **OWN)
-IMAGE = flags.DEFINE_string("image", None, "For a model that inpaints: the image to paint in.", **OWN)
-MASK = flags.DEFINE_string("mask_image", None, "With --image: the mask image; white pixels are repainted.", **OWN)
-GRID = flags.DEFINE_bool("grid", False, "Write grid.png too.", **OWN)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images that exist already.", **OWN)
+LORA = flags.DEFINE_list("lora", [], "LoRA files to apply, separated by commas: FILE or FILE:WEIGHT.", **OWN)
+VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
+HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; defaults to the model's.", **OWN)
+WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; defaults to the model's.", **OWN)
+IMAGE = flags.DEFINE_string("image", None, "Image to repaint, for inpainting models.", **OWN)
+MASK = flags.DEFINE_string("mask_image", None, "Mask image, for inpainting models; white pixels are repainted.", **OWN)
+GRID = flags.DEFINE_bool("grid", False, "Also write grid.png.", **OWN)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing images.", **OWN)
 
 EXAMPLE = """Example:
 
     python -m lcm_jax.sample --model=shapes-lcm --prompt="a red circle above a blue square" \\
-        --num_inference_steps=4 --output=pictures
+        --num_inference_steps=4 --output=images
     python -m lcm_jax.sample --model=path/to/a/model --lora=style.safetensors:0.8,other.safetensors \\
-        --prompt="a lighthouse" --output=pictures
+        --prompt="a lighthouse" --output=images
     python -m lcm_jax.sample --model=path/to/an/inpainting/model --image=photo.png --mask_image=mask.png \\
-        --prompt="a lighthouse" --output=pictures"""
+        --prompt="a lighthouse" --output=images"""
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the flags, then those of the file. Raises ValueError if there are none, or for bytes that
-    are not text."""
+    """Return the prompts of the flags, then the prompts of the file.
+
+    Raises ValueError if there are none, and for bytes that are not text.
+    """
     content = text.decode(Path(file).read_bytes(), file) if file else ""
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     given = [text.check_unicode(prompt, "--prompt") for prompt in prompts]
@@ -81,7 +79,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def write_image(image, path: Path) -> None:
-    """Write a PNG whole or not at all: a stopped command leaves no half image behind."""
+    """Write a PNG atomically: an interrupted command leaves no partial image."""
     temporary = path.with_name(f".{path.name}")
     try:
         image.save(temporary, format="png")
@@ -91,7 +89,7 @@ def write_image(image, path: Path) -> None:
 
 
 def make_grid(images, columns: int):
-    """PIL images of one size -> one image, row by row."""
+    """Return one image of PIL images of one size, row by row."""
     from PIL import Image
 
     width, height = images[0].size
@@ -103,8 +101,10 @@ def make_grid(images, columns: int):
 
 @contextmanager
 def progress(total: int, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Show speed and time left on stderr: a bar on a terminal, else a line now and then. Yields a function of the
-    number of images that are made. The speed leaves out the first batch, which compiles."""
+    """Show speed and time left on stderr: a bar on a terminal, else a line every `every_seconds`.
+
+    Yields update(done), done being the number of images so far. The speed excludes the first batch, which compiles.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -131,16 +131,16 @@ def progress(total: int, every_seconds: float = 10.0) -> Iterator[Callable[[int]
 
 
 def check_output(output: Path, files: Sequence[Path]) -> None:
-    """Raise ValueError if the output is not a folder, or has one of `files` without --overwrite."""
+    """Raise ValueError if the output is not a folder, or one of `files` exists and --overwrite is not set."""
     if existing := [file for file in files if file.exists()]:
         if not OVERWRITE.value:
-            raise ValueError(f"{existing[0]} exists already; choose another --output, or pass --overwrite")
+            raise ValueError(f"{existing[0]} exists already; use another --output, or pass --overwrite")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output={output} is a file; use a folder")
 
 
 def sample() -> None:
-    """Read the flags and write the images. Raises ValueError or OSError, as a rule before anything is written."""
+    """Read the flags and write the images. Raises ValueError or OSError, almost always before anything is written."""
     if OUTPUT.value is None:
         raise ValueError("--output is missing; use --output=FOLDER")
     prompts, output = read_prompts(PROMPT.value, PROMPTS_FILE.value), Path(OUTPUT.value)
@@ -201,7 +201,7 @@ def sample() -> None:
 
 
 def run() -> None:
-    """The command; exits as `command.run` does."""
+    """Run the command; exits as `command.run` does."""
     command.run(
         sample,
         FLAGS,

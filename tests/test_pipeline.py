@@ -407,7 +407,11 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
 
     for part, options, message in [
         ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, "beta_start '0.1' is not supported; use a number"),
-        ("unet/config.json", {"cross_attention_dim": 24}, "dim is 24, the text encoder's hidden_size 16"),
+        (
+            "unet/config.json",
+            {"cross_attention_dim": 24},
+            "dim is 24 and the text encoder's hidden_size is 16; use networks of one model",
+        ),
         ("unet/config.json", {"block_out_channels": [16, 16]}, "unet of .*another shape"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ("text_encoder/config.json", {"vocab_size": 300}, "text_encoder of .*another shape"),

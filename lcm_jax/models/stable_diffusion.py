@@ -22,7 +22,7 @@ Params = Any
 
 @contextmanager
 def in_file(name: str) -> Iterator[None]:
-    """Errors about a config begin with the name of its file in the model's folder."""
+    """Begin the message of a ValueError with the name of a file in the model's folder."""
     try:
         yield
     except ValueError as error:
@@ -31,7 +31,7 @@ def in_file(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
-    """The networks and the schedule of one model; hold it once, it is compared by identity."""
+    """Networks and schedule of one model. It is compared by identity, so that jit compiles once for each instance."""
 
     unet: UNet2DCondition
     vae: AutoencoderKL | AutoencoderTiny
@@ -39,20 +39,21 @@ class StableDiffusion:
     text_encoder_2: CLIPTextModel | None  # SDXL has two
     schedule: Schedule
     scheduler: Mapping[str, Any]  # scheduler_config.json, for the samplers
-    empty_is_zero: bool  # the empty prompt is zeros to the UNet (SDXL's force_zeros_for_empty_prompt)
+    empty_is_zero: bool  # the empty prompt is encoded as zeros (SDXL's force_zeros_for_empty_prompt)
 
     @classmethod
     def from_configs(
         cls, configs: Mapping[str, Mapping[str, Any]], dtype: Dtype = jnp.float32, remat: bool = False
     ) -> "StableDiffusion":
-        """configs: `unet`, `vae`, `text_encoder`, `scheduler`, and for SDXL `text_encoder_2`, each a published
-        config.json as it stands; `model_index` for `force_zeros_for_empty_prompt`, which is true where it is silent.
+        """Build the model of published config.json files, unchanged.
 
-        Raises ValueError that names an option which is not supported, or two networks that do not fit each other.
+        configs: `unet`, `vae`, `text_encoder`, `scheduler`; `text_encoder_2` for SDXL; `model_index` for
+        `force_zeros_for_empty_prompt`, by default true. dtype: of the computation. remat: recompute activations in the
+        backward pass. Raises ValueError for an unsupported option, or two networks that do not fit each other.
         """
         with in_file("unet/config.json"):
             unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
-        # SDXL's autoencoder says of itself that it overflows in half precision.
+        # force_upcast marks autoencoders that overflow in half precision, such as SDXL's.
         upcast = configs["vae"].get("force_upcast", False) and jnp.dtype(dtype) == jnp.float16
         kind = AutoencoderTiny if configs["vae"].get("_class_name") == "AutoencoderTiny" else AutoencoderKL
         with in_file("vae/config.json"):
@@ -67,22 +68,22 @@ class StableDiffusion:
             width += text_encoder_2.config.hidden_size
             if not text_encoder_2.config.projects:
                 raise ValueError(
-                    "text_encoder_2 must be a CLIPTextModelWithProjection: the UNet takes its pooled output"
+                    "text_encoder_2 has no projection, which SDXL's UNet needs; use a CLIPTextModelWithProjection"
                 )
         if (unet.config["addition_embed_type"] is None) != (text_encoder_2 is None):
             raise ValueError(
                 f"the UNet's addition_embed_type is {unet.config['addition_embed_type']!r} and there is "
-                f"{'no' if text_encoder_2 is None else 'a'} text_encoder_2: they belong to different models"
+                f"{'no' if text_encoder_2 is None else 'a'} text_encoder_2; use networks of one model"
             )
         for option, other, value in [
             ("cross_attention_dim", "text encoder's hidden_size", (width,)),
-            ("in_channels", "autoencoder's latent_channels", (channels, 2 * channels + 1)),  # inpainting: z, mask, z
+            ("in_channels", "autoencoder's latent_channels", (channels, 2 * channels + 1)),  # z, mask, masked
             ("out_channels", "autoencoder's latent_channels", (channels,)),
         ]:
             mine = unet.config[option]
             if any(one not in value for one in (mine if isinstance(mine, tuple) else (mine,))):
                 raise ValueError(
-                    f"the UNet's {option} is {mine}, the {other} {value[0]}: they belong to different models"
+                    f"the UNet's {option} is {mine} and the {other} is {value[0]}; use networks of one model"
                 )
         return cls(
             unet,
@@ -96,16 +97,16 @@ class StableDiffusion:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names under which parameter trees and folders hold the networks."""
+        """Names of the networks, in parameter trees and in folders."""
         return ("unet", "vae", "text_encoder", *(() if self.text_encoder_2 is None else ("text_encoder_2",)))
 
     def dtype_of(self, name: str) -> Dtype:
-        """What the network of that name computes in."""
+        """Return the compute dtype of the network of that name."""
         return getattr(self, name).dtype
 
     @property
     def inpaints(self) -> bool:
-        """The UNet's input has a mask and the masked picture's latents behind the noisy latents."""
+        """True if the UNet's input has a mask and masked latents after the noisy latents."""
         return self.unet.config["in_channels"] != self.unet.config["out_channels"]
 
     @property
@@ -116,12 +117,12 @@ class StableDiffusion:
 
     @property
     def guidance_embedding_dim(self) -> int | None:
-        """The size of the guidance weight's embedding; None for a network without that input (a teacher)."""
+        """Size of the guidance weight's embedding; None for a network without that input (a teacher)."""
         return self.unet.config["time_cond_proj_dim"]
 
     @property
     def max_clip_skip(self) -> int:
-        """The most layers that `encode_prompt` can leave out; its embeddings are left at least."""
+        """Largest number of last layers that `encode_prompt` can leave out."""
         if self.text_encoder_2 is None:
             return self.text_encoder.config.num_hidden_layers
         return min(each.config.num_hidden_layers for each in (self.text_encoder, self.text_encoder_2)) - 1
@@ -179,20 +180,20 @@ class StableDiffusion:
         return self.unet.apply({"params": params}, z, t, context, embedding, pooled, time_ids)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
-        """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]."""
+        """Encode images float32[B, H, W, 3] in [-1, 1] to moments float32[B, h, w, 2c]. params: of the autoencoder."""
         return self.vae.apply({"params": params}, images, method="encode")
 
     def to_latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
-        """moments: float32[B, h, w, 2c], noise: float32[B, h, w, c] -> scaled latents."""
+        """Return scaled latents float32[B, h, w, c] of moments float32[B, h, w, 2c], by noise float32[B, h, w, c]."""
         return sample_latents(moments, noise, self.vae.config["scaling_factor"], self.vae.config["shift_factor"])
 
     def decode(self, params: Params, z: jax.Array) -> jax.Array:
-        """z: scaled latents float32[B, h, w, c] -> images float32[B, H, W, 3], about -1..1."""
+        """Decode scaled latents float32[B, h, w, c] to images float32[B, H, W, 3], about [-1, 1]."""
         latents = unscale_latents(z, self.vae.config["scaling_factor"], self.vae.config["shift_factor"])
         return self.vae.apply({"params": params}, latents, method="decode")
 
     def abstract_params(self) -> dict[str, Params]:
-        """Every parameter as a ShapeDtypeStruct, by name of `networks`. Nothing is allocated."""
+        """Return every parameter as a ShapeDtypeStruct, by network. Nothing is allocated."""
 
         def init():
             rng, unet, vae = jax.random.key(0), self.unet.config, self.vae.config

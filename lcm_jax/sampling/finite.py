@@ -1,4 +1,4 @@
-"""Flags of a program that made images: which network's output has NaN or infinity, and the error that says so."""
+"""Flags of a program that generates images: the stages whose output has NaN or infinity, and the error for them."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from lcm_jax.weights.errors import ModelError
 
 
 class Finite(NamedTuple):
-    """bool[] by stage, in order: all of its output is finite. None for a stage that is left out."""
+    """bool[] by stage, in order, True if all of its output is finite. None for a stage that did not run."""
 
     text_encoder: jax.Array
     vae_encoder: jax.Array | None  # of an inpainting model
@@ -19,7 +19,7 @@ class Finite(NamedTuple):
     vae_decoder: jax.Array | None
 
 
-STAGES = {  # its name in an error, and the networks that run in it
+STAGES = {  # name in an error, and the networks of the stage
     "text_encoder": ("text encoder", ("text_encoder", "text_encoder_2")),
     "vae_encoder": ("autoencoder's encoder", ("vae",)),
     "unet": ("UNet", ("unet",)),
@@ -28,14 +28,14 @@ STAGES = {  # its name in an error, and the networks that run in it
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """bool[]: no array of the tree has NaN or infinity."""
+    """Return bool[], True if no array of the tree has NaN or infinity."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def check_finite(finite: Finite, params: dict, dtype: Any, name: str) -> None:
     """Raise ModelError for the first stage whose output is not finite.
 
-    params: by network, searched for NaN only then. dtype: what the networks compute in. name: of the model.
+    params: by network, searched for NaN only then. dtype: of the computation. name: of the model.
     """
     flags = jax.device_get(finite)._asdict()
     stage = next((stage for stage, flag in flags.items() if flag is not None and not flag), None)
