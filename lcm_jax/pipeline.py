@@ -21,9 +21,10 @@ from lcm_jax.sampling.finite import check_finite
 from lcm_jax.sampling.generate import generate, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import layout, naming, trees
 from lcm_jax.weights import lora as loras
+from lcm_jax.weights import naming, trees
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,19 +37,38 @@ class Output:
 
 
 class Pipeline:
-    """A text-to-image model of a diffusers folder. Its parameters stay as stored and are cast where they are used."""
+    """A text-to-image model on the device. Its parameters keep their stored dtypes and are cast when they are used."""
 
-    def __init__(self, folder: Path, configs: dict, params: dict, index: dict, dtype: str = "float32"):
+    def __init__(self, stored: StoredModel, dtype: str = "float32"):
+        """Read the parameters of `stored` onto the device, one array at a time; dtype: of the computation.
+
+        Raises ModelError if a network or the tokenizer is missing, or they do not fit the configs.
+        """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
-        self.folder, self.configs, self.index = folder, configs, index
-        self.params = jax.device_put(params)  # once, not at every call
-        self.model = StableDiffusion.from_configs(configs, jnp.dtype(dtype))
+        check_complete(stored)
+        self.name, self.family = stored.name, stored.family
+        self.configs, self.index, self.tokenizer_folder = stored.configs, stored.index, stored.tokenizer
+        self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
+        self.tokenizers = self._load_tokenizers()
+        abstract = self.model.abstract_params()
+        check_params(stored, abstract)
+        # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
+        put = partial(jnp.array, copy=True)
+        self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
+        self._compiled: dict = {}  # (sampler, options) -> jitted
+        self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
+        self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
+
+    def _load_tokenizers(self) -> list:
+        """Return the tokenizer of each text encoder. Raises ModelError if the two do not fit."""
         encoders = [encoder for encoder in (self.model.text_encoder, self.model.text_encoder_2) if encoder]
-        self.tokenizers = [tokenizers.load(folder / f"tokenizer{'_2' * i}") for i in range(len(encoders))]
-        for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
+        loaded = [
+            tokenizers.load(self.tokenizer_folder.with_name(f"tokenizer{'_2' * i}")) for i in range(len(encoders))
+        ]
+        for tokenizer, encoder in zip(loaded, encoders, strict=True):
             text = encoder.config
-            for what, value, option, limit in [
+            for part, value, option, limit in [
                 (
                     "model_max_length",
                     tokenizer.model_max_length,
@@ -59,52 +79,53 @@ class Pipeline:
             ]:
                 if value > limit:
                     raise ModelError(
-                        f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; "
-                        "give it the tokenizer that it was trained with"
+                        f"{self.name}: the tokenizer's {part} is {value}, above the text encoder's {option} {limit}; "
+                        "use the tokenizer that it was trained with"
                     )
-        self._compiled: dict = {}  # (sampler, options) -> jitted
-        self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
-        self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
+        return loaded
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: str = "float32", variant: str | None = None) -> "Pipeline":
-        """path: a folder in diffusers layout, a hub id (`org/name`), or a shipped name (`shapes`, `shapes-lcm`).
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: str = "float32",
+        variant: str | None = None,
+        *,
+        base: str | Path | None = None,
+        ema: bool | None = None,
+    ) -> "Pipeline":
+        """Open a model in any format: a folder in diffusers layout, a hub id, a bundled name, a file, a run.
 
-        dtype: what the networks compute in. variant: the file variant, such as `fp16`. Raises ModelError.
+        dtype: what the networks compute in. variant, base, ema: see `lcm_jax.weights.model.open_model`, which has more
+        options: `Pipeline(open_model(...))` is the same. A single file has no tokenizer and needs `base`. Raises
+        ModelError.
         """
-        folder = layout.locate(path, variant)
-        index = layout.read_index(folder)
-        configs, tensors = {"model_index": index}, {}
-        for name in layout.networks_of(index):
-            configs[name], tensors[name] = folders.read_component(folder, name, variant)
-        configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
-        abstract = StableDiffusion.from_configs(configs).abstract_params()
-        return cls(folder, configs, trees.all_params(tensors, abstract, str(folder)), index, dtype)
+        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype)
 
-    def save_pretrained(self, path: str | Path, overwrite: bool = False, **how: Any) -> None:
-        """Writes the model to the folder `path`, all or nothing; tensors come out as they went in, bit for bit.
+    def save_pretrained(self, path: str | Path, overwrite: bool = False, **save_options: Any) -> None:
+        """Write the model to the folder `path` in diffusers layout, whole or not at all; tensors stay bit-exact.
 
-        With a LoRA loaded it is the changed model that is written, the one that makes the pictures.
-        how: dtype, variant, max_shard_bytes. Raises ModelError where `path` has content and overwrite is False.
+        If LoRAs are loaded, the written parameters include them. save_options: dtype, variant, max_shard_bytes. Raises
+        ModelError if `path` has content and overwrite is False.
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
             folders.write_pipeline(
                 temporary,
                 self.configs,
                 self.params,
-                self.folder / "tokenizer",
+                self.tokenizer_folder,
                 self.configs["scheduler"],
                 index=self.index,
-                **how,
+                **save_options,
             )
 
     @property
     def lora_weights(self) -> dict[str, float]:
-        """The LoRAs that are loaded, by name, and the weight of each."""
+        """The loaded LoRAs by name, with the weight of each."""
         return {name: weight for name, (_, weight) in self._adapters.items()}
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
-        """Adds the LoRA of a file, in kohya's naming or PEFT's, to the parameters; returns its name.
+        """Add the LoRA of a file, in kohya's naming or PEFT's, to the parameters; return its name.
 
         name: by default the file's, without its ending. Several add up, each at its weight. Nothing is compiled again.
         Raises ModelError for a name that is taken, and for a LoRA of another model; then nothing has changed.
@@ -114,26 +135,19 @@ class Pipeline:
             raise ModelError(
                 f"a LoRA named {name!r} is loaded already; give this one another name, or use set_lora_weight"
             )
-        base = {
-            component: {
-                naming.to_key(leaf): jax.ShapeDtypeStruct(naming.tensor_shape(leaf, array.shape), array.dtype)
-                for leaf, array in flatten_dict(params).items()
-            }
-            for component, params in self.params.items()
-        }
+        base = {component: trees.from_params(params).specs for component, params in self.params.items()}
         tensors, metadata = loras.read_file(Path(path))
-        family = "sd1" if self.model.text_encoder_2 is None else "sdxl"
-        self._adapt(self._adapters | {name: (loras.read_lora(tensors, metadata, base, family), weight)})
+        self._adapt(self._adapters | {name: (loras.read_lora(tensors, metadata, base, self.family), weight)})
         return name
 
     def set_lora_weight(self, name: str, weight: float) -> None:
-        """Another weight for a LoRA that is loaded; 0 turns it off. Raises ModelError for a name that is not there."""
+        """Set the weight of a loaded LoRA; 0 turns it off. Raises ModelError for a name that is not loaded."""
         self._adapt(self._adapters | {name: (self._adapter(name), weight)})
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Takes away one LoRA, or all. Without any the parameters are those that were read, exact to the bit.
+        """Remove one LoRA, or all. Without any, the parameters are those that were read, bit-exact.
 
-        Raises ModelError for a name that is not there.
+        Raises ModelError for a name that is not loaded.
         """
         if name is not None:
             self._adapter(name)
@@ -141,15 +155,15 @@ class Pipeline:
 
     def _adapter(self, name: str) -> loras.LoRA:
         if name not in self._adapters:
-            there = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
-            raise ModelError(f"there is no LoRA named {name!r}: {there}")
+            loaded = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
+            raise ModelError(f"there is no LoRA named {name!r}: {loaded}")
         return self._adapters[name][0]
 
     def _adapt(self, adapters: dict[str, tuple[loras.LoRA, float]]) -> None:
-        """Parameters = those that were read, plus every adapter at its weight."""
+        """Set the parameters to those that were read, plus every adapter at its weight."""
         for name, (_, weight) in adapters.items():
             if not np.isfinite(weight):
-                raise ModelError(f"the weight of LoRA {name!r} is {weight}; give a finite number")
+                raise ModelError(f"the weight of LoRA {name!r} is {weight}; use a finite number")
         flat = flatten_dict(self.params) | self._originals
         keys = {
             (component, f"{module}.weight")
@@ -157,14 +171,14 @@ class Pipeline:
             for component, updates in adapter.updates.items()
             for module in updates
         }
-        touched = {path: (path[0], naming.to_key(path[1:])) for path in flat}
-        touched = {path: key for path, key in touched.items() if key in keys}
+        adapted = {path: (path[0], naming.to_key(path[1:])) for path in flat}
+        adapted = {path: key for path, key in adapted.items() if key in keys}
         tensors: dict = {}
-        for path, (component, key) in touched.items():
+        for path, (component, key) in adapted.items():
             tensors.setdefault(component, {})[key] = naming.to_tensor(path[1:], np.asarray(flat[path]))
         merged = loras.merge(tensors, adapters.values())
-        originals = {path: flat[path] for path in touched}
-        for path, (component, key) in touched.items():  # put as at first: an array bound to a device compiles again
+        originals = {path: flat[path] for path in adapted}
+        for path, (component, key) in adapted.items():  # put as at first: an array bound to a device compiles again
             flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]))
         self.params, self._originals, self._adapters = unflatten_dict(flat), originals, adapters
 
@@ -259,7 +273,7 @@ class Pipeline:
     def _run(self, program, inputs: Inputs, table: Table) -> np.ndarray:
         # Waited for before the copy, which aborts the process instead of raising an error if memory has run out.
         images, finite = jax.device_get(jax.block_until_ready(program(self.params, inputs, table=table)))
-        check_finite(finite, self.params, self.model.unet.dtype, str(self.folder))
+        check_finite(finite, self.params, self.model.unet.dtype, self.name)
         return images
 
     def __getstate__(self) -> dict:

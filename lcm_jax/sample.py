@@ -5,7 +5,6 @@ OUTPUT/grid.png with --grid. Image i does not depend on the batch size.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,21 @@ from pathlib import Path
 from absl import flags
 
 from lcm_jax import command
-from lcm_jax.data import text
 from lcm_jax.errors import check_devices
+from lcm_jax.files import check_unicode, decode, whole_file
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
 OWN = {"flag_values": FLAGS}
-MODEL = flags.DEFINE_string("model", "shapes-lcm", "Folder in diffusers layout, hub id, shapes or shapes-lcm.", **OWN)
+MODEL = flags.DEFINE_string(
+    "model",
+    "shapes-lcm",
+    "Folder in diffusers layout, hub id, bundled name (shapes, shapes-lcm), .safetensors or .ckpt file, workdir of a "
+    "run, or orbax model.",
+    **OWN,
+)
+BASE = flags.DEFINE_string(
+    "base", None, "Model in diffusers layout that supplies what a file lacks: the tokenizer, networks.", **OWN
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text prompt; repeat the flag for more.", **OWN)
 PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Text file with one prompt per line; blank lines are skipped.", **OWN
@@ -68,9 +76,9 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
     Raises ValueError if there are none, and for bytes that are not text.
     """
-    content = text.decode(Path(file).read_bytes(), file) if file else ""
+    content = decode(Path(file).read_bytes(), file) if file else ""
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    given = [text.check_unicode(prompt, "--prompt") for prompt in prompts]
+    given = [check_unicode(prompt, "--prompt") for prompt in prompts]
     given += [line.strip() for line in lines if line.strip()]
     if not given:
         where = f" in {file}" if file else ""
@@ -80,12 +88,8 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 def write_image(image, path: Path) -> None:
     """Write a PNG atomically: an interrupted command leaves no partial image."""
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with whole_file(path) as temporary:
         image.save(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_grid(images, columns: int):
@@ -163,7 +167,7 @@ def sample() -> None:
     given = {"image": IMAGE.value, "mask_image": MASK.value}
     given = {name: open_upright(file) for name, file in given.items() if file is not None}
 
-    pipe = Pipeline.from_pretrained(MODEL.value, dtype=DTYPE.value, variant=VARIANT.value)
+    pipe = Pipeline.from_pretrained(MODEL.value, DTYPE.value, VARIANT.value, base=BASE.value)
     for path, weight in map(loras.file_and_weight, LORA.value):
         print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
     start, kept, done = time.perf_counter(), [], 0

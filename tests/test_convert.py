@@ -130,7 +130,7 @@ def test_text_encoder_and_autoencoder_without_a_unet_need_a_base(model, single, 
     tensors = {key: value for key, value in load_file(single).items() if not key.startswith("model.diffusion_model.")}
     save_file(tensors | {"odd.a": np.zeros(1), "odd.b": np.zeros(1)}, file)
     done = convert(f"--input={file}", f"--output={out}", "--format=diffusers")
-    assert done.returncode == 1 and "has no unet, and a folder needs every component" in done.stderr
+    assert done.returncode == 1 and "has no unet; pass a model in diffusers layout that has them" in done.stderr
     done = convert(f"--input={file}", f"--output={out}", "--format=diffusers", f"--base={model}")
     assert_done(done)
     assert "left out, as no network has a place for 2 tensors: odd (2)" in done.stdout
@@ -170,9 +170,9 @@ def test_what_is_there_stays(model, tmp_path):
     ("arguments", "message"),
     [
         (["--input=nowhere", "--output=W/a.safetensors", "--format=ldm"], "there is no model 'nowhere'"),
-        (["--input=M", "--output=W/a.ckpt", "--format=ldm"], "must end in .safetensors"),
-        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--component=lora"], "it has unet, vae"),
-        (["--input=S", "--output=W/a", "--format=diffusers"], "has no tokenizer: name a sd1 model"),
+        (["--input=M", "--output=W/a.ckpt", "--format=ldm"], "does not end in .safetensors"),
+        (["--input=M", "--output=W/a.safetensors", "--format=ldm", "--component=lora"], "use one of unet, vae"),
+        (["--input=S", "--output=W/a", "--format=diffusers"], "has no tokenizer; pass a sd1 model"),
         (["--input=M", "--output=W/a", "--format=onnx"], "diffusers|ldm"),
         (["--input=M", "--format=ldm"], "--output is missing"),
         (["--input=U", "--output=W/a", "--format=diffusers"], "looked for"),
@@ -258,7 +258,7 @@ def test_a_file_of_stable_diffusion_2_is_told_what_it_predicts_where_it_matters(
     unmarked(file, file)
     done = convert(f"--input={file}", f"--output={again}", "--format=ldm")
     assert_done(done)
-    assert "sd2, what it predicts is not told" in done.stdout
+    assert "sd2, prediction type unknown" in done.stdout
     assert_same(load_file(file), load_file(again))
     assert_done(convert(f"--input={file}", f"--output={out}", "--format=diffusers", f"--base={base}"))
     assert json_of(out, "scheduler") == json_of(base, "scheduler")
@@ -450,7 +450,7 @@ def test_a_run_gives_both_in_one_file(workdir, model, tmp_path):
             unet_of(getattr(state_at(7, model), part)),
         )
     done = convert(f"--input={model}", f"--output={tmp_path / 'c.safetensors'}", "--format=ldm", "--with_ema")
-    assert done.returncode == 1 and "--with_ema writes a run" in done.stderr
+    assert done.returncode == 1 and "with_ema writes a run" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["ldm", "orbax"])
@@ -522,7 +522,7 @@ orbax_tree.write_tree = other
 def test_what_reads_back_as_other_numbers_is_not_kept(name, model, tmp_path):
     target = tmp_path / ("m.safetensors" if name == "ldm" else "m")
     done = alone(DAMAGE, f"--input={model}", f"--output={target}", f"--format={name}")
-    assert done.returncode == 1 and "reads back as other numbers than were written; nothing was kept" in done.stderr
+    assert done.returncode == 1 and "verification failed for" in done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
@@ -594,7 +594,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(model, tmp_
     small = "import shutil; usage = shutil.disk_usage; shutil.disk_usage = lambda path: usage(path)._replace(free=3000)"
     target = tmp_path / "new" / "m.safetensors"
     done = alone(small, f"--input={model}", f"--output={target}", "--format=ldm")
-    needs = f"{target} needs 0.000495 GB, and {tmp_path} has 3e-06 GB free; free some space, or choose another --output"
+    needs = f"{target} needs 0.000495 GB, and {tmp_path} has 3e-06 GB free; free some space, or use another output"
     assert done.returncode == 1 and done.stderr == f"error: {needs}\n" and list(tmp_path.iterdir()) == []
 
 
@@ -700,14 +700,14 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--input={style}", "--format=lora-peft"), "name the model it belongs to with --base"),
+        (("--input={style}", "--format=lora-peft"), "pass the base model as base (--base)"),
         (("--input={style}", "--format=lora-peft", "--base=shapes"), "to a text of width 16, the model to 128"),
-        (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA: write it with --format=lora-kohya"),
+        (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA; use format lora-kohya"),
         (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
-        (("--input={style}", "--format=lora-peft", "--base={model}", "--merge={style}"), "leave out --merge"),
-        (("--input={style}", "--format=lora-peft", "--base={model}", "--component=unet"), "leave out --component"),
-        (("--input={style}", "--format=lora-peft", "--base={model}", "--with_ema"), "leave out --with_ema"),
-        (("--input={style}", "--format=lora-peft", "--base={model}", "--dtype=float16"), "leave out --dtype"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--merge={style}"), "omit merge"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--component=unet"), "omit component"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--with_ema"), "omit with_ema"),
+        (("--input={style}", "--format=lora-peft", "--base={model}", "--dtype=float16"), "omit dtype"),
         (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),
     ],
 )

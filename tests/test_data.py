@@ -120,7 +120,7 @@ def test_order_of_the_fingerprint_does_not_matter(tmp_path):
 
 def test_a_cache_that_was_cut_off_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr("lcm_jax.data.latents.shutil.rmtree", lambda *_, **__: None)  # a killed process deletes nothing
+        killed.setattr("lcm_jax.files.remove", lambda folder: None)  # a killed process deletes nothing
         with pytest.raises(RuntimeError, match="killed"):
             _cache(tmp_path, Encoder(fail_at=2))
     assert [".part-" in path.name for path in tmp_path.iterdir() if path.is_dir()] == [True]

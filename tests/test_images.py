@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax.data import images, text
+from lcm_jax import files
+from lcm_jax.data import images
 
 RED, GRAY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 
@@ -159,8 +160,8 @@ def test_files_that_are_not_images_are_named(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_byte_order_marks_are_understood(encoding):
-    assert text.decode("ein Kreis, größer\n".encode(encoding), "a.txt") == "ein Kreis, größer\n"
-    assert text.decode("".encode(encoding), "a.txt") == ""
+    assert files.decode("ein Kreis, größer\n".encode(encoding), "a.txt") == "ein Kreis, größer\n"
+    assert files.decode("".encode(encoding), "a.txt") == ""
 
 
 @pytest.mark.parametrize(
@@ -172,5 +173,5 @@ def test_byte_order_marks_are_understood(encoding):
     ],
 )
 def test_other_bytes_are_not_text(data, message):
-    with pytest.raises(text.TextError, match=f"^a.txt .*{message}.*save it as UTF-8"):
-        text.decode(data, "a.txt")
+    with pytest.raises(files.TextError, match=f"^a.txt .*{message}.*save it as UTF-8"):
+        files.decode(data, "a.txt")

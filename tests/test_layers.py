@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lcm_jax"
 ROOMS = (
     "errors",
     "locks",
+    "files",
     "output",
     "config_files",
     "diffusion",
@@ -26,11 +27,24 @@ ROOMS = (
     "recipes",
     "cost",
     "dry_run",
+    "conversion",
     "command",
     "benchmarks",
     "commands",
 )
-FILES = {"os", "io", "pathlib", "json", "shutil", "tempfile", "tarfile", "PIL", "safetensors", "huggingface_hub"}
+FILES = {
+    "os",
+    "io",
+    "pathlib",
+    "json",
+    "shutil",
+    "tempfile",
+    "tarfile",
+    "PIL",
+    "safetensors",
+    "huggingface_hub",
+    "lcm_jax.files",
+}
 DEVICES = {"jax.sharding", "jax.experimental"}
 NETWORKS = {"flax.linen", "flax.nnx", "lcm_jax.models"}
 TEXT = {"transformers", "lcm_jax.data.tokenizer"}

@@ -162,7 +162,7 @@ def test_other_adapters_are_refused_by_name(key, message):
 
 def test_half_an_update_no_rank_in_common_and_no_base():
     kohya, _ = loras.to_kohya(example())
-    with pytest.raises(ModelError, match="name the model it belongs to with --base"):
+    with pytest.raises(ModelError, match="pass the base model as base"):
         loras.read_lora(kohya)
     lost = next(key for key in kohya if key.endswith("lora_up.weight"))
     with pytest.raises(ModelError, match="has only down and alpha"):

@@ -465,7 +465,7 @@ def test_nothing_is_written_over_unless_asked(copy, tmp_path):
     with folders.new_folder(copy, overwrite=True) as temporary:
         (temporary / "new").write_text("new")
     assert files_of(copy) == {"new": b"new"}
-    with pytest.raises(ModelError, match="holds something that is no model"), folders.new_folder(copy, overwrite=True):
+    with pytest.raises(ModelError, match="is not a model folder"), folders.new_folder(copy, overwrite=True):
         pass
     assert files_of(copy) == {"new": b"new"}
     with pytest.raises(ModelError, match="is a file"), folders.new_folder(copy / "new", overwrite=True):
@@ -517,7 +517,7 @@ def test_components_that_are_not_written_become_null(student, abstract, tmp_path
 
 def test_what_comes_to_a_folder_after_its_removal_goes_with_the_process(tmp_path):
     code = (
-        "import pathlib, sys; from lcm_jax.weights.diffusers_folder import remove; folder = pathlib.Path(sys.argv[1]); "
+        "import pathlib, sys; from lcm_jax.files import remove; folder = pathlib.Path(sys.argv[1]); "
         "folder.mkdir(); remove(folder); folder.mkdir(); (folder / 'late').touch()"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "part"], check=True, timeout=100)

@@ -4,6 +4,7 @@ python -m lcm_jax.benchmarks.ours '{"suite": "sample", "model": "shapes-lcm", "b
 """
 
 import tempfile
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from lcm_jax import command, cost
 from lcm_jax.benchmarks import cases
@@ -24,6 +26,10 @@ from lcm_jax.objectives import lcd
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.training.state import create_state
 from lcm_jax.training.step import make_train_step
+from lcm_jax.weights import naming
+from lcm_jax.weights.model import StoredModel, infer_family
+from lcm_jax.weights.stored import Tensors, placeholder
+from lcm_jax.weights.trees import from_params
 
 
 def prepare(case: Case) -> Prepared:
@@ -51,21 +57,29 @@ def flops_of(function, *arguments) -> int:
     return cost.count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def random_params(model: StableDiffusion, dtype: str) -> Any:
-    """Return random weights of unit gain, in the dtype of the computation, as half-precision files hold them.
+def random_model(configs: Mapping[str, Mapping[str, Any]], dtype: str, tokenizer: Path) -> StoredModel:
+    """Return a model of random weights of unit gain, in the dtype of the computation, as half-precision files are.
 
     Drawn once and repeated: a billion numbers of their own would take longer than what is timed.
     """
     pool = np.random.default_rng(0).standard_normal(2**22, np.float32)
     scaled = cache(lambda fan_in: (pool * fan_in**-0.5).astype(dtype))
 
-    def leaf(path, x):
-        name = path[-1].key
-        if name in ("scale", "bias"):
-            return np.full(x.shape, name == "scale", dtype)
-        return np.resize(scaled(x.size // x.shape[-1] if name == "kernel" else 1), x.shape)
+    def open_random(params) -> Tensors:
+        paths = {naming.to_key(path): path for path in flatten_dict(params)}
+        specs = {key: placeholder(jnp.dtype(dtype), spec.shape) for key, spec in from_params(params).specs.items()}
 
-    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params())
+        def draw(key: str) -> np.ndarray:
+            shape, name = specs[key].shape, paths[key][-1]
+            if name in ("scale", "bias"):
+                return np.full(shape, name == "scale", dtype)
+            return np.resize(scaled(specs[key].size // shape[0] if name == "kernel" else 1), shape)
+
+        return Tensors(specs, draw)
+
+    abstract = StableDiffusion.from_configs(configs).abstract_params()
+    tensors = {name: open_random(params) for name, params in abstract.items()}
+    return StoredModel("random weights", infer_family(configs), configs, tensors, tokenizer)
 
 
 def latent_side(case: Case, pipe: Pipeline) -> int:
@@ -80,10 +94,10 @@ def open_pipeline(case: Case, student: bool) -> Pipeline:
     if case.model not in cases.RANDOM:
         return Pipeline.from_pretrained(case.model, case.dtype)
     configs = FAMILIES["lcm-dreamshaper" if student else case.model]
-    params = random_params(StableDiffusion.from_configs(configs), case.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizers.build(cases.PROMPT.split(), Path(folder) / "tokenizer", model_max_length=77)
-        return Pipeline(Path(folder), configs, params, {}, case.dtype)
+        tokenizer = Path(folder) / "tokenizer"
+        tokenizers.build(cases.PROMPT.split(), tokenizer, model_max_length=77)
+        return Pipeline(random_model(configs, case.dtype, tokenizer), case.dtype)
 
 
 def prepare_matmul(case: Case):

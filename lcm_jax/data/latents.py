@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax import locks
+from lcm_jax import files, locks
 from lcm_jax.data.captioned import time_ids
 
 Encoder = Callable[[np.ndarray], Any]  # uint8[B, H, W, 3] -> moments [B, h, w, 2c]
@@ -73,17 +71,12 @@ def cache_latents(
     with locks.lock(lock, wait):
         if (target / "fingerprint.json").exists():  # the other process has finished
             return LatentCache(target)
-        for stale in target.parent.glob(f"{key}.part-*"):  # of a run that was killed while encoding
-            shutil.rmtree(stale)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{key}.part-", dir=target.parent))
-        try:
+        for unfinished in files.temporary_folders(target):  # of a run that was killed while encoding
+            shutil.rmtree(unfinished)
+        with files.whole_folder(target) as temporary:
             _encode_all(records, make_encoder(), tokenize, temporary, batch_size, log)
             (temporary / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n")
-            os.replace(temporary, target)
-            lock.unlink()  # whoever waits for it, or comes now, finds the whole folder
-        except BaseException:  # Ctrl-C as well: gigabytes that nobody would find
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        lock.unlink()  # whoever waits for it, or comes now, finds the whole folder
     return LatentCache(target)
 
 

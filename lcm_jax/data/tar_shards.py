@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lcm_jax.data import images, text
+from lcm_jax.data import images
 from lcm_jax.data.captioned import CaptionedDataset
+from lcm_jax.files import check_unicode, decode, whole_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 REMEDY = "set --config.data.shards to the shards, such as data/{00000..00015}.tar or data/*.tar"
@@ -196,10 +197,8 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, log: Callable
     log(f"{len(records)} records in {len(shards)} shards{f'; skipped: {summary}' if summary else ''}")
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
-        temporary = stored.with_suffix(f".part-{os.getpid()}")
-        with temporary.open("wb") as file:
+        with whole_file(stored) as temporary, temporary.open("wb") as file:
             np.save(file, records)
-        os.replace(temporary, stored)
     return Index(tuple(shards), records)
 
 
@@ -338,13 +337,13 @@ class TarShards:
 
     def _caption(self, number: int) -> str:
         record = self.index.records[number]
-        content = text.decode(self._bytes(record, "caption"), "the caption")
+        content = decode(self._bytes(record, "caption"), "the caption")
         if record["plain"]:
             return content.strip()
         fields = json.loads(content)
         if not isinstance(fields, Mapping) or not isinstance(fields.get(self.caption_field), str):
             raise ValueError(f"its JSON has no text {self.caption_field!r}; set --config.data.caption_field")
-        return text.check_unicode(fields[self.caption_field], "the caption").strip()
+        return check_unicode(fields[self.caption_field], "the caption").strip()
 
     def _read(self, number: int) -> dict:
         caption = self._caption(number)

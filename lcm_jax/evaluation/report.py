@@ -6,7 +6,6 @@ the rows nested as {model: {sampler: {steps: figures}}}, and the conditions they
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from rich.table import Table
 import lcm_jax
 from lcm_jax.evaluation.evaluate import Column
 from lcm_jax.evaluation.metrics import METRICS
+from lcm_jax.files import write_text
 
 Row = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -126,9 +126,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def write(report: Mapping[str, Any], folder: Path) -> None:
     """Write report.md, then report.json, each whole or not at all."""
     for name, text in (("report.md", markdown(report)), ("report.json", json.dumps(report, indent=1) + "\n")):
-        temporary = folder / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_text(folder / name, text)
 
 
 def show(report: Mapping[str, Any]) -> None:

@@ -226,9 +226,9 @@ def lcd_job(config, workdir: Path) -> Job:
             print(f"this run is complete: {workdir / 'export'}, {path}")
             report.show(before)
             return
-        if not changed and not (teacher.folder / "tokenizer").is_dir():
+        if not changed and not teacher.tokenizer_folder.is_dir():
             raise RunError(
-                f"{teacher.folder / 'tokenizer'} is gone, of which the export has a copy; put it back, and run the "
+                f"{teacher.tokenizer_folder} is gone, of which the export has a copy; put it back, and run the "
                 f"same command: the checkpoints in {workdir / 'checkpoints'} are kept"
             )
         if changed:
@@ -241,7 +241,7 @@ def lcd_job(config, workdir: Path) -> Job:
         if not changed:
             stored = teacher.params | {"unet": jax.device_get(ema)["unet"]}
             with folders.new_folder(workdir / "export") as folder:
-                folders.write_pipeline(folder, configs, stored, teacher.folder / "tokenizer", configs["scheduler"])
+                folders.write_pipeline(folder, configs, stored, teacher.tokenizer_folder, configs["scheduler"])
         (workdir / "samples").mkdir(exist_ok=True)
         save_grid(rows_of(student), workdir / "samples" / "final.png", labels)
 

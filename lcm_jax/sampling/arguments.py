@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcm_jax.data import text
+from lcm_jax import files
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling.inputs import Inpainting, draw_image_noise, make_inpainting, make_time_ids
@@ -55,7 +55,7 @@ def prompts(name: str, value: Any) -> list[str]:
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, Sequence) or not given or not all(isinstance(each, str) for each in given):
         raise ValueError(f"{name} is {value!r}; use a string or a list of strings")
-    return [text.check_unicode(each, name) for each in given]
+    return [files.check_unicode(each, name) for each in given]
 
 
 def negative_prompts(value: Any, count: int) -> list[str]:

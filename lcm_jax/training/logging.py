@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
+
+from lcm_jax.files import write_text
 
 
 class Recorder:
@@ -30,9 +31,7 @@ class Recorder:
             if damaged := records[:-1].count(None):
                 say(f"warning: {self._path} has {damaged} damaged lines, which are dropped")
             kept = [(line, r) for line, r in zip(lines, records, strict=True) if r is not None and r["step"] <= step]
-            temporary = self._path.with_suffix(".part")
-            temporary.write_text("".join(line + "\n" for line, _ in kept))
-            os.replace(temporary, self._path)
+            write_text(self._path, "".join(line + "\n" for line, _ in kept))
             self.seconds = max((record.get("seconds", 0.0) for _, record in kept), default=0.0)
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import locks
+from lcm_jax import files, locks
 from lcm_jax.errors import RunError
 
 # Groups of a config that say where and how often, not what: a run may be continued with other values.
@@ -48,14 +47,14 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes `config.json`, by which `check_workdir` knows the run again."""
-    write_whole(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
+    files.write_text(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
 
 
 def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
     """Keeps what a run was begun from in `origin.json`. Raises RunError where that has changed since."""
     path = workdir / "origin.json"
     if not path.exists():
-        write_whole(path, json.dumps(dict(origin), indent=1) + "\n")
+        files.write_text(path, json.dumps(dict(origin), indent=1) + "\n")
         return
     before = read_object(path, "delete it to continue with the weights that the config names now")
     if changed := [name for name, digest in before.items() if origin.get(name) != digest]:
@@ -90,13 +89,6 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path} is damaged (a JSON {type(content).__name__}, not an object); restore it, or {remedy}")
     return content
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

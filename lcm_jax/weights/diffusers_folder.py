@@ -1,12 +1,7 @@
 """Reading and writing the diffusers folder layout: a subfolder per component, safetensors, whole or sharded."""
 
-import atexit
 import json
-import os
 import shutil
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lcm_jax import files
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, shown, variant_of, weight_file
@@ -117,68 +113,32 @@ def read_params(folder: Path, name: str, abstract: Params) -> Params:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def check_target(target: Path, overwrite: bool) -> bool:
-    """Whether there is a model at `target`, a folder to write. Raises ModelError where it is not to be replaced."""
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise ModelError if `target`, a folder to write, has content that must not be replaced."""
     if target.exists() and not target.is_dir():
-        raise ModelError(f"{target} is a file; give a folder")
-    if filled := target.is_dir() and any(target.iterdir()):
+        raise ModelError(f"{target} is a file; use a folder")
+    if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise ModelError(f"{target} exists already; choose another folder, or pass --overwrite (overwrite=True)")
+            raise ModelError(f"{target} exists already; use another folder, or pass --overwrite (overwrite=True)")
         if not any((target / part).exists() for part in ("model_index.json", "configs.json", *NETWORKS)):
-            raise ModelError(f"{target} holds something that is no model; it is not overwritten, choose another folder")
-    return filled
+            raise ModelError(f"{target} is not a model folder and was not overwritten; use another folder")
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling to write into; it takes the place of `target` only when the block ends without an error.
+    """Yield a temporary folder to write a model to; it replaces `target` when the block ends without an error.
 
-    Raises ModelError when `target` exists with something in it, unless `overwrite` and it is a model; and when writing
-    fails, on a full disk say. What was there is then untouched.
+    Raises ModelError if `target` has content, unless `overwrite` is True and it is a model, and if writing fails, on a
+    full disk say. What was there is then untouched.
     """
     target = Path(target).resolve()  # a link to a folder stays a link
-    filled = check_target(target, overwrite)
+    check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written ({error}); choose another folder") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for path in temporary.rglob("*"):  # safetensors writes files that only their owner can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if filled:
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, aside)
-            try:
-                os.replace(temporary, target)
-            except OSError:
-                os.replace(aside, target)
-                raise
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, target)
+        with files.whole_folder(target) as temporary:
+            yield temporary
     except OSError as error:
         raise write_error(target, error) from error
-    finally:
-        remove(temporary)
-
-
-def remove(folder: Path) -> None:
-    """Deletes a folder that may be gone already. orbax's threads may still write to it for a moment after an error.
-
-    What they write after all, on a slow machine, is deleted when the process ends. Warns where it cannot be deleted.
-    """
-    if not folder.exists():
-        return
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for pause in (0.1, 0.5, 2.0):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(pause)
-        if not folder.exists():
-            return
-    warnings.warn(f"{folder} is left over and could not be deleted; delete it yourself", stacklevel=2)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -194,7 +154,7 @@ def write_component(
     variant: str | None = None,
     max_shard_bytes: int = 10 * 2**30,
 ) -> None:
-    """Writes `folder`/`name`/ with config.json and safetensors; sharded, with an index, above `max_shard_bytes`."""
+    """Write `folder`/`name`/ with config.json and safetensors; sharded, with an index, above `max_shard_bytes`."""
     write_tensors(folder, name, config, from_params(params, dtype), variant, max_shard_bytes)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lcm_jax.files import decode
 from lcm_jax.weights import hub
 from lcm_jax.weights.errors import ModelError
 
@@ -179,7 +180,7 @@ def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) ->
     counts as absent. Raises ModelError that names the file, and the key, for anything else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(decode(path.read_bytes(), str(path)))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
     except (ValueError, RecursionError) as error:

@@ -174,7 +174,7 @@ def read_lora(
         raise ModelError("this file has no LoRA in it: looked for lora_down / lora_up, lora_A / lora_B")
     kohya = naming_of(tensors) == "kohya"
     if kohya and base is None:
-        raise ModelError("kohya's naming leaves out where the dots were: name the model it belongs to with --base")
+        raise ModelError("kohya keys do not record module boundaries; pass the base model as base (--base)")
     names = {component: module_names(component, base[component], family) for component in base} if base else {}
     parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     unknown = []

@@ -237,18 +237,50 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
     )
 
 
+def check_complete(model: StoredModel) -> None:
+    """Raise ModelError unless `model` has what generating images takes: every network and the tokenizer."""
+    if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
+        raise ModelError(
+            f"{model.name} has no {', '.join(missing)}; pass a model in diffusers layout that has them as base (--base)"
+        )
+    if model.tokenizer is None:
+        raise ModelError(
+            f"{model.name} has no tokenizer; pass a {model.family} model in diffusers layout as base (--base)"
+        )
+
+
+def check_params(model: StoredModel, abstract: Mapping[str, trees.Params]) -> None:
+    """Raise ModelError that lists the missing, extra and misshapen keys of every network; nothing is read.
+
+    abstract: the trees of `StableDiffusion.abstract_params`, by network.
+    """
+    problems = []
+    for name, tensors in model.tensors.items():
+        try:
+            trees.match_params(name, tensors, abstract[name], model.name)
+        except ModelError as error:
+            problems.append(str(error))
+    if problems:
+        raise ModelError("\n".join(problems))
+
+
 def read_params(
-    model: StoredModel, component: str, abstract: trees.Params, cast: Callable[[np.ndarray], Any] | None = None
+    model: StoredModel,
+    component: str,
+    abstract: trees.Params,
+    cast: Callable[[np.ndarray], Any] | None = None,
+    put: Callable[[np.ndarray], Any] | None = None,
 ) -> trees.Params:
-    """Read the parameters of one component, a tree shaped like `abstract` of numpy arrays in our layout.
+    """Read the parameters of one component, a tree shaped like `abstract`, of numpy arrays in our layout.
 
     Each tensor is read when it is converted; one that needs no change stays mapped from its file, read-only. cast:
-    array -> the dtype for it; by default arrays keep the stored dtype. Raises ModelError that lists every missing,
-    extra and misshapen key.
+    array -> the dtype for it; by default arrays keep the stored dtype. put: array -> the leaf for it, an array on a
+    device say, so that no second copy of the component is made. Raises ModelError that lists every missing, extra and
+    misshapen key.
     """
     if component not in model.tensors:
         raise ModelError(f"{model.name} has no {component}; pass a model that has one as base (--base)")
-    return trees.to_params(component, model.tensors[component], abstract, model.name, cast)
+    return trees.to_params(component, model.tensors[component], abstract, model.name, cast, put)
 
 
 def compute_digests(model: StoredModel, advance: stored.Advance = lambda _: None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Tensors by PyTorch name, as every format stores them, to and from the parameter trees of our networks."""
+"""Convert tensors by PyTorch name, as every format stores them, to and from the parameter trees of our networks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import naming
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.stored import Tensors, get_specs, placeholder
 from lcm_jax.weights.stored import cast as cast_tensors
-from lcm_jax.weights.stored import get_specs
 
 DTYPES = ("float32", "bfloat16", "float16")
 Params = dict[str, Any]
@@ -59,49 +59,40 @@ def to_params(
     abstract: Params,
     where: str = "",
     cast: Callable[[np.ndarray], Any] | None = None,
+    put: Callable[[np.ndarray], Any] | None = None,
 ) -> Params:
     """Tensors by PyTorch name -> a tree shaped like `abstract` (arrays or ShapeDtypeStructs) of arrays in our layout.
 
     Each tensor is read when it is converted, and arrays that need no change are views. cast: array -> the dtype for
-    it; by default the stored one. Raises ModelError as `match_params`, before anything is read.
+    it; by default the stored one. put: array -> the leaf for it, such as an array on a device. Raises ModelError as
+    `match_params`, before anything is read.
     """
     params = {}
     for path, key in match_params(name, tensors, abstract, where).items():
         array = naming.to_array(path, tensors[key])
-        with np.errstate(over="ignore"):
-            params[path] = array if cast is None else array.astype(cast(array), copy=False)
+        if cast is not None:
+            with np.errstate(over="ignore"):
+                array = array.astype(cast(array), copy=False)
+        params[path] = array if put is None else put(array)
     return unflatten_dict(params)
 
 
-def some(problems: list[str], most: int = 5) -> list[str]:
-    """The first of them in alphabetical order, and how many more there are."""
-    more = [f"{len(problems) - most} more {problems[0][0]}"] if len(problems) > most else []
-    return sorted(problems)[:most] + more
+def some(problems: list[str], max_shown: int = 5) -> list[str]:
+    """Return the first of them in alphabetical order, and how many more there are."""
+    more = [f"{len(problems) - max_shown} more {problems[0][0]}"] if len(problems) > max_shown else []
+    return sorted(problems)[:max_shown] + more
 
 
-def all_params(
-    tensors: Mapping[str, Mapping[str, np.ndarray]], abstract: Mapping[str, Params], where: str = ""
-) -> dict[str, Params]:
-    """`to_params` of every network of `tensors`; what is wrong in any of them is in one error."""
-    params, problems = {}, []
-    for name in tensors:
-        try:
-            params[name] = to_params(name, tensors[name], abstract[name], where)
-        except ModelError as error:
-            problems.append(str(error))
-    if problems:
-        raise ModelError("\n".join(problems))
-    return params
+def from_params(params: Params, dtype: str | None = None) -> Tensors:
+    """Return the tensors of a parameter tree by PyTorch name, the inverse of `to_params`.
 
-
-def from_params(params: Params, dtype: str | None = None) -> dict[str, np.ndarray]:
-    """The inverse of `to_params`: tensors by PyTorch name, in their own dtype or cast to `dtype`.
-
-    Raises ModelError for another dtype than float32, bfloat16, float16, or where a finite number overflows in it.
+    Each is converted when it is used, in its own dtype or cast to `dtype`. Raises ModelError for another dtype than
+    float32, bfloat16, float16, or if a finite number overflows in it.
     """
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    tensors = {
-        naming.to_key(path): naming.to_tensor(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items()
-    }
-    return tensors if dtype is None else dict(cast_tensors(tensors, dtype))
+    leaves = {naming.to_key(path): (path, leaf) for path, leaf in flatten_dict(params).items()}
+    shape_of = lambda path, leaf: tuple(naming.tensor_shape(path, leaf.shape))  # noqa: E731
+    specs = {key: placeholder(leaf.dtype, shape_of(path, leaf)) for key, (path, leaf) in leaves.items()}
+    tensors = Tensors(specs, lambda key: naming.to_tensor(leaves[key][0], np.asarray(leaves[key][1])))
+    return tensors if dtype is None else cast_tensors(tensors, dtype)
