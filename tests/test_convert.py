@@ -701,14 +701,14 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
     "arguments, message",
     [
         (("--input={style}", "--format=lora-peft"), "pass the base model as base (--base)"),
-        (("--input={style}", "--format=lora-peft", "--base=shapes"), "to a text of width 16, the model to 128"),
+        (("--input={style}", "--format=lora-peft", "--base=shapes"), "to prompts of width 16, the model to 128"),
         (("--input={style}", "--format=ldm", "--base={model}"), "is a LoRA; use format lora-kohya"),
         (("--input={model}", "--format=lora-peft"), "is for LoRAs"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--merge={style}"), "omit merge"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--component=unet"), "omit component"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--with_ema"), "omit with_ema"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--dtype=float16"), "omit dtype"),
-        (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is no number; write FILE or FILE:WEIGHT"),
+        (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is not a number; write FILE or"),
     ],
 )
 def test_mistakes_with_a_lora_are_errors(model, style, tmp_path, arguments, message):

@@ -165,9 +165,9 @@ def test_a_cache_that_cannot_be_written_is_not_a_hub_that_cannot_be_reached(serv
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("org/other", "there is no model 'org/other', neither a folder here nor on the hub: check the name"),
-        ("org/gated", "org/gated asks you to accept its terms: do so on its page of the hub"),
-        ("org/name@v9", "org/name has no revision 'v9' on the hub: give a branch, a tag or a commit"),
+        ("org/other", "there is no model 'org/other', neither a folder here nor on the hub; check the name"),
+        ("org/gated", "org/gated requires accepting its terms; do so on its hub page"),
+        ("org/name@v9", "org/name has no revision 'v9' on the hub; use a branch, a tag or a commit"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(server, tmp_path, name, message):
@@ -187,7 +187,7 @@ def test_without_a_network_the_cache_is_read_or_the_id_is_named(model, tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        f"ModelError: 'org/absent' is no folder here and not in the cache {tmp_path / 'home' / 'hub'}"
+        f"ModelError: 'org/absent' is not a folder here and not in the cache {tmp_path / 'home' / 'hub'}"
     )
     assert "the hub cannot be reached" in last and "or give a local folder" in last
 

@@ -127,10 +127,10 @@ def test_merging_adds_every_adapter_at_its_weight_and_leaves_the_model():
     for key, tensor in model["unet"].items():
         assert tensor.tobytes() == before[key].tobytes()
     half = {"unet": {key: tensor.astype(np.float16) for key, tensor in model["unet"].items()}}
-    with pytest.raises(ModelError, match=r"5 tensors overflow in float16: (unet\.\S+,? ?){5}; give the LoRA a smaller"):
+    with pytest.raises(ModelError, match=r"5 tensors overflow in float16: (unet\.\S+,? ?){5}; use a smaller"):
         loras.merge(half | {"text_encoder": model["text_encoder"]}, [(lora, 1e6)])
     one = LoRA({"unet": {f"{CROSS}.to_q": lora.updates["unet"][f"{CROSS}.to_q"]}}, {})
-    with pytest.raises(ModelError, match=rf"1 tensor overflows in float16: unet.{CROSS}.to_q.weight; give"):
+    with pytest.raises(ModelError, match=rf"1 tensor overflows in float16: unet.{CROSS}.to_q.weight; use"):
         loras.merge(half, [(one, 1e6)])
 
 

@@ -153,7 +153,7 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     wider = {key: np.zeros((len(t), 999), t.dtype) for key, t in tensors["unet"].items() if "attn2.to_k" in key}
     written, metadata = loras.to_kohya(adapter(tensors | {"unet": tensors["unet"] | wider}))
     save_file(written, tmp_path / "wider.safetensors", metadata)
-    with pytest.raises(ModelError, match="text of width 999, the model to .*: give the base it was trained on"):
+    with pytest.raises(ModelError, match="prompts of width 999, the model to .*; use the base it was trained on"):
         ours.load_lora(tmp_path / "wider.safetensors")
     same(both, ours.params["unet"])
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}

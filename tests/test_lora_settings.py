@@ -175,8 +175,8 @@ def test_nan_infinity_and_an_alpha_of_two_numbers_are_named(tmp_path):
     up = next(key for key in kohya if key.endswith("lora_up.weight"))
     alpha = next(key for key in kohya if key.endswith("alpha"))
     for key, tensor, message in [
-        (up, np.full_like(kohya[up], np.nan), "holds NaN; use another file"),
-        (up, np.full_like(kohya[up], np.inf), "holds infinity; use another file"),
+        (up, np.full_like(kohya[up], np.nan), "contains NaN; use another file"),
+        (up, np.full_like(kohya[up], np.inf), "contains infinity; use another file"),
         (alpha, np.ones(2, np.float32), r"has the shape \[2\], not one number; copy the file again"),
     ]:
         save_file(kohya | {key: tensor}, path)
@@ -187,5 +187,5 @@ def test_nan_infinity_and_an_alpha_of_two_numbers_are_named(tmp_path):
     assert loras.open_lora(path, base()).updates
     broken = base()
     broken["unet"][f"{CROSS}.to_q.weight"][0, 0] = np.nan
-    with pytest.raises(ModelError, match=rf"unet.{CROSS}.to_q.weight of the model holds NaN or infinity"):
+    with pytest.raises(ModelError, match=rf"unet.{CROSS}.to_q.weight of the model contains NaN or infinity"):
         loras.merge(broken, [(example(), 1.0)])

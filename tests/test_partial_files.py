@@ -77,7 +77,7 @@ def test_a_network_with_diffusers_keys_in_full_size(name, part, family):
     found = to_diffusers(zeros, family)[part]
     assert {key: tensor.shape for key, tensor in found.items()} == shapes
     if part == "unet":
-        with pytest.raises(ModelError, match="1 keys of this file have no place.*: odd.0.weight"):
+        with pytest.raises(ModelError, match="1 keys are unknown to or duplicated.*: odd.0.weight"):
             to_diffusers(zeros | {"odd.0.weight": np.zeros(1)}, family)
 
 
@@ -200,7 +200,7 @@ def test_the_content_counts_not_the_ending(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
         (b"<html><body>404</body></html>", "is truncated or not a safetensors file"),
         (b"", "is truncated or not a safetensors file"),
-        (b"PK\x03\x04", "is truncated or no file of torch.save"),
+        (b"PK\x03\x04", "is truncated or not a torch.save file"),
     ]:
         (tmp_path / "odd.bin").write_bytes(content)
         with pytest.raises(ModelError, match=f"odd.bin {message}") as caught:

@@ -142,7 +142,7 @@ def test_a_numpy_scalar_as_torch_of_its_time_wrote_it(tmp_path):
 
 def test_what_stands_for_a_numpy_scalar_cannot_be_changed(tmp_path):
     change = b"cnumpy\ndtype\n" + part({"__setstate__": 1}) + b"b"
-    with pytest.raises(ModelError, match="truncated or no file of torch.save"):
+    with pytest.raises(ModelError, match="truncated or not a torch.save file"):
         read_pickle(archive(tmp_path, b"\x80\x02}" + part("best") + change + b"s" + entry()[3:]))
     assert "__setstate__" in vars(pickles.LeftOut) and callable(pickles.LeftOut.__setstate__)
 
@@ -176,7 +176,7 @@ def test_a_pickle_that_runs_something_is_refused_by_name(save, tmp_path, kind):
         "size": (torch.Size([1]), r"torch\.Size"),
     }[kind]
     for content in ({"w": torch.ones(2), "x": call}, {"epoch": call, "state_dict": {"w": torch.ones(2)}}, call):
-        with pytest.raises(ModelError, match=rf"m\.ckpt asks for {name}, which is no part of a state dict"):
+        with pytest.raises(ModelError, match=rf"m\.ckpt references {name}, which is not allowed in a state dict"):
             read_pickle(save(content))
     assert not victim.exists()
     if kind in ("system", "eval", "own"):  # it would have been seen
@@ -186,9 +186,9 @@ def test_a_pickle_that_runs_something_is_refused_by_name(save, tmp_path, kind):
 
 def test_a_bare_pickle_is_refused(tmp_path):
     for content, message in [
-        (Runs(os.system, "true"), rf"asks for {os.system.__module__}\.system"),
-        ({"a": 1}, "a pickle but not of torch.save"),
-        (pickles.MAGIC, "truncated or no file of torch.save"),
+        (Runs(os.system, "true"), rf"references {os.system.__module__}\.system"),
+        ({"a": 1}, "a pickle but not a torch.save file"),
+        (pickles.MAGIC, "truncated or not a torch.save file"),
     ]:
         (tmp_path / "m.bin").write_bytes(pickle.dumps(content))
         with pytest.raises(ModelError, match=message):
@@ -275,7 +275,7 @@ def test_the_class_of_a_lightning_callback_is_read_as_its_name(tmp_path, victim)
     ],
 )
 def test_other_names_of_lightning_are_refused(tmp_path, victim, module, name):
-    with pytest.raises(ModelError, match=f"asks for {module}.{name}, which is no part of a state dict"):
+    with pytest.raises(ModelError, match=f"references {module}.{name}, which is not allowed in a state dict"):
         read_pickle(archive(tmp_path, lightning(module, name)))
     assert not victim.exists()
 
@@ -308,16 +308,16 @@ def test_the_name_of_a_callback_cannot_be_used(tmp_path, victim, after, message)
         ({"strides": (-1,)}, "offset, shape and strides"),
         ({"shape": (2.0,)}, "offset, shape and strides"),
         ({"shape": (True,)}, "offset, shape and strides"),
-        ({"strides": (1, 1)}, "no view of a storage"),
+        ({"strides": (1, 1)}, "not a view of a storage"),
         ({"count": 8, "shape": (8,)}, "storage '0' has 16 bytes, not 32"),
         ({"count": 3, "shape": (3,)}, "storage '0' has 16 bytes, not 12"),
-        ({"count": -4}, "no storage"),
+        ({"count": -4}, "not a storage"),
         ({"key": "7"}, "lacks the storage '7'"),
         ({"key": "../../m/data/0"}, "lacks the storage"),
-        ({"storage": part("object")}, "no storage that is supported"),
-        ({"dtype": "object"}, "dtype 'object' is no view"),
-        ({"dtype": "S4"}, "dtype 'S4' is no view"),
-        ({"storage": b"ctorch.storage\nUntypedStorage\n", "count": 16}, "dtype 'bytes' is no view"),
+        ({"storage": part("object")}, "not a supported storage"),
+        ({"dtype": "object"}, "dtype 'object' is not a view"),
+        ({"dtype": "S4"}, "dtype 'S4' is not a view"),
+        ({"storage": b"ctorch.storage\nUntypedStorage\n", "count": 16}, "dtype 'bytes' is not a view"),
     ],
 )
 def test_a_tensor_that_is_not_in_its_storage(tmp_path, how, message):
@@ -369,7 +369,7 @@ def test_other_files(tmp_path):
         read_pickle(tmp_path / "m.ckpt")
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
         file.writestr("a.txt", "text")
-    with pytest.raises(ModelError, match="not of torch.save: it has a.txt"):
+    with pytest.raises(ModelError, match="not a torch.save file: it contains a.txt"):
         read_pickle(tmp_path / "m.zip")
     with pytest.raises(ModelError, match="is compressed or encrypted"):
         read_pickle(archive(tmp_path, entry(), zipfile.ZIP_DEFLATED))
@@ -380,9 +380,9 @@ def test_other_files(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1], "holds a list"),
-        ({"model": {"a": torch.ones(1)}}, "holds no tensors .'model' at its top"),
-        ({}, "holds no tensors"),
+        ([1], "contains a list"),
+        ({"model": {"a": torch.ones(1)}}, "contains no tensors .'model' at its top"),
+        ({}, "contains no tensors"),
         ({1: torch.ones(1)}, "tensors under .1.; the keys"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax import sample
+from lcm_jax.conversion import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = "--num_inference_steps=2"
@@ -192,7 +193,7 @@ def test_pictures_with_loras(model, tmp_path):
 
     before = (output / "000.png").read_bytes()
     for lora, parts in [
-        (f"{files[0]}:much", ["'much' is no number", "FILE:WEIGHT"]),
+        (f"{files[0]}:much", ["'much' is not a number", "FILE:WEIGHT"]),
         (f"{files[0]},{files[0]}:2", ["'one' is loaded already"]),
         (tmp_path / "none.safetensors", ["none.safetensors"]),
     ]:
@@ -252,12 +253,19 @@ def test_mistakes_are_one_line(arguments, parts, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "style.safetensors", "run"])
-def test_what_is_no_folder_of_diffusers_says_how_to_make_one(tmp_path, name):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / name).touch()
-    result = run(f"--model={tmp_path / name}", "--prompt=a", f"--output={tmp_path / 'pictures'}")
-    fails(result, f"{tmp_path / name} is ", f"python -m lcm_jax.convert --input={tmp_path / name} --output=DIR")
+def test_what_is_no_model_is_refused_in_one_line(model, here, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "empty.ckpt").touch()
+    save_file({"encoder.weight": np.zeros(3, np.float32)}, tmp_path / "unknown.safetensors")
+    convert(model, tmp_path / "m.safetensors", "ldm", log=lambda line: None)
+    for name, part in [
+        ("", "has no model_index.json; use the top folder of a model"),
+        ("empty.ckpt", "empty.ckpt is truncated"),
+        ("unknown.safetensors", "looked for"),
+        ("m.safetensors", "has no tokenizer; pass a sd1 model in diffusers layout as base (--base)"),
+    ]:
+        code, _, err = here(f"--model={tmp_path / name}", "--prompt=a", f"--output={tmp_path / 'pictures'}")
+        assert code == 1 and part in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "pictures").exists()
 
 

@@ -371,7 +371,7 @@ def test_the_scheduler():
         complete({"scheduler": scheduler("sd2")}, "sd2")
     for family in ("sd1", "sdxl"):
         complete({"scheduler": scheduler(family)}, family)
-    with pytest.raises(ModelError, match="prediction_type is 'velocity'; choose epsilon or v_prediction"):
+    with pytest.raises(ModelError, match="prediction_type 'velocity' is not supported; use epsilon or v_prediction"):
         scheduler("sd2", "velocity")
 
 
@@ -604,12 +604,12 @@ def test_an_unknown_family_says_which_keys_decided(keys, message):
 def test_keys_without_a_place_are_named():
     file = to_ldm(components("sd1"), "sd1")
     wrong = {"model.diffusion_model.control.0.weight": np.zeros(1), "first_stage_model.encoder.odd": np.zeros(1)}
-    with pytest.raises(ModelError, match="2 keys .*sd1 family: model.diffusion_model.control.0.weight, first_stage"):
+    with pytest.raises(ModelError, match="2 keys .*sd1 layout: model.diffusion_model.control.0.weight, first_stage"):
         open_diffusers(file | wrong, "sd1")
     key = "cond_stage_model.transformer.embeddings.token_embedding.weight"
-    with pytest.raises(ModelError, match=f"1 keys .*place, or one that is taken, .*{key}"):
+    with pytest.raises(ModelError, match=f"1 keys are unknown to or duplicated in .*{key}"):
         open_diffusers(file | {key: np.zeros(1)}, "sd1")
-    with pytest.raises(ModelError, match="the family is 'sd4'; choose one of sd1, sd2, sdxl, vae"):
+    with pytest.raises(ModelError, match="family 'sd4' is not supported; use one of sd1, sd2, sdxl, vae"):
         open_diffusers(file, "sd4")
     file = to_ldm(components("sd2"), "sd2")
     fused = next(key for key in file if key.endswith("in_proj_weight"))

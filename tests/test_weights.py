@@ -380,12 +380,12 @@ def test_a_truncated_file_is_named(copy, size):
 
 
 def test_a_missing_file_a_missing_variant_and_broken_json(copy):
-    with pytest.raises(ModelError, match=r"model.fp16.safetensors is missing .*holds config.json, model.safetensors"):
+    with pytest.raises(ModelError, match=r"model.fp16.safetensors is missing .*contains config.json, model"):
         folders.read_component(copy, "text_encoder", "fp16")
     shutil.rmtree(copy / "vae")
     with pytest.raises(ModelError, match="has no vae/ folder"):
         folders.read_component(copy, "vae")
-    with pytest.raises(ModelError, match="there is no folder .*copy/export: give one that has a vae/ folder"):
+    with pytest.raises(ModelError, match="there is no folder .*copy/export; use one that has a vae/ folder"):
         folders.read_component(copy / "export", "vae")
     (copy / "unet" / "config.json").write_text('{"sample_size": ')
     with pytest.raises(ModelError, match="unet/config.json is not valid JSON"):
@@ -415,9 +415,9 @@ def test_locate(student, tmp_path, monkeypatch):
     assert layout.locate(student) == layout.locate(str(student)) == student
     with pytest.raises(ModelError, match="no model 'shape-lcm': did you mean 'shapes-lcm'"):
         layout.locate("shape-lcm")
-    with pytest.raises(ModelError, match="no model 'some/where/else': give a folder"):
+    with pytest.raises(ModelError, match="no model 'some/where/else': use a model"):
         layout.locate("some/where/else")
-    with pytest.raises(ModelError, match="has no model_index.json: give the top folder"):
+    with pytest.raises(ModelError, match="has no model_index.json; use the top folder"):
         layout.locate(student / "unet")
     for name, what, base in [
         ("model.ckpt", "a file", " --base=BASE"),

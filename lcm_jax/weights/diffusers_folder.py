@@ -1,4 +1,4 @@
-"""Reading and writing the diffusers folder layout: a subfolder per component, safetensors, whole or sharded."""
+"""Read and write the diffusers folder layout: a subfolder per component, safetensors, whole or sharded."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, 
 from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, size_of, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
-POINTER = b"version https://git-lfs"  # what git leaves in the place of a large file that it did not fetch
+POINTER = b"version https://git-lfs"  # begins the file that git leaves for a large file that it did not fetch
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ POINTER = b"version https://git-lfs"  # what git leaves in the place of a large 
 def open_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file or of one by torch.save; only the names are read.
 
-    The content says which it is, not the ending: people rename files. float8 is read as float16, in which each of its
+    The content decides, not the ending: people rename files. float8 is read as float16, in which each of its
     numbers is exact. Raises ModelError.
     """
     try:
@@ -47,17 +47,18 @@ def open_file(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors:
-    """The tensors of `folder`/`stem`[.variant].safetensors or of its shards, or of the .bin files in their absence,
-    under PyTorch's names, as stored. Each is read when it is asked for, and the files must stay as they are.
+    """Return the tensors of `folder`/`stem`[.variant].safetensors or of its shards, else of the .bin files.
 
-    bfloat16 comes as ml_dtypes.bfloat16. Raises ModelError on a file that is missing, truncated or of another kind.
+    By PyTorch's names, as stored. Each is read when it is used, and the files must stay as they are.
+
+    bfloat16 is ml_dtypes.bfloat16. Raises ModelError on a file that is missing, truncated or of another kind.
     """
     names = [path.name for path in sorted(folder.glob("*")) if path.is_file()]
     chosen = weight_file(names, stem, variant)
     if chosen is None:
         whole = folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
         raise ModelError(
-            f"{whole} is missing (the folder holds {', '.join(names) or 'nothing'}): give the variant of a file that "
+            f"{whole} is missing (the folder contains {', '.join(names) or 'nothing'}); use the variant of a file that "
             "is there, such as fp16; only safetensors and .bin are read"
         )
     if not chosen.endswith(".json"):
@@ -80,7 +81,7 @@ def open_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors
 
 
 def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
-    """`open_tensors`, all of them in memory."""
+    """Return the tensors of `open_tensors`, all in memory."""
     return {key: np.array(tensor) for key, tensor in open_tensors(folder, stem, variant).items()}
 
 
@@ -91,7 +92,7 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
     """
     part = folder / name
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}: give one that has a {name}/ folder")
+        raise ModelError(f"there is no folder {folder}; use one that has a {name}/ folder")
     if not part.is_dir():
         raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
     names = {other: [path.name for path in (folder / other).glob("*")] for other in NETWORKS}
@@ -99,13 +100,13 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`open_component`, with all tensors in memory."""
+    """Return what `open_component` does, with all tensors in memory."""
     config, tensors = open_component(folder, name, variant)
     return config, {key: np.array(tensor) for key, tensor in tensors.items()}
 
 
 def read_params(folder: Path, name: str, abstract: Params) -> Params:
-    """The parameters of one network in float32, a tree shaped like `abstract`. Raises ModelError as `to_params`."""
+    """Read the parameters of one network in float32, a tree shaped like `abstract`; see `to_params`."""
     params = flatten_dict(to_params(name, read_component(folder, name)[1], abstract, str(folder)))
     return unflatten_dict({path: leaf.astype(np.float32) for path, leaf in params.items()})
 
@@ -167,7 +168,7 @@ def write_tensors(
     max_shard_bytes: int = 10 * 2**30,
     advance: Advance = lambda _: None,
 ) -> None:
-    """`write_component` of tensors by PyTorch name, each of which is read when its turn comes."""
+    """Write a component as `write_component` does, from tensors by PyTorch name, each read when its turn comes."""
     part = folder / name
     part.mkdir(parents=True)
     write_json(part / "config.json", config)
@@ -198,19 +199,19 @@ def write_pipeline(
     tokenizer: Path,
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any] | None = None,
-    **how: Any,
+    **save_options: Any,
 ) -> None:
-    """Writes all of a text-to-image pipeline into the empty `folder`.
+    """Write all of a text-to-image pipeline to the empty `folder`.
 
     configs, params: by network (unet, vae, text_encoder, text_encoder_2). tokenizer: a folder to copy, with the folder
-    `tokenizer_2` beside it where there are two text encoders. scheduler: its config.
+    `tokenizer_2` beside it if there are two text encoders. scheduler: its config.
     index: the model_index.json to keep but for components that are not written (a safety checker), which become null;
-    otherwise one is made: a StableDiffusionXLPipeline where there are two text encoders, else a
-    LatentConsistencyModelPipeline where the scheduler is LCMScheduler, else a StableDiffusionPipeline.
-    how: dtype, variant, max_shard_bytes of `write_component`.
+    otherwise one is made: a StableDiffusionXLPipeline if there are two text encoders, else a
+    LatentConsistencyModelPipeline if the scheduler is LCMScheduler, else a StableDiffusionPipeline.
+    save_options: dtype, variant, max_shard_bytes of `write_component`.
     """
     for name in params:
-        write_component(folder, name, configs[name], params[name], **how)
+        write_component(folder, name, configs[name], params[name], **save_options)
     write_surroundings(folder, configs, tokenizer, scheduler, index, xl="text_encoder_2" in params)
 
 
@@ -222,7 +223,7 @@ def write_surroundings(
     index: Mapping[str, Any] | None,
     xl: bool,
 ) -> None:
-    """All of `write_pipeline` but the networks. xl: there are two text encoders."""
+    """Write all of a pipeline but the networks. xl: there are two text encoders."""
     shutil.copytree(tokenizer, folder / "tokenizer")
     if xl:
         shutil.copytree(tokenizer.with_name("tokenizer_2"), folder / "tokenizer_2")

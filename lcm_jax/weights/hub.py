@@ -10,10 +10,10 @@ ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\S+)?")
 
 
 def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path:
-    """The folder of a model in the cache, with the files that `choose` picks of all their names.
+    """Return the cached folder of a model, with the files that `choose` selects from all their names.
 
-    Where the hub cannot be reached, what is in the cache. Raises ModelError where there is nothing, where the hub has
-    no such model or revision, or wants to know who asks, and where the cache cannot be written.
+    If the hub cannot be reached, the cache alone is used. Raises ModelError if it has nothing, if the hub has no such
+    model or revision or requires a login, and if the cache cannot be written.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -27,14 +27,14 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
         raise
     except errors.GatedRepoError:
         raise ModelError(
-            f"{name} asks you to accept its terms: do so on its page of the hub, then log in with `hf auth login`"
+            f"{name} requires accepting its terms; do so on its hub page, then log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelError(f"{name} has no revision {revision!r} on the hub: give a branch, a tag or a commit") from None
+        raise ModelError(f"{name} has no revision {revision!r} on the hub; use a branch, a tag or a commit") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(
-            f"there is no model {name!r}, neither a folder here nor on the hub: check the name, or log in with "
-            "`hf auth login` where it is private"
+            f"there is no model {name!r}, neither a folder here nor on the hub; check the name, or log in with "
+            "`hf auth login` if it is private"
         ) from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         unreachable = reason(error)
@@ -45,6 +45,6 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
         return Path(snapshot_download(name, revision=at, allow_patterns=["model_index.json"], local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         raise ModelError(
-            f"{model!r} is no folder here and not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached "
-            f"({unreachable}): go online once, set HF_HOME to a cache that has it, or give a local folder"
+            f"{model!r} is not a folder here and not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be "
+            f"reached ({unreachable}); go online once, set HF_HOME to a cache that has it, or use a local folder"
         ) from None

@@ -1,4 +1,4 @@
-"""Where a model in diffusers layout is, what it consists of, and which of its files are read."""
+"""Locate models in diffusers layout, and choose the files of them that are read."""
 
 import difflib
 import json
@@ -55,7 +55,7 @@ def locate(model: str | Path, variant: str | None = None, allow_single_network: 
             raise ModelError(f"the bundled model {str(model)!r} is not at {folder}; install lcm_jax again")
         near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)
         names = ", ".join(SHIPPED)
-        hint = f"did you mean {near[0]!r}?" if near else f"give a folder in diffusers layout, or one of {names}"
+        hint = f"did you mean {near[0]!r}?" if near else f"use a model in diffusers layout, or one of {names}"
         raise ModelError(f"there is no model {str(model)!r}: {hint}")
     if (folder / "model_index.json").is_file():
         return folder
@@ -63,18 +63,18 @@ def locate(model: str | Path, variant: str | None = None, allow_single_network: 
         single = [each for each in (folder, *(folder / part for part in NETWORKS)) if is_component(each)]
         if len(single) == 1:
             return single[0]
-    if "checkpoints" in (folder.name, folder.parent.name) or (folder / "checkpoints").is_dir():
+    elif "checkpoints" in (folder.name, folder.parent.name) or (folder / "checkpoints").is_dir():
         raise conversion_needed_error(model, "orbax checkpoints", based=False)
-    if is_component(folder) and not (folder.parent / "model_index.json").is_file():
+    elif is_component(folder) and not (folder.parent / "model_index.json").is_file():
         raise conversion_needed_error(model, "one network")
-    raise ModelError(f"{folder} has no model_index.json: give the top folder of a model in diffusers layout")
+    raise ModelError(f"{folder} has no model_index.json; use the top folder of a model in diffusers layout")
 
 
-def conversion_needed_error(model: str | Path, what: str, based: bool = True) -> ModelError:
-    """The error for what is a model, but no folder in diffusers layout. based: it lacks what a base gives."""
+def conversion_needed_error(model: str | Path, kind: str, based: bool = True) -> ModelError:
+    """Return the error for a model in another format. based: it lacks something that a base supplies."""
     base = " --base=BASE`, BASE being a folder of the same family" if based else "`"
     return ModelError(
-        f"{model} is {what}, and a folder in diffusers layout is needed: make one with "
+        f"{model} is {kind}, and a folder in diffusers layout is needed; make one with "
         f"`python -m lcm_jax.convert --input={model} --output=DIR --format=diffusers{base}"
     )
 
@@ -89,7 +89,7 @@ def is_component(folder: Path) -> bool:
 def needed_files(
     model: str, names: Collection[str], variant: str | None = None, allow_single_network: bool = False
 ) -> list[str]:
-    """Which of a model's files are read: configs, tokenizers and one kind of weights. Raises ModelError.
+    """Return the files of a model that are read: configs, tokenizers and one kind of weights. Raises ModelError.
 
     allow_single_network: those of one network, which has them at the top, will do.
     """
@@ -101,7 +101,7 @@ def needed_files(
         if "config.json" in found:
             raise conversion_needed_error(model, "one network")
         raise ModelError(
-            f"{model} is not in diffusers layout on the hub: download the file that you want, and give that"
+            f"{model} is not in diffusers layout on the hub; download the file that you want, and use that"
         )
     folders = {name.partition("/")[0] for name in names}
     needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
@@ -120,7 +120,7 @@ def needed_files(
 
 
 def component_files(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
-    """Of a component's files its config and its weights, whole or sharded; nothing where it has no weights."""
+    """Return the config and weights of a component, whole or sharded; an empty list if there are no weights."""
     chosen = weight_file(names, stem, variant)
     if chosen is None:
         return []
@@ -134,7 +134,7 @@ def component_files(names: Collection[str], stem: str, variant: str | None = Non
 def weight_file(names: Collection[str], stem: str, variant: str | None = None) -> str | None:
     """Return the file among `names` that holds a component's weights, or the index of its shards; None without one.
 
-    The order is that of diffusers and transformers: safetensors before .bin; where a folder has both whole weights and
+    The order is that of diffusers and transformers: safetensors before .bin; if a folder has both whole weights and
     shards, transformers reads the whole ones and diffusers the shards. Three spellings of a variant's index are read:
     `model.safetensors.index.fp16.json` and the earlier `model.fp16.safetensors.index.json` and
     `model.safetensors.fp16.index.json`. stem: of FILES; transformers' .bin files are called pytorch_model.
@@ -188,13 +188,13 @@ def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) ->
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): copy it again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds {shown(content)}, not a JSON object: copy it again")
+        raise ModelError(f"{path} contains {shown(content)}, not a JSON object: copy it again")
     check_keys(path, content, keys_of(path.name) if keys is None else keys)
     return content
 
 
 def check_keys(path: Path, content: Mapping[str, Any], keys: Mapping[str, tuple[Any, bool]]) -> None:
-    """The check of `read_json`, for an object that is part of a file."""
+    """Check the keys of an object that is part of a file, as `read_json` does."""
     for key, (kind, required) in keys.items():
         value = content.get(key)
         if value is None and required:
@@ -227,12 +227,12 @@ def name_of(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A JSON value in an error: shortened, on one line."""
+    """Return a JSON value for an error: shortened, on one line."""
     return SHORT.repr(value)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return model_index.json. Raises ModelError where a component is of a class that is not supported."""
+    """Return model_index.json. Raises ModelError if a component is of a class that is not supported."""
     path = folder / "model_index.json"
     index = read_json(path)
     for name, (_, expected) in CLASSES.items():
@@ -249,5 +249,5 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def networks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The networks that a model_index.json names: text_encoder_2 is in some."""
+    """Return the networks that a model_index.json lists; only some list text_encoder_2."""
     return tuple(name for name in NETWORKS if (index.get(name) or [None])[0])

@@ -1,24 +1,25 @@
-"""LoRA files, and what they mean: W + weight (alpha / rank) up down, arXiv 2106.09685.
+"""LoRA files and their updates: W + weight (alpha / rank) up down, arXiv 2106.09685.
 
 An adapter is kept as its updates by component of diffusers (unet, text_encoder, text_encoder_2) and by module, the key
 of the weight that it changes without `.weight`. Two namings:
 
 1. kohya's, as A1111 and ComfyUI read it: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`, the dots
    of the module turned to `_`. That cannot be undone without the names themselves: `base` gives them. SDXL's are often
-   those of the single-file layout. Text encoders: lora_te_ and, where there are two, lora_te1_ and lora_te2_.
+   those of the single-file layout. Text encoders: lora_te_ and, if there are two, lora_te1_ and lora_te2_.
 2. PEFT's, as diffusers writes it: `unet.<module>.lora_A.weight` (down), `.lora_B.weight` (up), alpha among the file's
    metadata. PEFT itself writes `base_model.model.<module>.lora_A.weight`, and alpha to adapter_config.json beside the
    file (lora_settings.py). OneTrainer has `unet.<module>.lora_down.weight` and `.alpha`, older files of diffusers have
    `.lora.down.weight`, `.lora_linear_layer.down.weight` or `.processor.to_q_lora.down.weight`; they are read, never
    written.
 
-Where a file says no alpha it is the rank.
+Without alpha in a file it is the rank.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from lcm_jax.weights.errors import ModelError, overflowing
 from lcm_jax.weights.layout import read_json, shown
 from lcm_jax.weights.lora_settings import METADATA
 from lcm_jax.weights.single_file import names_in_folder, rename
+from lcm_jax.weights.stored import Tensors, get_specs
 
 
 class Update(NamedTuple):
@@ -50,7 +52,7 @@ Components = Mapping[str, Mapping[str, np.ndarray]]  # tensors by component and 
 
 class LoRA(NamedTuple):
     updates: Updates
-    metadata: dict[str, str]  # of the file, but for what says alpha
+    metadata: dict[str, str]  # of the file, without the keys that record alpha
 
 
 PREFIXES = {
@@ -67,7 +69,7 @@ PEFT = re.compile(
 )
 OLD_ATTENTION = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": "up"}
-# What other kinds of adapters have, which are no sum of a product of two.
+# Marks of adapters whose update is not a product of two matrices.
 OTHERS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -83,7 +85,7 @@ OTHERS = {
 }
 ALPHA_DTYPE = "alpha_dtype"  # ours: JSON has numbers of one kind only
 ALPHA_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
-SAID = (METADATA, ALPHA_DTYPE, lora_settings.FILE)  # of a file's metadata, what alpha is read from
+ALPHA_KEYS = (METADATA, ALPHA_DTYPE, lora_settings.FILE)  # of a file's metadata, that alpha is read from
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -94,7 +96,7 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def naming_of(keys: Iterable[str]) -> str:
-    """kohya or peft."""
+    """Return kohya or peft."""
     return "kohya" if any(KOHYA.fullmatch(key) for key in keys) else "peft"
 
 
@@ -115,7 +117,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return (tensors, metadata) of a LoRA: a .safetensors file, a pickle, or a folder that PEFT has saved.
 
     The metadata include adapter_config.json beside `adapter_model.*`. Raises ModelError that names the file, and the
-    key, for NaN, an alpha that is no scalar, and settings that are not supported.
+    key, for NaN, an alpha that is not a scalar, and settings that are not supported.
     """
     path = find_file(path)
     tensors, metadata = open_file(path)
@@ -124,8 +126,8 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if key.endswith(".alpha") and tensor.size != 1:
             raise ModelError(f"{path}: {key} has the shape {list(tensor.shape)}, not one number; copy the file again")
         if not np.issubdtype(tensor.dtype, np.integer) and not np.isfinite(tensor.astype(np.float32)).all():
-            what = "NaN" if np.isnan(tensor.astype(np.float32)).any() else "infinity"
-            raise ModelError(f"{path}: {key} holds {what}; use another file, its training has diverged")
+            kind = "NaN" if np.isnan(tensor.astype(np.float32)).any() else "infinity"
+            raise ModelError(f"{path}: {key} contains {kind}; use another file, its training has diverged")
     config = path.with_name(lora_settings.FILE)
     if path.stem == "adapter_model" and config.is_file():
         metadata[lora_settings.FILE] = json.dumps(read_json(config))
@@ -143,14 +145,14 @@ def open_lora(path: Path, base: "Components | None" = None, family: str = "sd1")
 
 
 def file_and_weight(text: str) -> tuple[Path, float]:
-    """FILE or FILE:WEIGHT, as commands take them; without a weight it is 1. Raises ModelError for no number."""
+    """Parse FILE or FILE:WEIGHT; the weight is 1 by default. Raises ModelError if it is not a number."""
     file, _, weight = text.rpartition(":") if ":" in text else (text, "", "1")
     try:
         value = float(weight)
     except ValueError:
-        raise ModelError(f"{text}: {weight!r} is no number; write FILE or FILE:WEIGHT") from None
+        raise ModelError(f"{text}: {weight!r} is not a number; write FILE or FILE:WEIGHT") from None
     if not np.isfinite(value):
-        raise ModelError(f"{text}: the weight is {weight}; give a finite number")
+        raise ModelError(f"{text}: the weight is {weight}; use a finite number")
     return Path(file), value
 
 
@@ -160,7 +162,7 @@ def read_lora(
     base: Components | None = None,
     family: str = "sd1",
 ) -> LoRA:
-    """An adapter from a file's tensors and metadata.
+    """Return the adapter of a file's tensors and metadata.
 
     base: the tensors (or anything with a shape) of the model that it belongs to, by component and diffusers' key, and
     its family as `single_file` names it; needed for kohya's naming, and every module is then checked against it.
@@ -206,7 +208,7 @@ def read_lora(
                 "in common; copy the file again"
             )
         updates.setdefault(component, {})[module] = update
-    lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in SAID})
+    lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in ALPHA_KEYS})
     if base is not None:
         check(lora, base)
     return lora
@@ -253,7 +255,7 @@ def place_of_peft(key: str, base: Components | None) -> tuple[str, str, str] | N
 def alphas_of(
     metadata: Mapping[str, str], parts: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Return what PEFT's settings say of each (component, module)."""
+    """Return the alpha of each (component, module) by PEFT's settings."""
     if (dtype := metadata.get(ALPHA_DTYPE, "float32")) not in ALPHA_DTYPES:
         raise ModelError(f"metadata: {ALPHA_DTYPE}={shown(dtype)} is not supported; use {', '.join(ALPHA_DTYPES)}")
     settings = lora_settings.read_settings(metadata, "metadata")
@@ -267,7 +269,7 @@ def alphas_of(
 
 
 def check(lora: LoRA, base: Components) -> None:
-    """Raises ModelError that names the modules whose shape is another than the base's."""
+    """Raise ModelError that names the modules whose shape differs from the base's."""
     wrong, total = [], 0
     for component, updates in lora.updates.items():
         for module, update in updates.items():
@@ -285,7 +287,7 @@ def check(lora: LoRA, base: Components) -> None:
 
 
 def describe_mismatch(tensors: Mapping[str, np.ndarray], base: Components | None) -> str:
-    """Which model a LoRA is for, by the width of the text that it attends to, and which one was given."""
+    """Return the model that a LoRA is for, by the width of its prompts, beside the model it was used with."""
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
     own = next(
         (t.shape[1] for k, t in tensors.items() if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", k) and t.ndim > 1),
@@ -295,9 +297,9 @@ def describe_mismatch(tensors: Mapping[str, np.ndarray], base: Components | None
         (t.shape[1] for k, t in (base or {}).get("unet", {}).items() if k.endswith("attn2.to_k.weight")), None
     )
     if own is None or theirs is None or own == theirs:
-        return "give the base it was trained on"
+        return "use the base it was trained on"
     name = lambda width: f"{width}" + (f" ({families[width]})" if width in families else "")  # noqa: E731
-    return f"it attends to a text of width {name(own)}, the model to {name(theirs)}: give the base it was trained on"
+    return f"it attends to prompts of width {name(own)}, the model to {name(theirs)}; use the base it was trained on"
 
 
 def some(names: list[str]) -> str:
@@ -308,7 +310,7 @@ def some(names: list[str]) -> str:
 
 
 def to_kohya(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors, metadata) of a file with diffusers' modules in kohya's naming."""
+    """Return (tensors, metadata) of a file with diffusers' modules in kohya's naming."""
     two = "text_encoder_2" in lora.updates or any(
         u.down.shape[1] == 2048 for u in lora.updates.get("unet", {}).values()
     )
@@ -324,7 +326,7 @@ def to_kohya(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def to_peft(lora: LoRA) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors, metadata) of a file that diffusers' load_lora_weights reads, alpha in the settings it gives to PEFT."""
+    """Return (tensors, metadata) of a file for diffusers' load_lora_weights, with alpha in PEFT's settings."""
     tensors, settings, dtypes = {}, {}, set()
     for component, updates in lora.updates.items():
         for module, update in updates.items():
@@ -364,7 +366,7 @@ def escaped(module: str) -> str:
 
 
 def delta(update: Update, shape: tuple[int, ...], weight: float = 1.0) -> np.ndarray:
-    """weight (alpha / rank) up down, float32 of `shape`."""
+    """Return weight (alpha / rank) up down, float32 of `shape`."""
     rank = len(update.down)
     up, down = (
         part.astype(np.float32).reshape(size) for part, size in ((update.up, (-1, rank)), (update.down, (rank, -1)))
@@ -372,32 +374,36 @@ def delta(update: Update, shape: tuple[int, ...], weight: float = 1.0) -> np.nda
     return (np.float32(weight * update.scale) * (up @ down)).reshape(shape)
 
 
-def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[str, dict[str, np.ndarray]]:
-    """New tensors with every adapter at its weight added: in float32, rounded to the tensor's dtype once.
+def merge(components: Components, loras: Iterable[tuple[LoRA, float]]) -> dict[str, Tensors]:
+    """Return tensors with every adapter at its weight added, in float32, rounded to the tensor's dtype once.
 
-    What no adapter changes is the same array as before, and so is the model that was given: unmerging is to go back
-    to it, exact to the bit, which a subtraction from rounded sums would not be.
-    Raises ModelError where a module is missing or of another shape, and one that names every sum that overflows.
+    Changed tensors are in memory, others are still those of `components`, which stays as it is: to unmerge is to use
+    it again, bit-exact, which a subtraction from rounded sums would not be.
+    Raises ModelError if a module is missing or of another shape, and one that names every sum that overflows.
     """
     loras = list(loras)
     for lora, _ in loras:
-        check(lora, components)
-    merged = {component: dict(tensors) for component, tensors in components.items()}
+        check(lora, {component: get_specs(tensors) for component, tensors in components.items()})
+    changed: dict[str, dict[str, np.ndarray]] = {component: {} for component in components}
     bad: dict[str, list[str]] = {}  # by dtype
-    for component in merged:
+    for component in components:
         for module in dict.fromkeys(m for lora, _ in loras for m in lora.updates.get(component, {})):
             key = f"{module}.weight"
             tensor = components[component][key]
             total = tensor.astype(np.float32)
             if not np.isfinite(total).all():
-                raise ModelError(f"{component}.{key} of the model holds NaN or infinity; use another model")
+                raise ModelError(f"{component}.{key} of the model contains NaN or infinity; use another model")
             for lora, weight in loras:
                 if update := lora.updates.get(component, {}).get(module):
                     total = total + delta(update, tensor.shape, weight)
             with np.errstate(over="ignore"):
-                merged[component][key] = total.astype(tensor.dtype)
-            if not np.isfinite(merged[component][key].astype(np.float32)).all():
+                changed[component][key] = total.astype(tensor.dtype)
+            if not np.isfinite(changed[component][key].astype(np.float32)).all():
                 bad.setdefault(tensor.dtype.name, []).append(f"{component}.{key}")
     for dtype, keys in bad.items():
-        raise overflowing(keys, dtype, "give the LoRA a smaller weight, or a model in bfloat16 or float32")
-    return merged
+        raise overflowing(keys, dtype, "use a smaller weight, or a model in bfloat16 or float32")
+
+    def read(component: str, key: str) -> np.ndarray:
+        return changed[component][key] if key in changed[component] else components[component][key]
+
+    return {name: Tensors(get_specs(tensors), partial(read, name)) for name, tensors in components.items()}

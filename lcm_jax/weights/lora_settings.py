@@ -34,13 +34,13 @@ USED = {
         "an object of numbers",
     ),
 }
-# What would change the weights in another way than by up down.
+# Settings that would change the weights in another way than by up down.
 FIXED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-# Of training, of other adapters, or told by the tensors themselves.
+# Of training, of other adapters, or given by the tensors themselves.
 HARMLESS = frozenset(
     """
     task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules
@@ -68,7 +68,7 @@ def read_settings(metadata: Mapping[str, str], where: str) -> dict[str, Settings
         except (ValueError, RecursionError) as error:
             raise ModelError(f"{where}: {key} is not valid JSON ({error}): copy the file again") from None
         if not isinstance(content, dict):
-            raise ModelError(f"{where}: {key} holds {shown(content)}, not a JSON object: copy the file again")
+            raise ModelError(f"{where}: {key} contains {shown(content)}, not a JSON object: copy the file again")
         if key == FILE:
             found[""] = content
             continue
@@ -89,8 +89,8 @@ def check(settings: Settings, where: str) -> None:
     for name, value in settings.items():
         wanted = None
         if name in USED:
-            holds, wanted = USED[name]
-            wanted = None if holds(value) else f"it must be {wanted}"
+            is_valid, wanted = USED[name]
+            wanted = None if is_valid(value) else f"it must be {wanted}"
         elif name in FIXED:
             same = any(type(value) is type(one) and value == one for one in FIXED[name])
             wanted = None if same or value is None else f"only {' or '.join(map(str, FIXED[name]))} is"
@@ -128,14 +128,14 @@ class Strengths:
         }
 
     def value(self, name: str, module: str) -> Any:
-        """The value of the first pattern that matches the module; the names of text encoders have had two forms."""
+        """Return the value of the first pattern that matches the module; text encoders have had two forms of names."""
         for pattern, value in self.patterns[name]:
             if pattern.match(module) or pattern.match(module.removeprefix("text_model.")):
                 return value
         return self.settings[{"rank_pattern": "r", "alpha_pattern": "lora_alpha"}[name]]
 
     def alpha(self, module: str, rank: int) -> float:
-        """The alpha for which alpha / rank is the update's weight. Raises ModelError where the rank is another."""
+        """Return the alpha for which alpha / rank is the update's weight. Raises ModelError for another rank."""
         if (stated := self.value("rank_pattern", module)) != rank:
             raise ModelError(
                 f"{self.where} states rank {stated} for {module}, its tensors have {rank}; use the settings that "

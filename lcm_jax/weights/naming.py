@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-# Names that end in a number of their own, which is no list index.
+# Names that end in a number of their own, which is not a list index.
 NUMBERED = re.compile(r"linear_\d+")
 INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
@@ -16,7 +16,7 @@ OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def modern_key(name: str, key: str) -> str | None:
-    """The present name of a published key, or None for what is no parameter."""
+    """Return the present name of a published key, or None for what is not a parameter."""
     if name.startswith("text_encoder"):
         if key.endswith("position_ids"):
             return None
@@ -32,7 +32,7 @@ def is_table(parent: str) -> bool:
 
 
 def to_path(key: str, ndim: int) -> tuple[str, ...]:
-    """A PyTorch key and the tensor's rank -> the path in the parameter tree."""
+    """Return the path in the parameter tree of a PyTorch key and the tensor's rank."""
     path: list[str] = []
     for part in key.split("."):
         if part.isdigit() and path:
@@ -45,7 +45,7 @@ def to_path(key: str, ndim: int) -> tuple[str, ...]:
 
 
 def to_key(path: tuple[str, ...]) -> str:
-    """The inverse of `to_path`."""
+    """Return the PyTorch key of a path, the inverse of `to_path`."""
     parts: list[str] = []
     for name in path[:-1]:
         match = INDEXED.fullmatch(name)
@@ -55,21 +55,21 @@ def to_key(path: tuple[str, ...]) -> str:
 
 
 def tensor_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> list[int]:
-    """The shape of one of our arrays in PyTorch's layout."""
+    """Return the shape of one of our arrays in PyTorch's layout."""
     if path[-1] != "kernel":
         return list(shape)
     return [shape[i] for i in (3, 2, 0, 1)] if len(shape) == 4 else list(reversed(shape))
 
 
 def to_array(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's layout -> ours, a view."""
+    """Return a tensor in our layout, a view."""
     if path[-1] != "kernel":
         return tensor
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
 def to_tensor(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    """Our layout -> PyTorch's, contiguous."""
+    """Return an array in PyTorch's layout, contiguous."""
     if path[-1] == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return np.ascontiguousarray(array)

@@ -1,8 +1,9 @@
 """Files of torch.save (.ckpt, .bin, .pt, .pth) read without torch, and without running anything that is in them.
 
-A pickle is a program: it names functions, and the reader calls them. This reader knows the few names that a state dict
-is made of and puts plain data in the place of each; any other name ends the reading. The numbers are not in the pickle
-but beside it, uncompressed, so that a tensor is a read-only view of the mapped file, and takes memory only when used.
+A pickle is a program: it names functions, and the reader calls them. This reader accepts the few names that a state
+dict is made of and puts plain data in the place of each; any other name ends the reading. The values are not in the
+pickle but beside it, uncompressed, so that a tensor is a read-only view of the mapped file, and takes memory only when
+used.
 """
 
 import io
@@ -69,7 +70,7 @@ class LeftOut:
 
 
 class Storage(NamedTuple):
-    """The numbers that one or more tensors are views of, by their name in the file."""
+    """The values that one or more tensors are views of, by their name in the file."""
 
     key: str
     dtype: str  # of KNOWN, or BYTES
@@ -91,12 +92,12 @@ class Tensor(NamedTuple):
 
 
 def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict by name, as stored; read-only views of the file, which must stay as it is.
+    """Return the tensors of a state dict by name, as stored: read-only views of the file, which must stay as it is.
 
-    Of a checkpoint that has its state dict under `state_dict`, that one; what is no tensor (epoch, callbacks) is left
-    out. bfloat16 and the float8 types come as those of ml_dtypes.
-    Raises ModelError for a file that is missing, truncated or not torch's, for one whose tensors lie outside of their
-    storages, and for one that names anything but the parts of a state dict: nothing of it has run then.
+    If a checkpoint has its state dict under `state_dict`, that one is read; other content (epoch, callbacks) is left
+    out. bfloat16 and the float8 types are those of ml_dtypes.
+    Raises ModelError for a file that is missing, truncated or not a torch.save file, for tensors that lie outside of
+    their storages, and for a name that no state dict contains: no code has been executed then.
     """
     path = Path(path)
     try:
@@ -111,7 +112,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     elif start.startswith(STARTS[1]):
         content, storages = read_legacy(path, mapped)
     else:
-        raise ModelError(f"{path} is no file of torch.save: it starts with {start!r}; give a .ckpt, .bin or .pt file")
+        raise ModelError(f"{path} is not a torch.save file (it starts with {start!r}); use a .ckpt, .bin or .pt file")
     return {key: view(tensor, storages, f"{path}: {key}") for key, tensor in state_dict(content, path).items()}
 
 
@@ -121,7 +122,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
 class Unpickler(pickle.Unpickler):
     """Builds dicts, lists and numbers, and a Tensor where the file has one; `storages` are those that it mentions.
 
-    A name gives a string, a method of this object, OrderedDict or LeftOut, whose attributes a pickle cannot set.
+    A name becomes a string, a method of this object, OrderedDict or LeftOut, whose attributes a pickle cannot set.
     """
 
     def __init__(self, file: io.BufferedIOBase, path: Path):
@@ -147,17 +148,17 @@ class Unpickler(pickle.Unpickler):
             return LeftOut
         if full not in known:
             raise ModelError(
-                f"{self.path} asks for {full}, which is no part of a state dict; nothing of it was run. Give the "
-                "safetensors file of this model, or save its bare state dict with torch.save where you trust it"
+                f"{self.path} references {full}, which is not allowed in a state dict; no code was executed. Use the "
+                "safetensors file of this model, or save its bare state dict with torch.save if you trust it"
             )
         return known[full]
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, count, *window = pid
         if kind != "storage" or type(key) is not str or type(count) is not int or count < 0:
-            raise ValueError(f"{pid!r} is no storage")
+            raise ValueError(f"{pid!r} is not a storage")
         if dtype not in KNOWN | {BYTES} or any(part is not None for part in window):
-            raise ValueError(f"{pid!r} is no storage that is supported")
+            raise ValueError(f"{pid!r} is not a supported storage")
         storage = Storage(key, dtype, count)
         if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
             raise ValueError(f"the storage {key!r} has two sizes")
@@ -169,7 +170,7 @@ class Unpickler(pickle.Unpickler):
     def rebuild(self, storage, offset, shape, strides, requires_grad, hooks, dtype, metadata=None):
         numbers = (offset, *shape, *strides)
         if type(storage) is not Storage or dtype not in KNOWN or len(shape) != len(strides):
-            raise ValueError(f"a tensor of dtype {dtype!r} is no view of a storage")
+            raise ValueError(f"a tensor of dtype {dtype!r} is not a view of a storage")
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"a tensor has the offset, shape and strides {numbers}")
         return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
@@ -179,34 +180,34 @@ class Unpickler(pickle.Unpickler):
 
 
 def unpickle(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, Storage]]:
-    """The next pickle of `file` and its storages. Raises ModelError where it is broken, or names what is not known."""
+    """Return the next pickle of `file` and its storages. Raises ModelError if it is broken or has other names."""
     unpickler = Unpickler(file, path)
     try:
         return unpickler.load(), unpickler.storages
     except ModelError:
         raise
     except Exception as error:  # a broken pickle can end in almost any of them
-        raise ModelError(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
+        raise ModelError(f"{path} is truncated or not a torch.save file ({error}): copy it again") from None
 
 
 def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The named tensors of what was pickled. Raises ModelError where there are none."""
+    """Return the named tensors of what was pickled. Raises ModelError if there are none."""
     # The methods of dict itself, because a pickle may give an OrderedDict attributes of any name.
     if isinstance(content, dict) and isinstance(inner := dict.get(content, "state_dict"), dict):
         content = inner
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}; give a file with a state dict, a dict of tensors")
+        raise ModelError(f"{path} contains a {type(content).__name__}; use a file with a state dict, a dict of tensors")
     tensors = {key: value for key, value in dict.items(content) if isinstance(value, Tensor)}
     if unnamed := [key for key in tensors if type(key) is not str]:
         raise ModelError(f"{path} has tensors under {unnamed[:5]!r}; the keys of a state dict are strings")
     if not tensors:
         there = ", ".join(repr(key) for key in list(dict.keys(content))[:5]) or "nothing"
-        raise ModelError(f"{path} holds no tensors ({there} at its top): give a file with a state dict")
+        raise ModelError(f"{path} contains no tensors ({there} at its top); use a file with a state dict")
     return tensors
 
 
 def view(tensor: Tensor, storages: dict[str, np.ndarray], what: str) -> np.ndarray:
-    """The array of a tensor in the bytes of its storage. Raises ModelError where it is not within them."""
+    """Return the array of a tensor in the bytes of its storage. Raises ModelError if it is not within them."""
     data = storages[tensor.storage.key]
     dtype = np.dtype(tensor.dtype)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
@@ -228,18 +229,18 @@ def view(tensor: Tensor, storages: dict[str, np.ndarray], what: str) -> np.ndarr
 
 
 def read_zip(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
-    """What `<name>/data.pkl` holds, and the bytes of every `<name>/data/<key>`."""
+    """Return the content of `<name>/data.pkl`, and the bytes of every `<name>/data/<key>`."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
             repeated = len(members) < len(archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         # zipfile raises NotImplementedError for an archive of a newer version than it knows.
-        raise ModelError(f"{path} is truncated or no file of torch.save ({error}): copy it again") from None
+        raise ModelError(f"{path} is truncated or not a torch.save file ({error}): copy it again") from None
     roots = [name.removesuffix("data.pkl") for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1 or repeated:
         there = ", ".join(list(members)[:5]) or "nothing"
-        raise ModelError(f"{path} is a zip file but not of torch.save: it has {there}, and not one data.pkl")
+        raise ModelError(f"{path} is a zip file but not a torch.save file: it contains {there}, not one data.pkl")
     root = roots[0]
     if (order := members.get(f"{root}byteorder")) and bytes(member(order, mapped, path)) != b"little":
         raise ModelError(f"{path} was written on a big-endian machine: save it again on another")
@@ -255,7 +256,7 @@ def read_zip(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarray]
 
 
 def member(info: zipfile.ZipInfo, mapped: np.ndarray, path: Path) -> np.ndarray:
-    """The bytes of a member, a view. Raises ModelError where it is compressed, or not within the file."""
+    """Return the bytes of a member, a view. Raises ModelError if it is compressed, or not within the file."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ModelError(f"{path}: {info.filename} is compressed or encrypted, which torch.save does not do: unpack it")
     header = bytes(mapped[info.header_offset : info.header_offset + 30])
@@ -270,7 +271,7 @@ def read_legacy(path: Path, mapped: np.ndarray) -> tuple[Any, dict[str, np.ndarr
     with path.open("rb") as file:
         magic = unpickle(file, path)[0]
         if magic != MAGIC:
-            raise ModelError(f"{path} is a pickle but not of torch.save; give a .ckpt, .bin or .pt file")
+            raise ModelError(f"{path} is a pickle but not a torch.save file; use a .ckpt, .bin or .pt file")
         version, system = unpickle(file, path)[0], unpickle(file, path)[0]
         if version != VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ModelError(f"{path} has the protocol {version!r} and the system {system!r}: save it again with torch")

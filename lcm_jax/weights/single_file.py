@@ -2,10 +2,10 @@
 
 A1111, ComfyUI and kohya's scripts read and write it. Families: "sd1" (1.x), "sd2" (2.x), "sdxl", and "vae", the file of
 an autoencoder alone. Networks of other widths, depths and numbers of levels follow the same rule, so that the names are
-made from the numbers that the keys themselves tell:
+made from the numbers in the keys themselves:
 
 1. A UNet's blocks are counted through, the downsampling ones too; diffusers counts (level, layer) instead.
-2. An autoencoder's decoder counts its levels from the picture inwards; diffusers from the latents outwards.
+2. An autoencoder's decoder counts its levels from the image inwards; diffusers from the latents outwards.
 3. Attention of an autoencoder is a 1 x 1 convolution [C, C, 1, 1], in diffusers a matrix [C, C].
 4. OpenCLIP (the text encoder of sd2, the second of sdxl) has q, k and v in one matrix [3 D, D], and a projection
    [D, P] which is transposed in transformers.
@@ -14,7 +14,7 @@ The input of a latent consistency model for the weight of guidance, `time_embedd
 no published name in this layout. Here it is `model.diffusion_model.time_embed.cond_proj.weight`.
 
 What diffusers has no place for is dropped in reading: the noise schedule, `position_ids`, `logit_scale`, losses, the
-averaged weights (`model_ema.*`, unless they are asked for), and of sd2 the text encoder's 24th layer and projection,
+averaged weights (`model_ema.*`, unless they are requested), and of sd2 the text encoder's 24th layer and projection,
 which the model does not use; `left_out` lists such keys. All else comes back bit for bit.
 
 Of `stored.Tensors` only the specs are used at first, and each tensor is read when it is used. If shapes alone matter, a
@@ -73,7 +73,7 @@ OWN = {
     "vae": ("encoder", "decoder", "quant_conv", "post_quant_conv"),
 }
 
-# What diffusers has no place for, of each component.
+# Keys of each component that diffusers has no place for.
 NO_VAE = re.compile(r"(?!encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
 NO_CLIP = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|text_projection\.weight$")
 NO_OPEN_CLIP = re.compile(r"logit_scale$|attn_mask$")
@@ -157,7 +157,7 @@ def open_clip_names(layers: int) -> dict[str, str]:
 
 
 def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]:
-    """The table for a component from its keys in this layout, without their prefix."""
+    """Return the table of a component, from its keys in this layout without their prefix."""
     if has(keys, "down_blocks.") or has(keys, "encoder.down_blocks."):
         return {head: head for head in OWN[component]}
     if component == "unet":
@@ -179,7 +179,7 @@ def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]
 
 
 def names_in_folder(component: str, family: str, keys: Set[str]) -> dict[str, str]:
-    """The table for a component from its keys in diffusers, which it takes to those of this layout."""
+    """Return the table of a component that maps its keys in diffusers to those of this layout."""
     if component == "unet":
         layers = [count(keys, f"down_blocks.{i}.resnets.") for i in range(count(keys, "down_blocks."))]
         attended = {i for i, n in enumerate(reversed(layers)) if has(keys, f"up_blocks.{i}.attentions.{n}.")}
@@ -194,12 +194,12 @@ def names_in_folder(component: str, family: str, keys: Set[str]) -> dict[str, st
 
 
 def count(keys: Iterable[str], prefix: str) -> int:
-    """How many different names follow the prefix."""
+    """Return the number of different names that follow the prefix."""
     return len({key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)})
 
 
 def rename(key: str, names: Mapping[str, str]) -> str | None:
-    """By the longest beginning of the key that is in the table, or None."""
+    """Return the new name of a key by its longest beginning that is in the table, or None."""
     head = key
     while head and head not in names:
         head = head.rpartition(".")[0]
@@ -210,9 +210,9 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
 
 
 def open_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = False) -> dict[str, Tensors]:
-    """By component the tensors under diffusers' keys, each read when it is asked for.
+    """Return the tensors by component and diffusers' key, each read when it is used.
 
-    family: as `detect_family` says. ema: take the UNet's averaged weights, which some files have beside the last ones.
+    family: see `detect_family`. ema: use the UNet's averaged weights, which some files have beside the last ones.
     Raises ModelError, before anything is read, that names the keys which no component of this family has.
     """
     specs = get_specs(tensors)
@@ -249,8 +249,8 @@ def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[t
                     wrong.append(key)
     if wrong:
         raise ModelError(
-            f"{len(wrong)} keys of this file have no place, or one that is taken, in the {family} family: "
-            f"{some(wrong)}; use the file as its authors wrote it"
+            f"{len(wrong)} keys are unknown to or duplicated in the {family} layout: {some(wrong)}; use the file as "
+            "its authors wrote it"
         )
     if ema:
         averages = {place: averaged(key) for place, key in places.items() if place[0] == "unet"}
@@ -271,7 +271,7 @@ def left_out(tensors: Mapping[str, Any], family: str, ema: bool = False) -> list
 
 
 def dropped_of(component: str, family: str) -> re.Pattern:
-    """What of a component in the file is no parameter of it in diffusers, by its key without the prefix."""
+    """Return the pattern of keys, without their prefix, that diffusers drops."""
     if component in ("unet", "vae"):
         return NOTHING if component == "unet" else NO_VAE
     if (family, component) in OPEN_CLIP:
@@ -280,7 +280,7 @@ def dropped_of(component: str, family: str) -> re.Pattern:
 
 
 def averaged(key: str) -> str:
-    """The key of the running average of a UNet's tensor: the module that keeps it allows no dots in its names."""
+    """Return the key of the running average of a UNet's tensor; its module allows no dots in names."""
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
@@ -289,7 +289,7 @@ def some(keys: list[str]) -> str:
 
 
 def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """A tensor of the file as the one or three of diffusers."""
+    """Yield the one or three tensors of diffusers that a tensor of the file becomes."""
     if component == "vae" and VAE_MATRIX.fullmatch(name) and set(tensor.shape[2:]) == {1}:
         yield name, tensor.reshape(tensor.shape[:2])
     elif (family, component) in OPEN_CLIP and name == PROJECTION:
@@ -309,7 +309,7 @@ def from_file(component: str, family: str, name: str, tensor: np.ndarray) -> Ite
 def open_ldm(
     components: Mapping[str, Mapping[str, np.ndarray]], family: str, averages: Mapping[str, np.ndarray] | None = None
 ) -> Tensors:
-    """The tensors of one file, the inverse of `open_diffusers`; each is made of the components' when it is asked for.
+    """Return the tensors of one file, the inverse of `open_diffusers`; each is made from the components when used.
 
     components: by name (unet, vae, text_encoder, text_encoder_2), whole or a part of them, the tensors by diffusers'
     key. The file of an autoencoder alone gets keys without a prefix. averages: the UNet's averaged weights, which the
@@ -367,7 +367,7 @@ def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tup
 
 
 def to_file(component: str, family: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The one or three tensors of diffusers, by key, as one of the file."""
+    """Return the tensor of the file that one or three tensors of diffusers, by key, become."""
     if len(tensors) == 3:
         parts = [next(t for name, t in tensors.items() if f".{letter}_proj." in name) for letter in "qkv"]
         if len({(part.dtype, part.shape) for part in parts}) > 1:

@@ -1,4 +1,4 @@
-"""What the networks of a single file are: the configs that diffusers keeps beside the weights, told by the shapes."""
+"""Infer the configs of a single file's networks, which diffusers keeps beside the weights, from the shapes."""
 
 from collections.abc import Callable, Container, Mapping, Set
 from types import MappingProxyType
@@ -17,7 +17,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 PREDICTION_NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-# What no file tells of its networks: the number here is that of the published models, and a base knows better.
+# Options that no file records: the values here are those of the published models; those of a base have precedence.
 GUESSED = frozenset(
     {
         "sample_size",
@@ -46,19 +46,18 @@ def configs_of(
     scaling_factor: float | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """The config.json of each component that the file has, and of a `scheduler` where it has a UNet.
+    """Return the config.json of each component of the file, and of a `scheduler` if it has a UNet.
 
     tensors: arrays or shapes by key; about twenty are looked at.
-    prediction_type: what the UNet predicts, "epsilon" or "v_prediction". The scheduler has it where it is given, or
-    told by the key `v_pred` or by the metadata; where it has none, sd1 and sdxl predict epsilon, and sd2 is not known
-    (`complete`).
-    scaling_factor: of the latents, which a file of an autoencoder alone does not tell.
-    The file does not tell either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1
-    and heads of width 64 in all others; the schedule; the pixels that were trained on.
-    Raises ModelError where a shape is missing or in no config of diffusers.
+    prediction_type: "epsilon" or "v_prediction"; by default that of the key `v_pred` or the metadata. If the scheduler
+    has none, sd1 and sdxl predict epsilon, and the prediction type of sd2 is unknown (see `complete`).
+    scaling_factor: of the latents, which the file of an autoencoder alone does not record.
+    Files do not record either what all published models agree in: 32 groups in norms; 8 heads in the UNet of sd1 and
+    heads of width 64 in all others; the schedule; the size of the training images.
+    Raises ModelError if a shape is missing or in no config of diffusers.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ModelError(f"prediction_type is {prediction_type!r}; choose {' or '.join(PREDICTION_TYPES)}")
+        raise ModelError(f"prediction_type {prediction_type!r} is not supported; use {' or '.join(PREDICTION_TYPES)}")
     places = locate(tensors, family)
     components: dict[str, dict[str, str]] = {}
     for (component, new), key in places.items():
@@ -94,9 +93,9 @@ def configs_of(
 
 
 def read_prediction(keys: Container[str], metadata: Mapping[str, str]) -> str | None:
-    """Return what the UNet of a file predicts by its marks and metadata, None where they are silent.
+    """Return the prediction type of a file by its marks and metadata, None if they do not record it.
 
-    Raises ModelError where they contradict each other, or name what is not supported.
+    Raises ModelError if they contradict each other, or are not supported.
     """
     found = {"the key v_pred": "v_prediction"} if "v_pred" in keys else {}
     for key in PREDICTION_KEYS:
@@ -107,37 +106,37 @@ def read_prediction(keys: Container[str], metadata: Mapping[str, str]) -> str | 
                 raise ModelError(f"metadata {key}={shown(value)} is not supported; pass --prediction_type={choices}")
             found[f"metadata {key}"] = name
     if len(set(found.values())) > 1:
-        said = ", ".join(f"{where} says {name}" for where, name in found.items())
-        raise ModelError(f"this file contradicts itself: {said}; pass --prediction_type")
+        recorded = ", ".join(f"{where} is {name}" for where, name in found.items())
+        raise ModelError(f"this file contradicts itself: {recorded}; pass --prediction_type")
     return next(iter(found.values()), None)
 
 
 def marks_of(scheduler: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors without numbers whose keys tell what the UNet predicts; ComfyUI writes and reads the same."""
+    """Return the empty tensors whose keys record the prediction type; ComfyUI writes and reads the same."""
     marks = {
         "v_pred": scheduler.get("prediction_type") == "v_prediction",
         "ztsnr": scheduler.get("rescale_betas_zero_snr", False),
     }
-    return {key: np.zeros(0, np.float32) for key, told in marks.items() if told}
+    return {key: np.zeros(0, np.float32) for key, is_set in marks.items() if is_set}
 
 
 def complete(configs: Mapping[str, Mapping[str, Any]], family: str) -> None:
-    """Raises ModelError where the configs lack what the file does not tell, and nothing else has told."""
+    """Raise ModelError if the configs lack what the file does not record, and nothing else has supplied it."""
     if family == "sd2" and "prediction_type" not in configs.get("scheduler", {"prediction_type": None}):
         raise ModelError(
-            "prediction_type is needed: a Stable Diffusion 2 file does not tell what it predicts. Give "
+            "prediction_type is needed: Stable Diffusion 2 files do not record the prediction type. Use "
             "'v_prediction' for a model of 768 pixels (2.0, 2.1), 'epsilon' for a base model of 512, for "
             "inpainting and for Turbo"
         )
     if family == "vae" and "scaling_factor" not in configs.get("vae", {}):
         raise ModelError(
-            "scaling_factor is needed: the file of an autoencoder alone does not tell it. Give 0.18215 for one of "
+            "scaling_factor is needed: the file of an autoencoder alone does not record it. Use 0.18215 for one of "
             "Stable Diffusion 1.x or 2.x, 0.13025 for one of XL"
         )
 
 
 def one(values: list) -> Any:
-    """A list of equal values as that value, any other as it is."""
+    """Return a list of equal values as that value, any other as it is."""
     return values[0] if all(value == values[0] for value in values) else values
 
 
@@ -158,7 +157,7 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
     middle = depths("mid_block", 1)[0]
     if not layers or (context := first(keys, "attn2.to_k.weight")) is None:
         raise ModelError(
-            "the UNet of this file has no levels or no attention to a text: it is incomplete, copy it again"
+            "the UNet of this file has no levels or no attention to a prompt: it is incomplete, copy it again"
         )
     # The middle has the depth of the last level; where a level has no attention, its number means nothing else.
     if any(down[-1]) and middle not in (0, down[-1][0]):
@@ -192,7 +191,7 @@ def unet_config(shape: Callable, keys: Set[str], family: str, pooled: int | None
     }
     if not middle:
         config["mid_block_type"] = "UNetMidBlock2D" if has(keys, "mid_block.") else None
-    if not mirrored:  # a list for each level, as diffusers wants it then
+    if not mirrored:  # a list for each level, as diffusers requires then
         config["transformer_layers_per_block"] = [d if any(d) else per_level[i] for i, d in enumerate(down)]
         config["reverse_transformer_layers_per_block"] = [u if any(u) else 1 for u in up]
     if (time := shape("time_embedding.linear_1.weight")[0]) != 4 * widths[0]:

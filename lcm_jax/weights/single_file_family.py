@@ -49,10 +49,10 @@ def detect_family(tensors: Mapping[str, Any]) -> str:
 
     Raises ModelError, with the keys that were looked for and those that are there, for any other file.
     """
-    for mark, what in OTHERS.items():
+    for mark, kind in OTHERS.items():
         if has(tensors, mark):
             raise ModelError(
-                f"this file is {what} by its keys {mark}*, which is not supported here; "
+                f"this file is {kind} by its keys {mark}*, which is not supported here; "
                 "looked for Stable Diffusion 1.x, 2.x, XL or a part of one"
             )
     prefix = unet_prefix(tensors)
@@ -61,7 +61,7 @@ def detect_family(tensors: Mapping[str, Any]) -> str:
     if prefix is not None:
         labels = has(tensors, f"{prefix}label_emb.") or has(tensors, f"{prefix}add_embedding.")
         if not found and not others:
-            key = first(tensors, "attn2.to_k.weight")  # a UNet alone: by the width of the text that it attends to
+            key = first(tensors, "attn2.to_k.weight")  # a UNet alone: by the width of the prompt that it attends to
             width = shape_of(tensors[key])[1] if key else None
             found = ["sdxl"] if labels else {768: ["sd1"], 1024: ["sd2"]}.get(width, [])
         if len(found) == 1 and labels == (found[0] == "sdxl"):
@@ -86,7 +86,7 @@ def detect_family(tensors: Mapping[str, Any]) -> str:
 
 
 def unet_prefix(keys: Iterable[str]) -> str | None:
-    """The prefix of a UNet's keys, in its authors' layout or diffusers'; None without a UNet."""
+    """Return the prefix of a UNet's keys, in its authors' layout or diffusers'; None without a UNet."""
     for prefix in UNET_PREFIXES:
         own = f"{prefix}time_embedding.linear_1.weight" in keys and has(keys, f"{prefix}down_blocks.")
         if own or f"{prefix}input_blocks.0.0.weight" in keys:
@@ -95,15 +95,15 @@ def unet_prefix(keys: Iterable[str]) -> str | None:
 
 
 def vae_prefix(keys: Iterable[str]) -> str | None:
-    """The same of an autoencoder."""
+    """Return the prefix of an autoencoder's keys; None without one."""
     marks = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
     return next((prefix for prefix in VAE_PREFIXES if any(prefix + mark in keys for mark in marks)), None)
 
 
 def prefixes_of(keys: Iterable[str], family: str) -> Mapping[str, str]:
-    """The prefix of each component of a family; of a file of one network, those that its keys have."""
+    """Return the prefix of each component of a family; for a file of one network, the prefix of its keys."""
     if family not in COMPONENTS:
-        raise ModelError(f"the family is {family!r}; choose one of {', '.join(COMPONENTS)}")
+        raise ModelError(f"family {family!r} is not supported; use one of {', '.join(COMPONENTS)}")
     if family == "vae":
         return {"vae": next((prefix for prefix in VAE_PREFIXES if has(keys, f"{prefix}decoder.")), "")}
     return {"unet": ""} if unet_prefix(keys) == "" else COMPONENTS[family]
@@ -119,7 +119,7 @@ def has_text_encoders(keys: Iterable[str], family: str) -> bool:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Of an array, or of what is a shape already."""
+    """Return the shape of an array, or `value` if it is a shape."""
     return tuple(getattr(value, "shape", value))
 
 

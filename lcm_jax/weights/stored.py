@@ -32,7 +32,7 @@ DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 NAMES = {name: short for short, name in DTYPES.items()}
-Advance = Callable[[int], None]  # is told how many bytes were done
+Advance = Callable[[int], None]  # receives the number of bytes done
 # Keys of what float8 weights are multiplied by, as ComfyUI's and torchao's files have them.
 SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
 
@@ -84,14 +84,14 @@ def get_specs(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 
 def size_of(tensors: Mapping[str, np.ndarray]) -> int:
-    """In bytes."""
+    """Return the size of the tensors in bytes."""
     return sum(tensor.nbytes for tensor in get_specs(tensors).values())
 
 
 def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, metadata) of a file, which must stay as it is. `[key]` maps the pages of one tensor, until it is freed.
+    """Return (tensors, metadata) of a file, which must stay as it is. `[key]` maps one tensor until it is freed.
 
-    Raises ModelError where the file is missing, truncated, not safetensors, or of a dtype that numpy cannot hold.
+    Raises ModelError if the file is missing, truncated, not safetensors, or of a dtype that numpy cannot hold.
     """
     try:
         with safe_open(path, "np") as file:  # checks the header, and the size of the file against it
@@ -121,7 +121,7 @@ def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def widen(tensors: Tensors, path: Path) -> Tensors:
-    """`tensors` with those in float8 as float16, which holds each of their numbers exactly; `path` is their file's.
+    """Return `tensors`, of the file `path`, with those in float8 as float16, which is exact.
 
     Raises ModelError for float8 that is scaled by other tensors, and for types whose numbers float16 cannot hold.
     """
@@ -145,10 +145,10 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
 ) -> None:
-    """Writes a file, one tensor after another as `tensors` gives them. Raises ModelError for a dtype without a name."""
+    """Write a file, one tensor after another. Raises ModelError for a dtype that safetensors do not have."""
     specs = get_specs(tensors)
     if other := sorted({like.dtype.name for like in specs.values()} - NAMES.keys()):
-        raise ModelError(f"{path}: safetensors have no {', '.join(other)}; give float32, bfloat16 or float16")
+        raise ModelError(f"{path}: safetensors do not support {', '.join(other)}; use float32, bfloat16 or float16")
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     order = sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))  # so that each is aligned
@@ -173,12 +173,12 @@ def write_safetensors(
 
 
 def bytes_of(tensor: np.ndarray) -> memoryview:
-    """The bytes in C order, without a copy where they lie so."""
+    """Return the bytes in C order, without a copy if they lie so."""
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def digest(tensors: Mapping[str, np.ndarray], advance: Advance = lambda _: None) -> str:
-    """sha256 of the keys, dtypes, shapes and bytes, in hexadecimal."""
+    """Return the sha256 of the keys, dtypes, shapes and bytes, in hexadecimal."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -189,9 +189,9 @@ def digest(tensors: Mapping[str, np.ndarray], advance: Advance = lambda _: None)
 
 
 def cast(tensors: Mapping[str, np.ndarray], dtype: str) -> Tensors:
-    """Every tensor in `dtype` (float32, bfloat16, float16), cast when it is read.
+    """Return every tensor in `dtype` (float32, bfloat16, float16), cast when it is read.
 
-    Reads each once, and raises ModelError that counts and names those of which a finite number overflows.
+    Reads each once, and raises ModelError that counts and names those with a finite number that overflows.
     """
     specs = get_specs(tensors)
     wanted = np.dtype(getattr(ml_dtypes, dtype, dtype))
