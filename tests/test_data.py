@@ -53,6 +53,25 @@ def test_records_fewer_than_a_batch_are_an_error():
     assert sorted(next(batches(_source(4), 4, seed=0))["id"].tolist()) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("first", [0, 3])
+def test_processes_read_the_rows_of_one(processes, first):
+    """Batch b is the same for any number of processes, and what the random map makes of its records as well."""
+
+    def read(**more) -> list[list[list[float]]]:
+        noisy = lambda record, rng: record | {"noise": rng.uniform()}  # noqa: E731
+        found = islice(batches(_source(20), 8, seed=1, first=first, random_map=noisy, **more), 7)
+        return [np.stack([batch["id"], batch["noise"]], 1).tolist() for batch in found]
+
+    parts = [read(process=process, processes=processes) for process in range(processes)]
+    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == read()
+
+
+def test_a_batch_that_processes_cannot_share_is_an_error():
+    with pytest.raises(ValueError, match="train.batch_size 8 is not a multiple of the number of processes, 3"):
+        batches(_source(20), 8, seed=0, processes=3)
+
+
 # ---- latent cache ---------------------------------------------------------------------------------------------------
 
 

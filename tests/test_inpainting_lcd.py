@@ -10,9 +10,10 @@ import pytest
 import reference_families
 import reference_lcd
 from numbered_noise import draw_noise
+from shards import write_shards
 from test_inpainting import build, image, mask
 from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
-from test_lcd_config import SMALL, ddim, shrunk, write_shards
+from test_lcd_config import SMALL, ddim, shrunk
 
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.models.stable_diffusion import StableDiffusion

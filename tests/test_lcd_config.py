@@ -1,9 +1,7 @@
 """configs/lcd.py: the published settings, and each of its models in small, from shards to an exported student."""
 
-import io
 import json
 import os
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 import reference_families
 from absl import flags
 from PIL import Image
+from shards import write_shards
 from whole_runs import load_config
 
 from lcm_jax import main
-from lcm_jax.data.sources import load_dataset
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
@@ -28,27 +26,6 @@ diffusers = pytest.importorskip("diffusers")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("sd15", "sd21", "sd21-768", "sdxl", "ssd1b")
-
-
-def write_shards(folder: Path, count: int = 24, shards: int = 2) -> str:
-    """Pictures of 40 x 24 pixels (width, height) with captions as text or JSON; one of them is damaged."""
-    rng = np.random.default_rng(0)
-    words = [word for word in reference_families.WORDS if word not in ("a", "of")]
-    folder.mkdir()
-    for shard in range(shards):
-        with tarfile.open(folder / f"{shard:02d}.tar", "w") as archive:
-            for i in range(shard, count, shards):
-                file = io.BytesIO()
-                color = tuple(int(c) for c in rng.integers(0, 256, 3))
-                Image.new("RGB", (40, 24), color).save(file, "PNG")
-                caption = f"a {words[i % len(words)]}"
-                text = {"txt": caption.encode()} if i % 2 else {"json": json.dumps({"caption": caption}).encode()}
-                picture = b"damaged" if i == 3 else file.getvalue()
-                for ending, data in ({"png": picture} | text).items():
-                    info = tarfile.TarInfo(f"{i:05d}.{ending}")
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
-    return str(folder / f"{{00..{shards - 1:02d}}}.tar")
 
 
 @pytest.fixture(scope="module")
@@ -265,15 +242,3 @@ def test_draws_and_moments_of_pictures_that_are_not_square(teacher_of):
     assert draw(None, batch) == (2, 8, 16, 8)
     with_pictures({}, {}, {"vae": pipe.params["vae"]}, batch, None)
     assert seen == [(2, 8, 16, 8)]
-
-
-def test_data_that_is_not_there_or_too_small_is_one_error(teacher_of, shards, tmp_path):
-    teacher = tmp_path / "no teacher is read before"
-    for more, message in [
-        ({"data.shards": str(tmp_path / "*.tar")}, "matches no file"),
-        ({"data.held_out": 2}, "report.reference 6 is more than data.held_out 2; raise that, or lower report.ref"),
-        ({"data.held_out": 24}, "data.held_out 24 leaves none of the 24 records"),
-        ({"data.source": "folder"}, "'folder' is not supported; use one of shapes, tar"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load_dataset(shrunk("sd15", teacher, shards, **more), tmp_path / "run")

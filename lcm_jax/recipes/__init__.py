@@ -6,6 +6,7 @@ A file for each objective builds its Job; `RECIPES` is the table of their names.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lcm_jax.data.sources import check_data
 from lcm_jax.recipes import settings
 from lcm_jax.recipes.autoencoder import autoencoder_job
 from lcm_jax.recipes.diffusion import diffusion_job
@@ -23,5 +24,6 @@ def make_job(config, workdir: Path) -> Job:
     settings.check(config)
     if config.objective.name not in RECIPES:
         raise ValueError(f"objective.name {config.objective.name!r} is not supported; use one of {', '.join(RECIPES)}")
+    check_data(config)
     check_run(workdir, config)
     return RECIPES[config.objective.name](config, workdir)

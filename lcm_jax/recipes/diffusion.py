@@ -11,7 +11,7 @@ import numpy as np
 from lcm_jax.data import shapes
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.batches import make_batches
-from lcm_jax.data.sources import check_data, load_dataset
+from lcm_jax.data.sources import load_dataset
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives import diffusion
@@ -75,7 +75,6 @@ def diffusion_job(config, workdir: Path) -> Job:
             f"data.source {config.data.source!r} with data.encode {config.data.encode!r} is not supported by "
             "objective.name 'diffusion'; use shapes and cache"
         )
-    check_data(config)
 
     def batches(first):
         dataset, vae = load_dataset(config, workdir), digest(vae_params)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lcm_jax import pipeline
 from lcm_jax.data.batches import make_batches
-from lcm_jax.data.sources import check_data, load_dataset
+from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.errors import RunError
 from lcm_jax.evaluation import report, verifier
@@ -160,7 +160,6 @@ def lcd_job(config, workdir: Path) -> Job:
     # On the host from here on: what the devices hold is what the loop puts there.
     teacher.params = jax.device_get(teacher.params)
     frozen = {name: held(tree, teacher.model.dtype_of(name)) for name, tree in teacher.params.items()}
-    check_data(config)
 
     @cache
     def data():  # opened when it is first needed: indexing writes to the workdir

@@ -1,0 +1,126 @@
+"""The table of data sources: either works with either config by flags alone, and a mistake is one line."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from shards import write_shards
+from whole_runs import load_config
+
+from lcm_jax.data import shapes
+from lcm_jax.data.batches import make_batches
+from lcm_jax.data.sources import SOURCES, check_data, load_dataset
+from lcm_jax.recipes import make_job
+
+SMALL = {
+    "data.size": 16,
+    "data.length": 24,
+    "data.held_out": 6,
+    "train.batch_size": 4,
+    "sample.prompts": 6,
+    "report.prompts": 6,
+    "report.reference": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory) -> str:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def small(config: str, pattern: str, **more):
+    config = load_config(config)
+    config.update_from_flattened_dict(SMALL | {"data.shards": pattern} | more)
+    return config
+
+
+def encode(images: np.ndarray) -> np.ndarray:
+    return images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4), dtype=np.float32)
+
+
+def tokenize(captions: list[str]) -> np.ndarray:
+    return np.array([[len(caption), caption.count("e")] for caption in captions])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("config", ["shapes", "lcd"])
+def test_either_source_and_either_encoding_work_with_either_config(config, name, pattern, tmp_path):
+    config = small(config, pattern, **{"data.source": name})
+    dataset = load_dataset(config, tmp_path, log=lambda line: None)
+    assert len(dataset.train) == (24 if name == "shapes" else 18) and len(dataset.held_out) == 6
+    assert dataset.train[5]["image"].shape == dataset.held_out[5]["image"].shape == (16, 16, 3)
+    assert dataset.prompts(6) == dataset.prompts(6) and len(dataset.prompts(5)) == 5
+    assert len(dataset.compositional_prompts(3)) == (3 if name == "shapes" else 0)
+    again = load_dataset(small("shapes", pattern, **{"data.source": name}), tmp_path, log=lambda line: None)
+    assert again.fingerprint == dataset.fingerprint
+    other = load_dataset(small("shapes", pattern, **{"data.source": name, "data.size": 24}), tmp_path)
+    assert other.fingerprint != dataset.fingerprint
+
+    def read(encoding: str, first: int, count: int, **more) -> list[dict[str, np.ndarray]]:
+        config.data.encode = encoding
+        parts = {"tokenize": tokenize, "make_encoder": lambda: encode, "encoder_digest": "one"}
+        return list(islice(make_batches(config, tmp_path, dataset, first, **parts, **more), count))
+
+    images, moments, masked = read("step", 0, 8), read("cache", 0, 8), read("step", 0, 8, masks=True)
+    for step, cached, painted in zip(images, moments, masked, strict=True):
+        np.testing.assert_allclose(cached["moments"], encode(step["image"]), atol=0.1)
+        for name in ("token_ids", "time_ids"):
+            np.testing.assert_array_equal(step[name], cached[name])
+        assert painted.keys() - step.keys() == {"mask"} and step["time_ids"].shape == (4, 6)
+        np.testing.assert_array_equal(step["image"], painted["image"])
+        assert painted["mask"].shape == (4, 16, 16, 1) and painted["mask"].dtype == np.uint8
+    for first in (3, 7):  # within an epoch and in another, which has masks of its own
+        for expected, resumed in zip(masked[first:], read("step", first, 8 - first, masks=True), strict=True):
+            for name, value in expected.items():
+                np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert len({mask.tobytes() for batch in masked for mask in batch["mask"]}) > 16
+
+
+def test_images_alone_for_an_autoencoder(pattern, tmp_path):
+    config = small("shapes", pattern, **{"data.encode": "step"})
+    batch = next(make_batches(config, tmp_path, load_dataset(config, tmp_path), 0))
+    assert batch.keys() == {"image"} and batch["image"].shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"data.source": "folder"}, "^data.source 'folder' is not supported; use one of shapes, tar$"),
+        ({"data.source": "tar", "data.shards": ""}, "^data.shards is empty; set --config.data.shards to the shards, "),
+        ({"data.source": "tar", "data.shards": "none/*.tar"}, "^data.shards 'none/.*' matches no file; set --config.d"),
+        ({"train.batch_size": 25}, "^the data has 24 records, fewer than train.batch_size 25; lower it$"),
+        ({"sample.prompts": 7}, "^sample.prompts 7 is more than data.held_out 6; raise that, or lower sample.prompts"),
+        ({"report.reference": 7}, "^report.reference 7 is more than data.held_out 6; raise that, or lower report.ref"),
+        ({"data.encode": "once"}, "^data.encode 'once' is not supported; use cache or step$"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_read(mistake, message, pattern, tmp_path):
+    config = small("shapes", pattern, teacher="a teacher that is never read", **mistake)
+    with pytest.raises(ValueError, match=message) as caught:
+        make_job(config, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_key_that_a_source_requires_is_named():
+    config = load_config("shapes_vae")
+    assert check_data(config).length == 200_000
+    config.data.source = "tar"
+    with pytest.raises(ValueError, match="^the config has no data.shards, which data.source=tar requires; add it"):
+        check_data(config)
+
+
+def test_data_that_is_held_out_must_leave_some_to_train_on(pattern, tmp_path):
+    config = small("lcd", pattern, **{"data.held_out": 24})
+    with pytest.raises(ValueError, match="^data.held_out 24 leaves none of the 24 records of data.shards to train on"):
+        load_dataset(config, tmp_path, log=lambda line: None)
+    config.data.held_out = 21
+    with pytest.raises(ValueError, match="^the data has 3 records, fewer than train.batch_size 4"):
+        make_batches(config, tmp_path, load_dataset(config, tmp_path, log=lambda line: None), 0)
+
+
+@pytest.mark.parametrize("split", ["val", "test", "composition"])
+def test_prompts_are_spread_evenly_over_the_tasks(split):
+    tasks = [task for task in shapes.TASKS if shapes.captions(split, task)]
+    prompts = shapes.evaluation_prompts(split, 4 * len(tasks) + 1)
+    assert [shapes.parse(prompt).task for prompt in prompts] == [tasks[0], *(t for t in tasks for _ in range(4))]
+    assert set(prompts) <= set(shapes.captions(split)) and len(set(prompts)) > 3 * len(tasks)
