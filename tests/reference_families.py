@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -12,6 +13,9 @@ diffusers = pytest.importorskip("diffusers")
 
 WORDS = "a red blue circle square above below photo of".split()
 LENGTH = 12
+PROMPTS = ["a red circle above a blue square", "a photo of a square"]
+SIZE = {"height": 16, "width": 24}  # not square, and not the model's own
+LATENTS = (2, 8, 12, 4)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNET = {
     "sample_size": 8,
@@ -122,3 +126,8 @@ def build(folder: Path, family: str):
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def to_torch(latents) -> torch.Tensor:
+    """NHWC -> NCHW."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)))

@@ -4,14 +4,11 @@ import numpy as np
 import pytest
 import reference_families
 from numbered_noise import draw_noise
+from reference_families import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
 
 torch = pytest.importorskip("torch")
-
-PROMPTS = ["a red circle above a blue square", "a photo of a square"]
-SIZE = {"height": 16, "width": 24}  # not square, and not the model's own
-LATENTS = (2, 8, 12, 4)
 
 MORE = {  # diffusers' zeros for no negative prompt are not those of an empty one, and its empty prompt is none either
     "sd21-768": {"negative_prompt": ["a circle", ""], "clip_skip": 1},
@@ -19,10 +16,6 @@ MORE = {  # diffusers' zeros for no negative prompt are not those of an empty on
     "ssd1b": {"negative_prompt": ["a circle", ""], "clip_skip": 1},
     "lcm-sdxl": {"clip_skip": 1},
 }
-
-
-def to_torch(latents) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)))
 
 
 @pytest.mark.parametrize("family", reference_families.FAMILIES)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_families
 from numbered_noise import draw_noise
 from PIL import Image
-from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
+from reference_families import LATENTS, PROMPTS, SIZE, to_torch
+from reference_inpainting import build, image, mask
 
 import lcm_jax
 from lcm_jax.sampling import inputs
@@ -21,42 +21,12 @@ diffusers = pytest.importorskip("diffusers")
 FAMILIES = ("sd15-taesd", "sd21-768", "lcm-sdxl")
 
 
-def build(folder, family):
-    """Diffusers' inpainting pipeline, written to `folder`/model."""
-    plain = reference_families.build(folder, family)
-    torch.manual_seed(1)
-    unet = diffusers.UNet2DConditionModel(**reference_families.FAMILIES[family][0], in_channels=9).eval()
-    with torch.no_grad():
-        unet.conv_in.weight[:, 4:].mul_(10.0)  # so that mask and picture are seen
-    parts = plain.components | {"unet": unet}
-    if "xl" in family:
-        theirs = diffusers.StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
-    else:
-        theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    theirs.save_pretrained(folder / "model")
-    return theirs
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request, tmp_path_factory):
     """(diffusers' pipeline, the same folder in ours)"""
     folder = tmp_path_factory.mktemp(request.param)
     theirs = build(folder, request.param)
     return theirs, lcm_jax.Pipeline.from_pretrained(folder / "model")
-
-
-def image(seed: int = 0, mode: str = "RGB") -> Image.Image:
-    """Smooth colours, of another size than is asked for."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).convert(mode)
-
-
-def mask(left: int = 0, right: int = 17, mode: str = "L") -> Image.Image:
-    """White where to paint, with an edge that falls between two latents."""
-    array = np.zeros((30, 40), np.uint8)
-    array[4:21, left:right] = 255
-    return Image.fromarray(array).convert(mode)
 
 
 def run_theirs(theirs, monkeypatch, seed, steps, **arguments):

@@ -10,8 +10,8 @@ import pytest
 import reference_families
 import reference_lcd
 from numbered_noise import draw_noise
+from reference_inpainting import build, image, mask
 from shards import write_shards
-from test_inpainting import build, image, mask
 from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
 from test_lcd_config import SMALL, ddim, shrunk
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import reference_families
 from numbered_noise import draw_noise
+from reference_families import LATENTS, PROMPTS, SIZE, to_torch
 from safetensors.numpy import save_file
-from test_family_pipelines import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
 from lcm_jax.weights import lora as loras

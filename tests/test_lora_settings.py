@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_lora import CROSS, TEXT, assert_same, base, example
+from small_lora import CROSS, TEXT, assert_same, base, example
 
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights.errors import ModelError

@@ -2,12 +2,10 @@
 
 import jax
 import pytest
-import test_clip
-import test_unet
-import test_vae
 from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import naming
 from lcm_jax.weights.naming import modern_key
@@ -15,16 +13,18 @@ from lcm_jax.weights.naming import modern_key
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+SD15 = {name: FAMILIES["sd15"][name] for name in ("unet", "vae", "text_encoder")}
+
 
 @pytest.fixture(scope="module")
 def reference():
     """Every key of diffusers and transformers, with its tensor's shape, by network."""
     plain = lambda config: {k: v for k, v in config.items() if not k.startswith("_")}  # noqa: E731
-    text = {k: v for k, v in test_clip.SD15.items() if k not in ("architectures", "model_type", "torch_dtype")}
+    text = {k: v for k, v in SD15["text_encoder"].items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
         networks = {
-            "unet": diffusers.UNet2DConditionModel(**plain(test_unet.SD15)),
-            "vae": diffusers.AutoencoderKL(**plain(test_vae.SD15)),
+            "unet": diffusers.UNet2DConditionModel(**plain(SD15["unet"])),
+            "vae": diffusers.AutoencoderKL(**plain(SD15["vae"])),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
         }
     shapes = {}
@@ -44,7 +44,7 @@ def test_every_key_comes_back(reference):
 
 def test_the_networks_have_these_keys_and_shapes(reference):
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    configs = {"unet": test_unet.SD15, "vae": test_vae.SD15, "text_encoder": test_clip.SD15, "scheduler": scheduler}
+    configs = SD15 | {"scheduler": scheduler}
     params = StableDiffusion.from_configs(configs).abstract_params()
     for name, tree in params.items():
         leaves = flatten_dict(tree).items()

@@ -7,8 +7,8 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from reference_single_file import SMALL, build, components, published
 from safetensors.numpy import load_file, save_file
-from test_single_file import SMALL, build, components, published
 
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion

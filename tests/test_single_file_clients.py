@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import reference_families
 from numbered_noise import draw_noise
-from test_family_pipelines import PROMPTS, to_torch
-from test_single_file import SMALL, build
+from reference_families import PROMPTS, to_torch
+from reference_single_file import SMALL, build
 from transformers import CLIPTokenizer
 
 import lcm_jax

@@ -21,6 +21,7 @@ SMALL = {
     "report.prompts": 6,
     "report.reference": 6,
 }
+TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an image of other captions has
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +86,16 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"data.source": "folder"}, "^data.source 'folder' is not supported; use one of shapes, tar$"),
-        ({"data.source": "tar", "data.shards": ""}, "^data.shards is empty; set --config.data.shards to the shards, "),
-        ({"data.source": "tar", "data.shards": "none/*.tar"}, "^data.shards 'none/.*' matches no file; set --config.d"),
+        ({"data.source": "folder"}, "^data.source 'folder' is not supported; use shapes or tar$"),
+        ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source .* from --config.metrics$"),
+        (
+            {"data.source": "tar", "data.shards": "", "metrics": ("frechet",)},
+            "^data.shards is empty; set --config.data.shards to the shards, ",
+        ),
+        (
+            {"data.source": "tar", "data.shards": "none/*.tar", "metrics": ("frechet",)},
+            "^data.shards 'none/.*' matches no file; set --config.d",
+        ),
         ({"train.batch_size": 25}, "^the data has 24 records, fewer than train.batch_size 25; lower it$"),
         ({"sample.prompts": 7}, "^sample.prompts 7 is more than data.held_out 6; raise that, or lower sample.prompts"),
         ({"report.reference": 7}, "^report.reference 7 is more than data.held_out 6; raise that, or lower report.ref"),

@@ -22,7 +22,7 @@ def check_metrics(names: Sequence[str], source: str) -> None:
         if sources is not None and source not in sources:
             raise ValueError(
                 f"metrics {name!r} is not supported for data.source {source!r}, as it judges captions of "
-                f"{' or '.join(sources)} alone; remove it from metrics"
+                f"{' or '.join(sources)} alone; remove it from --config.metrics"
             )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
 from lcm_jax.pipeline import DTYPES
@@ -119,6 +120,7 @@ RANGES: Mapping[str, Range] = {
 }
 GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every config
 CHOICES: Mapping[str, tuple] = {
+    "data.source": tuple(SOURCES),
     "data.encode": ("cache", "step"),
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
