@@ -128,6 +128,35 @@ def build(folder: Path, family: str):
     return pipe
 
 
+# Each published model as a tiny random one of diffusers, in the shape of its family.
+SMALL = UNET | {
+    "block_out_channels": (8,),
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
+
+def ddim_scheduler(**more):
+    shared = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    return diffusers.DDIMScheduler(**SCHEDULE, **shared, **more)
+
+
+SMALL_XL = XL | SMALL | {"cross_attention_dim": 16 + 24, "transformer_layers_per_block": (2,)}
+SMALL_SSD = SMALL_XL | {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": ((2,),),
+    "reverse_transformer_layers_per_block": ((1, 2),),
+}
+PUBLISHED = {
+    "sd15": (SMALL | {"use_linear_projection": False}, ddim_scheduler, False),
+    "sd21": (SMALL, ddim_scheduler, False),
+    "sd21-768": (SMALL, lambda: ddim_scheduler(prediction_type="v_prediction"), False),
+    "sdxl": (SMALL_XL, *FAMILIES["sdxl"][1:]),
+    "ssd1b": (SMALL_SSD, *FAMILIES["ssd1b"][1:]),
+}
+
+
 def to_torch(latents) -> torch.Tensor:
     """NHWC -> NCHW."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)))

@@ -13,7 +13,7 @@ from numbered_noise import draw_noise
 from reference_inpainting import build, image, mask
 from shards import write_shards
 from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
-from test_lcd_config import SMALL, ddim, shrunk
+from whole_runs import shrunk_published
 
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -131,14 +131,14 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
 @pytest.fixture
 def teacher(tmp_path, monkeypatch) -> Path:
     """With a tiny autoencoder, so that a run with one is seen as well."""
-    monkeypatch.setitem(reference_families.FAMILIES, "sd15", (SMALL | {"use_linear_projection": False}, ddim, True))
+    monkeypatch.setitem(reference_families.FAMILIES, "sd15", (*reference_families.PUBLISHED["sd15"][:2], True))
     (tmp_path / "tokenizers").mkdir()
     build(tmp_path / "tokenizers", "sd15")
     return tmp_path / "tokenizers" / "model"
 
 
 def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, monkeypatch):
-    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"))
+    config = shrunk_published("sd15", teacher, write_shards(tmp_path / "shards"))
     config.train.dtype, config.train.remat = "float32", False
     assert train(RECIPES["lcd"](config, tmp_path / "run"), config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -168,7 +168,7 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
 
 
 def test_a_run_that_does_not_see_its_pictures_is_refused(teacher, tmp_path):
-    config = shrunk("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.encode": "cache"})
+    config = shrunk_published("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.encode": "cache"})
     with pytest.raises(
         ValueError, match="takes 9 channels and makes 4: it inpaints.*not support; use data.encode=step"
     ):

@@ -141,3 +141,9 @@ def test_flags_live_in_commands():
 def test_configs_are_data():
     for path in (ROOT / "configs").glob("*.py"):
         assert all(within(name, "ml_collections") for name in imports(path)), path.name
+
+
+def test_no_test_imports_from_another_test():
+    """What several tests share is in files that are not tests."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert not [name for name in imports(path) if name.startswith("test_")], path.name

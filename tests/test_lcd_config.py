@@ -12,7 +12,7 @@ import reference_families
 from absl import flags
 from PIL import Image
 from shards import write_shards
-from whole_runs import load_config
+from whole_runs import load_config, shrunk_published
 
 from lcm_jax import main
 from lcm_jax.models.families import FAMILIES
@@ -33,37 +33,6 @@ def shards(tmp_path_factory) -> str:
     return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
-# The published configs, for a teacher of a few thousand parameters and pictures of 16 pixels.
-SHRUNK = {
-    "data.size": 16,
-    "data.held_out": 6,
-    "mesh.data": 1,
-    "train.steps": 2,
-    "train.batch_size": 4,
-    "checkpoint.every_steps": 2,
-    "log.every_steps": 1,
-    "sample.every_steps": 2,
-    "sample.prompts": 2,
-    "sample.batch_size": 2,
-    "sample.teacher_steps": 2,
-    "sample.student_steps": (1,),
-    "report.prompts": 2,
-    "report.batch_size": 2,
-    "report.reference": 6,
-}
-
-
-def shrunk(name: str, teacher: Path, shards: str, **more):
-    config = load_config("lcd", name)
-    config.update_from_flattened_dict({"teacher": str(teacher), "data.shards": shards} | SHRUNK | more)
-    config.report.teacher = {"ddim": (2,)}
-    config.report.student = {"lcm": (1,)}
-    config.train.remat = name == "sd15"  # this and bfloat16 take longer to compile; once each is enough
-    if name != "ssd1b":
-        config.train.dtype = "float32"
-    return config
-
-
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
@@ -71,8 +40,8 @@ def command(tmp_path, monkeypatch):
 
     def call(name: str, teacher: Path, shards: str, workdir: Path) -> int:
         (tmp_path / "shrunk.py").write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_lcd_config as test\n"
-            f"get_config = lambda name: test.shrunk(name, {str(teacher)!r}, {shards!r})\n"
+            f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport whole_runs\n"
+            f"get_config = lambda name: whole_runs.shrunk_published(name, {str(teacher)!r}, {shards!r})\n"
         )
         return main.main(main.parse(["main", f"--config={tmp_path / 'shrunk.py'}:{name}", f"--workdir={workdir}"]))
 
@@ -97,39 +66,10 @@ def test_the_published_settings():
         load_config("lcd", "sd3")
 
 
-# Each published model as a tiny random one of diffusers, in the shape of its family.
-SMALL = reference_families.UNET | {
-    "block_out_channels": (8,),
-    "attention_head_dim": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
-
-
-def ddim(**more):
-    shared = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    return diffusers.DDIMScheduler(**reference_families.SCHEDULE, **shared, **more)
-
-
-SMALL_XL = reference_families.XL | SMALL | {"cross_attention_dim": 16 + 24, "transformer_layers_per_block": (2,)}
-SMALL_SSD = SMALL_XL | {
-    "mid_block_type": "UNetMidBlock2D",
-    "transformer_layers_per_block": ((2,),),
-    "reverse_transformer_layers_per_block": ((1, 2),),
-}
-TINY = {
-    "sd15": (SMALL | {"use_linear_projection": False}, ddim, False),
-    "sd21": (SMALL, ddim, False),
-    "sd21-768": (SMALL, lambda: ddim(prediction_type="v_prediction"), False),
-    "sdxl": (SMALL_XL, *reference_families.FAMILIES["sdxl"][1:]),
-    "ssd1b": (SMALL_SSD, *reference_families.FAMILIES["ssd1b"][1:]),
-}
-
-
 @pytest.fixture
 def teacher_of(tmp_path, monkeypatch):
     def write(name: str) -> Path:
-        monkeypatch.setitem(reference_families.FAMILIES, name, TINY[name])
+        monkeypatch.setitem(reference_families.FAMILIES, name, reference_families.PUBLISHED[name])
         (tmp_path / "tokenizers").mkdir()
         reference_families.build(tmp_path / "tokenizers", name).save_pretrained(tmp_path / "teacher")
         return tmp_path / "teacher"
@@ -139,7 +79,7 @@ def teacher_of(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sd21-768", "ssd1b"])
 def test_each_model_in_small_trains_two_steps_from_shards(name, teacher_of, shards, tmp_path):
-    config = shrunk(name, teacher_of(name), shards)
+    config = shrunk_published(name, teacher_of(name), shards)
     steps = []
     job = RECIPES["lcd"](config, tmp_path / "run")
     job = replace(job, preview=lambda ema, path: {}, finish=lambda ema, seconds: steps.append(seconds))
@@ -183,7 +123,7 @@ def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, 
 def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_of, shards, tmp_path):
     """SDXL: the same draws and the same loss, and the sizes come as (height, width)."""
     given = ("sdxl", teacher_of("sdxl"), shards)
-    config = shrunk(*given, **{"train.dtype": "float32"})
+    config = shrunk_published(*given, **{"train.dtype": "float32"})
     job = RECIPES["lcd"](config, tmp_path / "run")
     batch = next(job.batches(0))
     assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.uint8
@@ -192,7 +132,7 @@ def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_
     assert set(job.frozen["vae"]) == {"encoder", "quant_conv"}, "nothing is held that only decoding takes"
 
     more = {"train.dtype": "float32", "data.encode": "cache"}
-    cached = RECIPES["lcd"](shrunk(*given, **more), tmp_path)
+    cached = RECIPES["lcd"](shrunk_published(*given, **more), tmp_path)
     model = StableDiffusion.from_configs(Pipeline.from_pretrained(config.teacher).configs)
     moments = jax.jit(model.encode)(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
     other = {"moments": moments, "token_ids": batch["token_ids"], "time_ids": batch["time_ids"]}

@@ -53,5 +53,36 @@ def shrunk_for_processes(teacher: Path):
     return config
 
 
+# configs/lcd.py, for a teacher of a few thousand parameters and images of 16 pixels.
+SHRUNK_PUBLISHED = {
+    "data.size": 16,
+    "data.held_out": 6,
+    "mesh.data": 1,
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "checkpoint.every_steps": 2,
+    "log.every_steps": 1,
+    "sample.every_steps": 2,
+    "sample.prompts": 2,
+    "sample.batch_size": 2,
+    "sample.teacher_steps": 2,
+    "sample.student_steps": (1,),
+    "report.prompts": 2,
+    "report.batch_size": 2,
+    "report.reference": 6,
+}
+
+
+def shrunk_published(name: str, teacher: Path, shards: str, **more):
+    config = load_config("lcd", name)
+    config.update_from_flattened_dict({"teacher": str(teacher), "data.shards": shards} | SHRUNK_PUBLISHED | more)
+    config.report.teacher = {"ddim": (2,)}
+    config.report.student = {"lcm": (1,)}
+    config.train.remat = name == "sd15"  # this and bfloat16 take longer to compile; once each is enough
+    if name != "ssd1b":
+        config.train.dtype = "float32"
+    return config
+
+
 def checkpoints_of(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
