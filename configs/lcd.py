@@ -103,7 +103,13 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "batch_size": 8,
             "reference": 1024,
             "guidance_scale": 8.0,  # as in the paper's table 1
-            "teacher": {"ddim": (4, 8, 50), "dpmpp_2m": (4, 8)},
+            "teacher": {  # numbers of steps
+                "ddim": (4, 8, 50),
+                "dpmpp_2m": (4, 8),
+                "euler": (),
+                "euler_ancestral": (),
+                "pndm": (),
+            },
             "student": {"lcm": (1, 2, 4, 8)},
         }
     )

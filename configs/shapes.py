@@ -86,7 +86,13 @@ def get_config() -> ConfigDict:
             "batch_size": 36,
             "reference": 1024,
             "guidance_scale": 8.0,
-            "teacher": {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)},
+            "teacher": {  # numbers of steps
+                "ddim": (1, 2, 4, 8, 50),
+                "dpmpp_2m": (1, 2, 4, 8, 50),
+                "euler": (),
+                "euler_ancestral": (),
+                "pndm": (),
+            },
             "student": {"lcm": (1, 2, 4, 8)},
         }
     )

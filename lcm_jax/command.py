@@ -54,16 +54,17 @@ def configure_jax() -> None:
 
 def run(
     work: Callable[[], None],
-    values: flags.FlagValues,
+    parse: Callable[[list[str]], list[str]],
     describe: Callable[[], str],
     out_of_memory: str,
     verbosity: int = logging.WARNING,
 ) -> None:
-    """Parse sys.argv into `values`, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
+    """Parse sys.argv, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
-    describe: returns the text of --help. out_of_memory: what to lower when the device's memory is full. verbosity: of
-    libraries, which log at INFO. An option that does not exist is an error that names the nearest one. A reader that
-    closes the pipe (`| head -1`) does not end the work. Errors that nobody can mend from outside keep their traceback.
+    parse: reads the flags and returns the other words, as absl's FlagValues does. describe: returns the text of --help.
+    out_of_memory: what to lower when the device's memory is full. verbosity: of libraries, which log at INFO. An option
+    that does not exist is an error that names the nearest one. A reader that closes the pipe (`| head -1`) does not end
+    the work. Errors that nobody can mend from outside keep their traceback.
     """
     with outliving(stderr_instead=False):
         if any(option in sys.argv for option in ("--help", "-help", "-h")):
@@ -75,7 +76,7 @@ def run(
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             try:
-                rest = values(sys.argv)
+                rest = parse(sys.argv)
                 if len(rest) > 1:
                     raise ValueError(f"unexpected argument {rest[1]!r}; options are written --name=value")
                 work()

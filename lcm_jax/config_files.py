@@ -17,13 +17,14 @@ def folder() -> Path:
 
 def bundled() -> Iterator[tuple[str, str]]:
     """Yield (name, summary) of each bundled config; a name with its argument, as --config takes it: lcd:sd15."""
-    for path in sorted(folder().glob("*.py")):
+    for path in sorted(folder().rglob("*.py"), key=lambda path: (len(path.parts), path)):
+        name = path.relative_to(folder()).with_suffix("").as_posix()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
         for argument in getattr(module, "MODELS", [None]):
-            yield path.stem if argument is None else f"{path.stem}:{argument}", " ".join(summary.split())
+            yield name if argument is None else f"{name}:{argument}", " ".join(summary.split())
 
 
 def listing() -> str:
@@ -41,10 +42,10 @@ def locate(config: str) -> str:
     name, colon, argument = config.partition(":")
     if Path(name).is_file():
         return config
-    if "/" not in name and (file := folder() / f"{name.removesuffix('.py')}.py").is_file():
-        return f"{file}{colon}{argument}"
-    names = ", ".join(name for name, _ in bundled())
-    raise ValueError(f"--config={config}: {name} is not a file, nor a bundled config; use one of {names}")
+    names = [name for name, _ in bundled()]
+    if (stem := name.removesuffix(".py")) in {name.partition(":")[0] for name in names}:
+        return f"{folder() / stem}.py{colon}{argument}"
+    raise ValueError(f"--config={config}: {name} is not a file, nor a bundled config; use one of {', '.join(names)}")
 
 
 def by_file(argv: list[str]) -> list[str]:
@@ -66,7 +67,7 @@ def explain(error: Exception, argv: list[str]) -> str:
     named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
     for flag in (a.split("=")[0] for a in argv if named and a.lstrip("-").startswith("config.")):
         if named[1] in flag.split("."):
-            return f"{flag} is no key of the config. {hint[0] if hint else 'Its file names them all.'}"
+            return f"{flag} is not a config key; {hint[0] if hint else 'see the config file for valid keys'}"
     lines = text.replace("\\n", "\n").splitlines()
     if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
         lines = [lines[-1].removeprefix("ValueError: ")]

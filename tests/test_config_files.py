@@ -46,7 +46,9 @@ def test_a_wheel_has_every_package_and_the_configs(tmp_path, monkeypatch):
     setup.read(ROOT / "setup.cfg")
     listed = setup["options"]["packages"].split()
     folders = {path.parent for path in (ROOT / "lcm_jax").rglob("*.py")}
-    assert sorted(listed) == sorted(["lcm_jax.configs", *(".".join(path.relative_to(ROOT).parts) for path in folders)])
+    assert sorted(listed) == sorted(
+        ["lcm_jax.configs", "lcm_jax.configs.eval", *(".".join(path.relative_to(ROOT).parts) for path in folders)]
+    )
     assert setup["options"]["package_dir"].split() == ["lcm_jax.configs", "=", "configs"]
     shutil.copytree(ROOT / "configs", tmp_path / "lcm_jax" / "configs")
     monkeypatch.setattr(config_files, "PACKAGE", tmp_path / "lcm_jax")

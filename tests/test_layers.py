@@ -139,7 +139,7 @@ def test_flags_live_in_commands():
 
 
 def test_configs_are_data():
-    for path in (ROOT / "configs").glob("*.py"):
+    for path in (ROOT / "configs").rglob("*.py"):
         assert all(within(name, "ml_collections") for name in imports(path)), path.name
 
 

@@ -86,5 +86,5 @@ def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, m
 def test_a_group_that_a_config_lacks_is_named(tmp_path):
     config = load_config("shapes")
     del config.log
-    with pytest.raises(ValueError, match="^the config has no log; copy this group from a bundled config"):
+    with pytest.raises(ValueError, match="^the config has no log; copy it from a bundled config"):
         make_job(config, tmp_path / "run")

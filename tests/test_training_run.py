@@ -215,7 +215,10 @@ def main(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "message"),
     [
         (["--config=configs/shapes.py", "--workdir=W", "--config.train.stps=3"], 'Did you mean "steps"'),
-        (["--config=configs/shapes.py", "--workdir=W", "--config.train.pace=3"], "--config.train.pace is no key of"),
+        (
+            ["--config=configs/shapes.py", "--workdir=W", "--config.train.pace=3"],
+            "--config.train.pace is not a config key; see",
+        ),
         (["--config=configs/none.py", "--workdir=W"], "configs/none.py"),
         (["--config=configs/shapes.py", "--workdir=W", "--config.train.steps=few"], "few"),
         (["--config=configs/shapes.py"], "--workdir"),

@@ -1,7 +1,7 @@
 """The range of every number in a config, by its key, and what must hold between them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -102,6 +102,7 @@ RANGES: Mapping[str, Range] = {
     "report.batch_size": POSITIVE,
     "report.reference": Range(2),  # a covariance takes two
     "report.guidance_scale": REAL,
+    "report.seed": Range(0, 2**31 - 1),
     "report.teacher.*": MANY_STEPS,
     "report.student.*": MANY_STEPS,
     "unet.block_out_channels": MANY,
@@ -118,7 +119,7 @@ RANGES: Mapping[str, Range] = {
     "vae.latent_channels": POSITIVE,
     "vae.norm_num_groups": POSITIVE,
 }
-GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every config
+GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every run's config
 CHOICES: Mapping[str, tuple] = {
     "data.source": tuple(SOURCES),
     "data.encode": ("cache", "step"),
@@ -130,15 +131,14 @@ CHOICES: Mapping[str, tuple] = {
 }
 
 
-def check(config) -> None:
-    """Raise ValueError for a setting that cannot be, by its key, its value and what it can be.
+def check(config, groups: Sequence[str] = GROUPS) -> None:
+    """Raise ValueError for a setting that is not supported; the text has its key, its value and the valid ones.
 
-    config: of a run, a ConfigDict. Reads nothing else.
+    config: a ConfigDict. groups: the keys at its top that it must have. Reads nothing else.
     """
-    if missing := [group for group in GROUPS if group not in config]:
-        raise ValueError(f"the config has no {missing[0]}; copy this group from a bundled config (--list_configs)")
-    if "report" in config and "metrics" not in config:
-        raise ValueError("the config has no metrics; copy this key from a bundled config (--list_configs)")
+    required = [*groups, *(["metrics"] if "report" in config else [])]
+    if missing := [key for key in required if key not in config]:
+        raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
     for key, value in settings.items():
         if (allowed := range_of(key)) is not None and not allowed.has(value):

@@ -1,0 +1,192 @@
+"""Compare models by metrics, with images of the same held-out captions from the same noise.
+
+Prints a row for each model, sampler and number of steps: speed, the verifier's score and the Frechet distance to real
+images. --config takes a bundled config (`eval/shapes`) or a file; its keys can be set by --config.group.key=value.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from lcm_jax import command, config_files
+from lcm_jax.errors import check_devices
+
+FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
+OWN = {"flag_values": FLAGS}
+MODEL = flags.DEFINE_multi_string(
+    "model",
+    ["shapes", "shapes-lcm"],
+    "A diffusers folder, such as a run's export, a hub id, or a bundled model; repeat the flag for more.",
+    **OWN,
+)
+PLAN = flags.DEFINE_multi_string(
+    "plan",
+    [],
+    "SAMPLER:STEPS, such as ddim:8,50, for the models that support the sampler; repeat the flag for more samplers. "
+    "A model that supports none of them has its own sampler's plan: lcm:1,2,4,8, others 4,8,50.",
+    **OWN,
+)
+CONFIG = config_flags.DEFINE_config_file("config", None, "A bundled config or a file; by default eval/shapes.", **OWN)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype of the models.", **OWN)
+OUTPUT = flags.DEFINE_string("output", None, "The folder for report.json and report.md; by default none.", **OWN)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace reports that exist already.", **OWN)
+
+EXAMPLE = """Example:
+
+    python -m lcm_jax.evaluate --model=shapes --model=runs/shapes/export --plan=ddim:8,50 --output=runs/comparison
+    python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.per_task=100"""
+
+Plan = Mapping[str, Sequence[int]]
+DEFAULT_STEPS = {"lcm": (1, 2, 4, 8)}
+OTHER_STEPS = (4, 8, 50)
+
+
+def read_plan(entries: Sequence[str], samplers: Sequence[str]) -> Plan:
+    """Return {sampler: steps} of the entries of --plan. Raises ValueError for one that is not supported."""
+    plan: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        sampler, _, numbers = entry.partition(":")
+        if sampler not in samplers:
+            raise ValueError(f"--plan={entry}: sampler {sampler!r} is not supported; use one of {', '.join(samplers)}")
+        if sampler in plan:
+            raise ValueError(f"--plan={entry}: sampler {sampler!r} is given twice; use one flag for all its steps")
+        steps = numbers.split(",")
+        if not all(number.isdecimal() for number in steps):
+            raise ValueError(f"--plan={entry} is not supported; use SAMPLER:STEPS, such as ddim:8,50")
+        plan[sampler] = tuple(map(int, steps))
+    return plan
+
+
+def plan_of(name: str, pipe, plan: Plan, size: int) -> Plan:
+    """Return the part of the plan that a model supports, or its default plan if there is none.
+
+    Raises ValueError, which names the model, if it cannot sample by this plan or images of this size.
+    """
+    from lcm_jax.pipeline import sampler_table
+
+    if pipe.model.inpaints:
+        raise ValueError(f"{name} is an inpainting model, which is not supported; use a text-to-image model")
+    if size % pipe.model.downscale:
+        raise ValueError(f"data.size {size} is not supported by {name}; use a multiple of {pipe.model.downscale}")
+    takes_weight = pipe.model.guidance_embedding_dim is not None
+    own = {sampler: steps for sampler, steps in plan.items() if sampler == "lcm" or not takes_weight}
+    try:
+        own = own or {pipe.sampler: DEFAULT_STEPS.get(pipe.sampler, OTHER_STEPS)}
+        for sampler, numbers in own.items():
+            for steps in numbers:
+                sampler_table(pipe.model, sampler, steps)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot sample by this plan: {error}; use --plan") from None
+    return own
+
+
+def check_output(output: Path | None) -> None:
+    """Raise ValueError if the output is a file, or has a report without --overwrite."""
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output} is a file; use a folder")
+    for file in (output / "report.json", output / "report.md"):
+        if file.exists() and not OVERWRITE.value:
+            raise ValueError(f"{file} exists already; use another --output, or --overwrite")
+
+
+def evaluate() -> None:
+    """Read the flags, print the rows, and write the report. Raises ValueError or OSError, as a rule before any work."""
+    config, names = CONFIG.value, MODEL.value
+    output = None if OUTPUT.value is None else Path(OUTPUT.value)
+    check_output(output)
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--model={duplicates[0]} is given twice; use each model once")
+
+    command.configure_jax()
+    check_devices()
+    import numpy as np
+
+    from lcm_jax.data import shapes
+    from lcm_jax.diffusion.samplers import SAMPLERS
+    from lcm_jax.evaluation import report
+    from lcm_jax.evaluation.evaluate import Resources
+    from lcm_jax.evaluation.evaluate import evaluate as measure
+    from lcm_jax.evaluation.frechet import encoder_features
+    from lcm_jax.evaluation.metrics import make_metrics
+    from lcm_jax.pipeline import Pipeline
+    from lcm_jax.recipes import settings
+    from lcm_jax.recipes.drawing import Sampler as PreviewSampler
+    from lcm_jax.recipes.sources import prompts_of
+
+    settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
+    plan = read_plan(PLAN.value, tuple(SAMPLERS))
+    size, batch_size, scale = config.data.size, config.report.batch_size, config.report.guidance_scale
+    pipes = {name: Pipeline.from_pretrained(name, dtype=DTYPE.value) for name in names}
+    plans = {name: plan_of(name, pipe, plan, size) for name, pipe in pipes.items()}
+    if unused := plan.keys() - {sampler for own in plans.values() for sampler in own}:
+        raise ValueError(f"--plan: no model supports sampler {min(unused)!r}; remove it, or add such a model")
+    autoencoder = Pipeline.from_pretrained(config.autoencoder)
+    if size % autoencoder.model.downscale:
+        raise ValueError(f"data.size {size} is not supported; use a multiple of {autoencoder.model.downscale}")
+
+    start = time.monotonic()
+    prompts = prompts_of("test", config.report.per_task)
+    images = shapes.Shapes("test", config.report.reference, size)
+
+    def real_images():
+        for first in range(0, len(images), batch_size):
+            yield np.stack([images[i]["image"] for i in range(first, min(first + batch_size, len(images)))])
+
+    features = encoder_features(autoencoder.model, autoencoder.params["vae"], batch_size)
+    metrics = make_metrics(config.metrics, Resources(features, real_images))
+    left = sum(sum(steps) for own in plans.values() for steps in own.values())
+    total = sum(len(steps) for own in plans.values() for steps in own.values())
+    rows: list[report.Row] = []
+    try:
+        for name, own in plans.items():
+            pipe = pipes.pop(name)
+            preview = PreviewSampler(pipe.model, pipe.tokenize, prompts, size, batch_size, own, config.report.seed)
+            draw = lambda sampler, steps, p=preview, w=pipe.params: [p(w, sampler, steps, scale)]  # noqa: E731
+            for row in measure(draw, own, prompts, metrics):
+                rows.append({"model": name} | row)
+                left -= row["steps"]
+                seconds = left * len(prompts) / (row["images_per_s"] * row["steps"])
+                rest = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if left else ""
+                print(f"{len(rows)}/{total}  {report.line(rows[-1])}{rest}")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(rows)} of {total} rows are done; no report was written") from None
+    result = {"models": report.nest(rows)} | report.environment()
+    result |= {"captions": len(prompts), "guidance_scale": scale, "settings": config.to_dict()}
+    result |= {"seconds": {"report": round(time.monotonic() - start, 1)}}
+    report.show(result)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        report.write(result, output)
+        print(f"report in {output / 'report.md'} and {output / 'report.json'}")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Read the flags; the config is eval/shapes by default. Raises ValueError that names the nearest valid key."""
+    if not any(word.lstrip("-").split("=")[0] == "config" for word in argv[1:]):
+        argv = [argv[0], "--config=eval/shapes", *argv[1:]]
+    try:
+        rest = FLAGS(config_files.by_file(argv))
+        CONFIG.value.to_dict()  # reports a config file that did not load
+    except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
+        raise ValueError(config_files.explain(error, argv)) from None
+    return rest
+
+
+def run() -> None:
+    """The command; exits as `command.run` does."""
+    command.run(
+        evaluate,
+        parse,
+        lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}\n{EXAMPLE}",
+        "lower --config.report.batch_size, or use --dtype=bfloat16",
+    )
+
+
+if __name__ == "__main__":
+    run()
