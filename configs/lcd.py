@@ -42,12 +42,12 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "distance": published["distance"],
             "huber_c": 1e-3,  # published
             "weighting": "uniform",  # published
-            "own_share": 0.0,  # published
-            "w_caps": (),  # published: the teacher is guided by all of w at every t
-            "empty_prompts": 0.0,  # published by the scripts; the paper does not say
-            "guidance_embedding_dim": 256,  # published
+            "backward_simulation": 0.0,  # published
+            "guidance_schedule": (),  # published: the teacher is guided by all of w at every t
+            "prompt_dropout": 0.0,  # published by the scripts; the paper does not say
         }
     )
+    config.student = ConfigDict({"guidance_embedding_dim": 256})  # published
     config.data = ConfigDict(
         {
             "source": "tar",  # or shapes

@@ -25,12 +25,16 @@ def get_config() -> ConfigDict:
             "distance": "huber",
             "huber_c": 0.1,  # published: 1e-3
             "weighting": "inverse_sigma",  # published: uniform
-            "own_share": 0.875,  # of each batch, what the student draws in place of data; published: 0
-            "w_caps": ((0, 0.0), (300, 7.0), (700, 3.0)),  # from which t on w counts as how much at most; published: ()
-            "empty_prompts": 0.0,
-            "guidance_embedding_dim": 256,
+            "backward_simulation": 0.875,  # of each batch, what the student draws in place of data; published: 0
+            "guidance_schedule": (
+                (0, 0.0),
+                (300, 7.0),
+                (700, 3.0),
+            ),  # from which t on w counts as how much at most; published: ()
+            "prompt_dropout": 0.0,
         }
     )
+    config.student = ConfigDict({"guidance_embedding_dim": 256})
     config.data = ConfigDict(
         {
             "source": "shapes",  # or tar

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "name": "diffusion",
             "prediction_type": "v_prediction",
             "zero_terminal_snr": True,
-            "empty_prompts": 0.1,
+            "prompt_dropout": 0.1,
             "timestep_power": 0.5,
         }
     )
@@ -101,4 +101,5 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(
         {"every_steps": 1500, "prompts": 72, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}
     )
+    config.metrics = ("verifier",)
     return config

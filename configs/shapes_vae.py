@@ -46,5 +46,6 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})
-    config.sample = ConfigDict({"every_steps": 250, "pictures": 16})
+    config.sample = ConfigDict({"every_steps": 250, "images": 16})
+    config.metrics = ("verifier",)
     return config

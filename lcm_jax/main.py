@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     try:
         with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
             from lcm_jax import command, dry_run
-            from lcm_jax.recipes import make_job
+            from lcm_jax.recipes import make_task
             from lcm_jax.training.loop import train
 
             keep_interrupts()
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
             check_devices()
             config = CONFIG.value
             if DRY_RUN.value:
-                dry_run.show(dry_run.figures(config))
+                dry_run.show(dry_run.estimate(config))
                 return 0
             workdir = Path(WORKDIR.value)
-            job = make_job(config, workdir)
-        train(job, config, workdir)
+            task = make_task(config, workdir)
+        train(task, config, workdir)
     except KeyboardInterrupt as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 130

@@ -61,9 +61,9 @@ def test_a_small_distillation_in_bfloat16(tmp_path, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         settings = {"data.size": 128, "train.dtype": dtype, "train.remat": True, "data.cache": str(tmp_path / dtype)}
         config = shrunk_lcd(teacher, **QUICK | settings)
-        job = RECIPES["lcd"](config, tmp_path / f"run-{dtype}")
-        job = replace(job, preview=lambda ema, path: {}, finish=lambda ema, seconds: None)
-        assert train(job, config, tmp_path / f"run-{dtype}")
+        task = RECIPES["lcd"](config, tmp_path / f"run-{dtype}")
+        task = replace(task, write_preview=lambda *_: {}, on_complete=lambda *_: None)
+        assert train(task, config, tmp_path / f"run-{dtype}")
         lines = (tmp_path / f"run-{dtype}" / "metrics.jsonl").read_text().splitlines()
         losses[dtype] = [json.loads(line)["loss"] for line in lines]
     assert ("cudnn" in chosen) == (current_device().platform == "cuda")

@@ -1,7 +1,6 @@
 """Distilling a model that inpaints: its step against the PyTorch reference, its student in diffusers' own client."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,33 +11,22 @@ import reference_lcd
 from numbered_noise import draw_noise
 from reference_inpainting import build, image, mask
 from shards import write_shards
-from test_lcd import UNET, B, C, H, L, W, example, tree_from_torch
+from small_lcd import UNET, B, C, H, L, W, example, tree_from_torch
 from whole_runs import shrunk_published
 
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.objectives import lcd
+from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.inpainting import EVERYWHERE, Draws, draw_masks, masking
+from lcm_jax.recipes.distillation import bind_unets, make_prepare
 from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting, draw_image_noise
 from lcm_jax.training.loop import train
+from lcm_jax.training.step import make_loss
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-
-
-def test_masks_are_rectangles_or_everywhere():
-    masks = np.array(draw_masks(jax.random.key(0), 400, 16, 24))[..., 0]
-    assert masks.shape == (400, 16, 24) and set(np.unique(masks)) == {0.0, 1.0}
-    rows, columns = masks.max(2), masks.max(1)
-    np.testing.assert_array_equal(masks, rows[:, :, None] * columns[:, None, :])
-    for edges, size in ((rows, 16), (columns, 24)):
-        assert (np.abs(np.diff(edges, axis=1)).sum(1) <= 2).all(), "one stretch, without a gap"
-        assert edges.sum(1).min() >= size // 4 - 1
-        assert (edges.mean(0) > 0.3).all() and edges[:, 0].mean() < 0.5, "anywhere, and most at the middle"
-    assert abs((masks.mean((1, 2)) == 1).mean() - EVERYWHERE) < 0.06
 
 
 class Beside(torch.nn.Module):
@@ -89,34 +77,31 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
     student, target, teacher = (tree_from_torch({k: v.numpy() for k, v in u.state_dict().items()}) for u in unets)
     frozen, batch, draws = example()
     frozen = tree | {"unet": teacher, "empty_ids": frozen["empty_ids"]}
-    batch["image"] = rng.integers(0, 256, (B, 2 * H, 2 * W, 3)).astype(np.uint8)
-    draws = Draws(draws, np.array(draw_masks(jax.random.key(1), B, 2 * H, 2 * W)), draws.noise[::-1])
+    masks = rng.integers(0, 2, (B, 2 * H, 2 * W, 1), np.uint8) * np.uint8(255)
+    image = rng.integers(0, 256, (B, 2 * H, 2 * W, 3)).astype(np.uint8)
+    batch = {"token_ids": batch["token_ids"], "time_ids": batch["time_ids"], "image": image, "mask": masks}
 
-    kept = Inpainting(batch["image"] / np.float32(127.5) - 1, draws.mask, draws.posterior)
-    masked = masked_channels(model, tree, kept)
-    ids = np.where(draws.step.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"])
+    pixels = image / np.float32(127.5) - 1
+    masked = masked_channels(model, tree, Inpainting(pixels, np.float32(masks > 0), draws.posterior))
+    ids = np.where(draws.keep_prompt[:, None], batch["token_ids"], frozen["empty_ids"])
     encode = lambda ids: np.array(model.encode_prompt(tree, ids).context)  # noqa: E731
-    embedding = guidance_embedding(draws.step.w)
-    z = model.to_latents(batch["moments"], draws.step.posterior)
+    embedding = guidance_embedding(draws.w)
     expected = reference_lcd.distil(
         *(Beside(u, masked) for u in unets),
-        z,
+        model.to_latents(model.encode(tree["vae"], pixels), draws.posterior),
         encode(ids),
         encode(frozen["empty_ids"][None]),
-        draws.step.noise,
-        draws.step.index,
-        draws.step.w,
+        draws.noise,
+        draws.index,
+        draws.w,
         embedding,
         abar=reference_lcd.alphas_cumprod(0.00085, 0.012),
         prediction_type="epsilon",
         distance="huber",
     )
 
-    plain = StableDiffusion.from_configs(configs)
-    networks = lcd.Networks(model.denoise, plain.denoise, model.encode_prompt, model.to_latents)
-    loss = partial(lcd.loss, schedule=model.schedule, num_ddim_steps=50)
-    _, loss = masking(None, loss, networks, model)
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    bind = bind_unets(StableDiffusion.from_configs(configs), model)
+    step = jax.jit(jax.value_and_grad(make_loss(LCD(), bind, make_prepare(model)), has_aux=True))
     (total, _), gradients = step({"unet": student}, {"unet": target}, frozen, batch, draws)
     assert total == pytest.approx(expected.loss, rel=1e-4)
     theirs = tree_from_torch({k.removeprefix("unet."): v for k, v in expected.gradients.items()})
@@ -170,6 +155,6 @@ def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, 
 def test_a_run_that_does_not_see_its_pictures_is_refused(teacher, tmp_path):
     config = shrunk_published("sd15", teacher, write_shards(tmp_path / "shards"), **{"data.encode": "cache"})
     with pytest.raises(
-        ValueError, match="takes 9 channels and makes 4: it inpaints.*not support; use data.encode=step"
+        ValueError, match="inpainting model, of which each step masks images anew; use --config.data.encode=step"
     ):
         RECIPES["lcd"](config, tmp_path / "run")

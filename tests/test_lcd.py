@@ -1,7 +1,6 @@
 """Latent consistency distillation: equal to the PyTorch reference, and a test for what implementers get wrong."""
 
 import math
-import re
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -10,83 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_lcd import (
+    PREDICTION_TYPES,
+    PREPARE,
+    SCHEDULER,
+    STUDENT,
+    UNET,
+    B,
+    C,
+    H,
+    L,
+    W,
+    bind_to,
+    encode_prompt,
+    example,
+    schedule,
+    to_latents,
+    tree_from_torch,
+)
 
 from lcm_jax.diffusion.consistency import boundary_scalings, consistency_function, guidance_embedding
-from lcm_jax.diffusion.guidance import capped, classifier_free
-from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, make_schedule, predict_noise, predict_x0, skipping_steps
+from lcm_jax.diffusion.guidance import classifier_free, scheduled_guidance
+from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.unet import UNet2DCondition
-from lcm_jax.objectives import lcd
+from lcm_jax.objectives import backward_simulation, lcd
+from lcm_jax.objectives.backward_simulation import BackwardSimulation
+from lcm_jax.objectives.lcd import LCD
+from lcm_jax.ranges import from_settings
 from lcm_jax.training.state import create_state, make_optimizer
-from lcm_jax.training.step import make_train_step
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-UNET = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 12,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-STUDENT = UNET | {"time_cond_proj_dim": 256}
-B, H, W, C, L, VOCABULARY = 4, 8, 4, 3, 5, 11
-
-
-def schedule(prediction_type="epsilon"):
-    return make_schedule(SCHEDULER | {"prediction_type": prediction_type})
-
-
-# --- a world small enough to write down: the text encoder is a table, the autoencoder only scales ---
-
-
-def encode_prompt(frozen, token_ids, time_ids=None):
-    return Conditioning(frozen["text_encoder"]["table"][token_ids])
-
-
-def to_latents(moments, noise):
-    mean, logvar = jnp.split(moments, 2, axis=-1)
-    return 0.5 * (mean + jnp.exp(0.5 * logvar) * noise)
-
-
-def example(seed=0, batch=B):
-    """(frozen without a teacher, batch, draws): both ends of the table, and one empty prompt."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    frozen = {"text_encoder": {"table": normal(VOCABULARY, 12)}, "empty_ids": np.array([0, 1, 1, 1, 1], np.int32)}
-    data = {
-        "moments": np.concatenate([normal(batch, H, W, C), 0.1 * normal(batch, H, W, C) - 4], axis=-1),
-        "token_ids": rng.integers(2, VOCABULARY, (batch, L)).astype(np.int32),
-    }
-    draws = lcd.Draws(
-        posterior=normal(batch, H, W, C),
-        noise=normal(batch, H, W, C),
-        index=np.resize(np.array([0, 49, 7, 25], np.int32), batch),
-        w=np.resize(np.array([7.5, 2.0, 13.25, 4.0], np.float32), batch),
-        keep_prompt=np.resize(np.array([True, True, True, False]), batch),
-    )
-    return frozen, data, draws
-
-
-def tree_from_torch(tensors) -> dict:
-    """diffusers' names and layouts -> this project's: `.N` is `_N`, kernels HWIO or (in, out), norms have a scale."""
-    tree: dict = {}
-    for key, array in tensors.items():
-        *parents, leaf = re.sub(r"\.(\d+)", r"_\1", key).split(".")
-        if leaf == "weight":
-            leaf = "scale" if array.ndim == 1 else "kernel"
-            array = array.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[array.ndim])
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = array.astype(np.float32)
-    return tree
+from lcm_jax.training.step import make_loss, make_train_step
 
 
 @cache
@@ -120,18 +73,20 @@ def unet_networks():
 
         return jax.jit(denoise)
 
-    return lcd.Networks(apply(student), apply(teacher), encode_prompt, to_latents)
+    return apply(student), apply(teacher)
 
 
 # --- parity ---
 
 
 @pytest.mark.parametrize(
-    "distance, weighting, own_share, w_caps",
+    "distance, weighting, fraction, guidance_schedule",
     [("l2", "uniform", 0.0, ()), ("huber", "inverse_sigma", 0.5, ((0, 0.0), (160, math.inf), (700, 4.5)))],
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, distance, weighting, own_share, w_caps):
+def test_loss_and_every_gradient_equal_the_pytorch_reference(
+    prediction_type, distance, weighting, fraction, guidance_schedule
+):
     pytest.importorskip("torch")
     import reference_lcd
 
@@ -144,7 +99,7 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, di
     embedding = guidance_embedding(draws.w)
     np.testing.assert_allclose(embedding, [reference_lcd.embed_guidance(float(w)) for w in draws.w], atol=1.5e-3)
     abar, z = reference_lcd.alphas_cumprod(0.00085, 0.012), np.array(to_latents(batch["moments"], draws.posterior))
-    if own_share:
+    if fraction:
         z[::2] = reference_lcd.own_pictures(
             unets[1],
             draws.posterior[::2],
@@ -166,19 +121,14 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(prediction_type, di
         prediction_type=prediction_type,
         distance=distance,
         weighting=weighting,
-        w_caps=w_caps,
+        w_caps=guidance_schedule,
     )
 
-    loss = partial(
-        lcd.loss,
-        networks=unet_networks(),
-        schedule=schedule(prediction_type),
-        num_ddim_steps=50,
-        kind=distance,
-        weighting=weighting,
-        own_share=own_share,
-        w_caps=w_caps,
-    )
+    objective = LCD(distance=distance, weighting=weighting, guidance_schedule=guidance_schedule)
+    if fraction:
+        objective = BackwardSimulation(objective, fraction)
+        draws = backward_simulation.Draws(draws, np.array([True, False, True, False]))
+    loss = make_loss(objective, bind_to(*unet_networks(), schedule(prediction_type)), PREPARE)
     step = jax.value_and_grad(loss, has_aux=True)
     (total, metrics), gradients = step({"unet": student}, {"unet": target}, frozen | {"unet": teacher}, batch, draws)
 
@@ -209,11 +159,11 @@ def test_the_reference_follows_the_published_tables():
     np.testing.assert_allclose(reference_lcd.embed_guidance(7.5), published, atol=1e-3)
 
 
-def test_w_counts_as_much_as_its_cap_allows():
+def test_w_is_clipped_by_its_schedule():
     w, t = jnp.full(6, 6.0), jnp.int32([124, 299, 300, 699, 700, 999])
-    assert capped(w, t, ((0, 0.0), (300, math.inf), (700, 4.5))).tolist() == [0.0, 0.0, 6.0, 6.0, 4.5, 4.5]
-    assert capped(w, t, ()).tolist() == w.tolist()
-    assert capped(w, t, ((700, 9.0),)).tolist() == w.tolist(), "a cap never adds"
+    assert scheduled_guidance(w, t, ((0, 0.0), (300, math.inf), (700, 4.5))).tolist() == [0.0, 0.0, 6.0, 6.0, 4.5, 4.5]
+    assert scheduled_guidance(w, t, ()).tolist() == w.tolist()
+    assert scheduled_guidance(w, t, ((700, 9.0),)).tolist() == w.tolist(), "a schedule never adds"
 
 
 # --- golden values of the method ---
@@ -249,8 +199,6 @@ def test_golden_distance():
     assert lcd.distance(d, "l2", 1e-3) == pytest.approx(np.array([1 / 2, (4 + 1e-6) / 2]))
     huber = np.array([[0, (1 + 1e-6) ** 0.5 - 1e-3], [(4 + 1e-6) ** 0.5 - 1e-3, 1e-3 * (2**0.5 - 1)]])
     assert lcd.distance(d, "huber", 1e-3) == pytest.approx(huber.mean(1), rel=1e-5)
-    with pytest.raises(ValueError, match="objective.distance is 'l1'; choose l2 or huber"):
-        lcd.distance(d, "l1", 1e-3)
 
 
 def test_weights_are_one_or_the_inverse_of_sigma():
@@ -258,8 +206,25 @@ def test_weights_are_one_or_the_inverse_of_sigma():
     np.testing.assert_array_equal(lcd.weights(plan, s, "uniform"), 1)
     sigma = np.sqrt(1 - np.asarray(plan.alphas_cumprod, np.float64)[np.asarray(s)])
     np.testing.assert_allclose(lcd.weights(plan, s, "inverse_sigma"), 1 / sigma, rtol=1e-5)
-    with pytest.raises(ValueError, match="objective.weighting is 'snr'; choose uniform or inverse_sigma"):
-        lcd.weights(plan, s, "snr")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"distance": "l1"}, "objective.distance 'l1' is not supported; use l2 or huber"),
+        ({"weighting": "snr"}, "objective.weighting 'snr' is not supported; use uniform or inverse_sigma"),
+        ({"num_ddim_steps": 0}, "objective.num_ddim_steps 0 is not supported; use a whole number of at least 1"),
+        ({"huber_c": 0.0}, "objective.huber_c 0.0 is not supported; use a number above 0"),
+        ({"w_min": 9.0, "w_max": 3.0}, "objective.w_min 9.0 is above objective.w_max 3.0"),
+        ({"prompt_dropout": 1.5}, "objective.prompt_dropout 1.5 is not supported"),
+        ({"guidance_schedule": ((300, 1.0), (100, 2.0))}, "objective.guidance_schedule .* rising timesteps"),
+        ({"guidance_schedule": (3, 4)}, "objective.guidance_schedule .* pairs"),
+        ({"w": 3.0}, "objective.w is not a setting of LCD; use num_ddim_steps, w_min"),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(setting, message):
+    with pytest.raises(ValueError, match=message):
+        from_settings(LCD, "objective", {"name": "lcd"} | setting)
 
 
 # --- analytic networks: a guess at x0 that depends on all inputs, said in each of the three languages ---
@@ -280,7 +245,7 @@ def speak(schedule, x0, z, t):
 
 
 def analytic(schedule, seen=None, dtype=jnp.float32):
-    """Networks whose outputs, in `dtype`, say `guess`; `seen` collects what student, target and teacher are given."""
+    """(student, teacher) whose outputs, in `dtype`, say `guess`; `seen` collects what they and the target are given."""
 
     def network(name):
         def denoise(params, z, t, conditioning):
@@ -290,24 +255,16 @@ def analytic(schedule, seen=None, dtype=jnp.float32):
 
         return denoise
 
-    return lcd.Networks(network("student"), network("teacher"), encode_prompt, to_latents)
+    return network("student"), network("teacher")
 
 
 def analytic_loss(frozen, batch, draws, prediction_type="epsilon", *, target=0.8, dtype=jnp.float32):
     """loss, and what the networks saw."""
     seen: dict = {}
     plan = schedule(prediction_type)
-    total, _ = lcd.loss(
-        {"unet": jnp.float32(0.9)},
-        {"unet": jnp.float32(target)},
-        frozen | {"unet": jnp.float32(0.7)},
-        batch,
-        draws,
-        networks=analytic(plan, seen, dtype),
-        schedule=plan,
-        num_ddim_steps=50,
-        kind="l2",
-    )
+    loss = make_loss(LCD(distance="l2"), bind_to(*analytic(plan, seen, dtype), plan), PREPARE)
+    target = {"unet": jnp.float32(target)}
+    total, _ = loss({"unet": jnp.float32(0.9)}, target, frozen | {"unet": jnp.float32(0.7)}, batch, draws)
     return total, seen
 
 
@@ -370,19 +327,11 @@ def test_pitfall_5_only_the_networks_know_half_precision():
 
     # The same outputs, rounded to bfloat16 but carried as float32, must give the same number to the last bit.
     plan = schedule()
-    rounded = analytic(plan, dtype=jnp.bfloat16)
     as_float32 = lambda f: lambda *inputs: f(*inputs).astype(jnp.float32)  # noqa: E731
-    again, _ = lcd.loss(
-        {"unet": jnp.float32(0.9)},
-        {"unet": jnp.float32(0.8)},
-        frozen | {"unet": jnp.float32(0.7)},
-        batch,
-        draws,
-        networks=rounded._replace(student=as_float32(rounded.student), teacher=as_float32(rounded.teacher)),
-        schedule=plan,
-        num_ddim_steps=50,
-        kind="l2",
-    )
+    networks = [as_float32(network) for network in analytic(plan, dtype=jnp.bfloat16)]
+    loss = make_loss(LCD(distance="l2"), bind_to(*networks, plan), PREPARE)
+    params, target, teacher = ({"unet": jnp.float32(value)} for value in (0.9, 0.8, 0.7))
+    again, _ = loss(params, target, frozen | teacher, batch, draws)
     assert total == again
 
 
@@ -406,51 +355,48 @@ def test_the_start_lies_on_the_trajectory_of_the_latent_and_the_noise():
     np.testing.assert_array_equal(z_s, expected)
 
 
-@pytest.mark.parametrize("share, chosen", [(0.25, [0]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
-def test_the_networks_own_pictures_take_the_place_of_some_of_the_data(share, chosen):
+@pytest.mark.parametrize("fraction, chosen", [(0.25, [0]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
+def test_backward_simulation_replaces_some_of_the_data_by_the_targets_images(fraction, chosen):
     frozen, batch, draws = example()
     plan, seen = schedule(), {}
-    guided = encode_prompt(frozen, batch["token_ids"])._replace(guidance=jnp.asarray(draws.w))
-    z, networks = jnp.full((B, H, W, C), 5.0), analytic(plan, seen)
-    own = lcd.own_pictures({"unet": jnp.float32(0.8)}, z, draws.posterior, guided, share, networks, plan)
-    (jump,) = seen["student"]
-    of_noise = [(jnp.asarray(draws.posterior)[i], 999, guided.context[i], guided.guidance[i]) for i in chosen]
-    for i, mine, expected in zip(chosen, zip(*jump, strict=True), of_noise, strict=True):
-        for a, b in zip(mine, expected, strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=f"the jump of example {i}")
-    drawn = consistency_function(
-        plan, networks.student(jnp.float32(0.8), *jump[:2], Conditioning(jump[2], guidance=jump[3])), *jump[:2]
-    )
-    np.testing.assert_array_equal(own[np.array(chosen)], drawn)
-    assert [i for i in range(B) if not (own[i] == 5.0).all()] == chosen
+    objective = BackwardSimulation(LCD(), fraction)
+    simulated = objective.draw(jax.random.key(0), jax.ShapeDtypeStruct((B, H, W, C), jnp.float32)).simulated
+    assert np.flatnonzero(simulated).tolist() == chosen
+
+    bind = bind_to(*analytic(plan, seen), plan)
+    networks = bind(*({"unet": jnp.float32(value)} for value in (0.9, 0.8, 0.7)))
+    examples = PREPARE({}, frozen, batch, draws)
+    objective.loss(networks, examples, backward_simulation.Draws(draws, simulated))
+    z_last, last, context, w = seen["student"][0]
+    np.testing.assert_array_equal(z_last, draws.posterior)
+    assert (last == 999).all() and (w == draws.w).all() and (context == examples.prompt.context).all()
+    output = networks.target(z_last, last, Conditioning(context, guidance=w))
+    z = np.array(examples.z)
+    z[chosen] = consistency_function(plan, output, z_last, last)[np.array(chosen)]
+    z_s, s, *_ = seen["student"][1]
+    np.testing.assert_array_equal(z_s, add_noise(plan, z, draws.noise, s))
 
 
-@pytest.mark.parametrize("share", [0.1, 2.0, -1.0])
-def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
-    with pytest.raises(ValueError, match=f"own_share is {share}: not 1 to {B} examples"):
-        lcd.own_pictures(None, jnp.zeros((B, H, W, C)), None, None, share, None, schedule())
+def test_a_fraction_of_less_than_one_example_is_an_error():
+    for wrong in (2.0, -1.0):
+        with pytest.raises(ValueError, match=f"objective.backward_simulation {wrong} is not supported"):
+            BackwardSimulation(LCD(), wrong)
+    with pytest.raises(ValueError, match="backward_simulation 0.1 is less than one example of a batch of 4; use 0"):
+        BackwardSimulation(LCD(), 0.1).draw(jax.random.key(0), jax.ShapeDtypeStruct((B, H, W, C), jnp.float32))
 
 
-@pytest.mark.parametrize("own_share", [0.0, 0.5])
-def test_no_gradient_reaches_the_teacher_or_the_target(own_share):
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_no_gradient_reaches_the_teacher_or_the_target(fraction):
     frozen, batch, draws = example()
-    plan = schedule("v_prediction")
+    plan, objective = schedule("v_prediction"), LCD()
+    if fraction:
+        objective = BackwardSimulation(objective, fraction)
+        draws = backward_simulation.Draws(draws, np.array([True, False, True, False]))
+    total = make_loss(objective, bind_to(*analytic(plan), plan), PREPARE)
 
     def loss(params, target, teacher, table):
-        frozen_ = {"unet": teacher, "text_encoder": {"table": table}, "empty_ids": frozen["empty_ids"]}
-        networks = analytic(plan)
-        return lcd.loss(
-            {"unet": params},
-            {"unet": target},
-            frozen_,
-            batch,
-            draws,
-            networks=networks,
-            schedule=plan,
-            num_ddim_steps=50,
-            kind="huber",
-            own_share=own_share,
-        )[0]
+        rest = {"unet": teacher, "text_encoder": {"table": table}, "empty_ids": frozen["empty_ids"]}
+        return total({"unet": params}, {"unet": target}, rest, batch, draws)[0]
 
     arguments = jnp.float32(0.9), jnp.float32(0.8), jnp.float32(0.7)
     student, target, teacher = jax.grad(loss, (0, 1, 2))(*arguments, frozen["text_encoder"]["table"])
@@ -479,7 +425,7 @@ def test_the_first_skipping_step_asks_nothing_of_the_target_network():
 
 def test_student_equals_teacher_for_every_w_at_the_start():
     """cond_proj starts at zero, so that a student made of the teacher's weights and a new cond_proj is the teacher."""
-    networks = unet_networks()
+    student, teacher = unet_networks()
     z = jnp.asarray(np.random.default_rng(0).standard_normal((B, H, W, C)), jnp.float32)
     t, context = jnp.array([0, 19, 499, 999]), jnp.ones((B, L, 12))
     init = UNet2DCondition.from_config(STUDENT).init
@@ -488,9 +434,9 @@ def test_student_equals_teacher_for_every_w_at_the_start():
     assert fresh["kernel"].shape == (256, 8) and not fresh["kernel"].any()
 
     weights = tree_from_torch({k: v.numpy() for k, v in torch_unets()[2].state_dict().items()})
-    expected = networks.teacher(weights, z, t, Conditioning(context))
+    expected = teacher(weights, z, t, Conditioning(context))
     time = weights["time_embedding"] | {"cond_proj": fresh}
-    run = lambda params, w: networks.student(params, z, t, Conditioning(context, guidance=w))  # noqa: E731
+    run = lambda params, w: student(params, z, t, Conditioning(context, guidance=w))  # noqa: E731
     for w in (0.0, 2.0, 7.5, 14.0):
         output = run(weights | {"time_embedding": time}, jnp.full(B, w))
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
@@ -519,8 +465,8 @@ def test_an_empty_prompt_really_acts():
 
 
 def test_the_draws_cover_what_they_should_and_differ():
-    batch = {"moments": jnp.zeros((20_000, 1, 1, 2)), "token_ids": jnp.zeros((20_000, L), jnp.int32)}
-    draw = partial(lcd.draw, batch=batch, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.1)
+    latents = jax.ShapeDtypeStruct((20_000, 1, 1, 1), jnp.float32)
+    draw = partial(LCD(w_min=2.0, w_max=14.0, prompt_dropout=0.1).draw, latents=latents)
     a, b = draw(jax.random.key(0)), draw(jax.random.key(1))
     assert a.noise.shape == a.posterior.shape == (20_000, 1, 1, 1)
     assert set(a.index.tolist()) == set(range(50)) and a.index.dtype == jnp.int32
@@ -528,42 +474,50 @@ def test_the_draws_cover_what_they_should_and_differ():
     assert 0.09 < 1 - a.keep_prompt.mean() < 0.11
     assert len(np.unique(a.noise)) > 19_900 and (a.noise != a.posterior).any()
     assert all((x != y).any() for x, y in zip(a, b, strict=True))
-    assert lcd.draw(
-        jax.random.key(0), batch, num_ddim_steps=50, w_min=2.0, w_max=2.0, empty_prompts=0.0
-    ).keep_prompt.all()
+    assert LCD(w_min=2.0, w_max=2.0).draw(jax.random.key(0), latents).keep_prompt.all()
 
 
 # --- pitfall 8: accumulation, clipping and the moving average ---
 
 
-def make_step(accumulate, optimizer, ema_rate=0.9):
+def make_step(accumulate, optimizer, ema_rate=0.9, fraction=0.0):
     """The real step on a student that has a weight for each channel, 8 examples, a large gradient."""
-    plan = schedule()
-    networks = analytic(plan)
-    draw = partial(lcd.draw, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.3)
-    loss = partial(lcd.loss, networks=networks, schedule=plan, num_ddim_steps=50, kind="l2")
-    return jax.jit(make_train_step(draw, loss, optimizer, seed=3, ema_rate=ema_rate, accumulate=accumulate))
+    plan, objective = schedule(), LCD(w_min=2.0, w_max=14.0, distance="l2", prompt_dropout=0.3)
+    step = make_train_step(
+        BackwardSimulation(objective, fraction) if fraction else objective,
+        bind_to(*analytic(plan), plan),
+        PREPARE,
+        optimizer,
+        latents=jax.ShapeDtypeStruct((8, H, W, C), jnp.float32),
+        seed=3,
+        ema_rate=ema_rate,
+        accumulate=accumulate,
+    )
+    return jax.jit(step)
 
 
-def run_steps(accumulate, optimizer, count=3):
+def run_steps(accumulate, optimizer, count=3, fraction=0.0):
     frozen, batch, _ = example(batch=8)
     frozen = frozen | {"unet": jnp.float32(0.7)}
     state = create_state({"unet": jnp.array([0.9, 0.5, -0.4])}, optimizer)
-    step, history = make_step(accumulate, optimizer), []
+    step, history = make_step(accumulate, optimizer, fraction=fraction), []
     for _ in range(count):
         state, metrics = step(state, frozen, batch)
         history.append((state, metrics))
     return history
 
 
-@pytest.mark.parametrize("clip", [1e9, 1e-3], ids=["unclipped", "clipped"])
-def test_pitfall_8_micro_batches_equal_one_batch(clip):
+@pytest.mark.parametrize(("clip", "fraction"), [(1e9, 0.0), (1e-3, 0.0), (1e9, 0.625)])
+def test_pitfall_8_micro_batches_equal_one_batch(clip, fraction):
+    """Backward simulation included: of 5 simulated examples in 8, micro-batches of 2 have 2, 1, 1 and 1."""
     # Plain gradient descent after clipping: unlike Adam it shows any change of the gradient's length.
     optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.sgd(0.1 if clip > 1 else 10.0))
-    whole = run_steps(1, optimizer)
+    whole = run_steps(1, optimizer, fraction=fraction)
     assert np.abs(whole[0][0].params["unet"] - jnp.array([0.9, 0.5, -0.4])).max() > 1e-3
     for accumulate in (2, 4):
-        for (state, metrics), (other, other_metrics) in zip(whole, run_steps(accumulate, optimizer), strict=True):
+        for (state, metrics), (other, other_metrics) in zip(
+            whole, run_steps(accumulate, optimizer, fraction=fraction), strict=True
+        ):
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state, other)
             np.testing.assert_allclose(metrics["loss"], other_metrics["loss"], rtol=1e-5)
             np.testing.assert_allclose(metrics["gradient_norm"], other_metrics["gradient_norm"], rtol=1e-4)

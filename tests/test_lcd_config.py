@@ -19,8 +19,9 @@ from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.lcd import encoding, held
+from lcm_jax.recipes.distillation import frozen_dtype
 from lcm_jax.training.loop import train
+from lcm_jax.training.step import make_loss
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -81,9 +82,9 @@ def teacher_of(tmp_path, monkeypatch):
 def test_each_model_in_small_trains_two_steps_from_shards(name, teacher_of, shards, tmp_path):
     config = shrunk_published(name, teacher_of(name), shards)
     steps = []
-    job = RECIPES["lcd"](config, tmp_path / "run")
-    job = replace(job, preview=lambda ema, path: {}, finish=lambda ema, seconds: steps.append(seconds))
-    assert train(job, config, tmp_path / "run") and len(steps) == 1
+    task = RECIPES["lcd"](config, tmp_path / "run")
+    task = replace(task, write_preview=lambda *_: {}, on_complete=lambda ema, frozen, seconds: steps.append(seconds))
+    assert train(task, config, tmp_path / "run") and len(steps) == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [1, 2] and all(np.isfinite(line["loss"]) for line in trained)
@@ -124,37 +125,40 @@ def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_
     """SDXL: the same draws and the same loss, and the sizes come as (height, width)."""
     given = ("sdxl", teacher_of("sdxl"), shards)
     config = shrunk_published(*given, **{"train.dtype": "float32"})
-    job = RECIPES["lcd"](config, tmp_path / "run")
-    batch = next(job.batches(0))
+    task = RECIPES["lcd"](config, tmp_path / "run")
+    frozen = task.load_frozen()
+    batch = next(task.make_batches(frozen, 0))
     assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["token_ids"].shape[:2] == (4, 2)
     assert batch["time_ids"][:, [0, 1, 2, 4, 5]].tolist() == [[24, 40, 0, 16, 16]] * 4
-    assert set(job.frozen["vae"]) == {"encoder", "quant_conv"}, "nothing is held that only decoding takes"
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in task.batch.items()
+    }, "what is read is what the step is compiled for"
 
     more = {"train.dtype": "float32", "data.encode": "cache"}
     cached = RECIPES["lcd"](shrunk_published(*given, **more), tmp_path)
     model = StableDiffusion.from_configs(Pipeline.from_pretrained(config.teacher).configs)
-    moments = jax.jit(model.encode)(job.frozen["vae"], batch["image"] / np.float32(127.5) - 1)
+    moments = jax.jit(model.encode)(frozen["vae"], batch["image"] / np.float32(127.5) - 1)
     other = {"moments": moments, "token_ids": batch["token_ids"], "time_ids": batch["time_ids"]}
     rng = jax.random.key(3)
-    draws = job.draw(rng, batch)
-    jax.tree.map(np.testing.assert_array_equal, draws, cached.draw(rng, other))
-    params = job.init()
-    mine = jax.jit(job.loss)(params, params, job.frozen, batch, draws)[0]
-    theirs = jax.jit(cached.loss)(params, params, cached.frozen, other, draws)[0]
+    draws = task.objective.draw(rng, task.latents)
+    params = task.load_params()
+    loss = jax.jit(make_loss(task.objective, task.bind, task.prepare))
+    mine = loss(params, params, frozen, batch, draws)[0]
+    theirs = loss(params, params, frozen, other, draws)[0]
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
-    stored = next(cached.batches(0))
+    stored = next(cached.make_batches(frozen, 0))
     np.testing.assert_array_equal(stored["token_ids"], batch["token_ids"])
     np.testing.assert_array_equal(stored["time_ids"], batch["time_ids"])
     np.testing.assert_allclose(stored["moments"], moments, atol=2e-2)
-    assert "vae" not in cached.frozen
 
 
 def test_a_frozen_network_that_holds_half_precision_computes_the_same(teacher_of, tmp_path):
     """Bit for bit: it casts its matrices before each use, and its norms keep float32."""
     pipe = Pipeline.from_pretrained(teacher_of("sdxl"), "bfloat16")
     full = jax.tree.map(lambda p: np.asarray(p, np.float32), pipe.params)
-    half = {name: held(tree, "bfloat16") for name, tree in full.items()}
+    cast = frozen_dtype("bfloat16")
+    half = jax.tree.map(lambda p: p.astype(cast(p)), full)
     rng = np.random.default_rng(0)
     z, t = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.array([999, 19])
     ids, sizes = pipe.tokenize(["a red circle", ""]), np.full((2, 6), 16, np.float32)
@@ -167,18 +171,3 @@ def test_a_frozen_network_that_holds_half_precision_computes_the_same(teacher_of
 
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half["unet"])} == {"bfloat16", "float32"}
     jax.tree.map(np.testing.assert_array_equal, everything(full), everything(half))
-
-
-def test_draws_and_moments_of_pictures_that_are_not_square(teacher_of):
-    pipe = Pipeline.from_pretrained(teacher_of("sd21"))
-    seen = []
-
-    def loss(params, target, frozen, batch, draws):
-        seen.append(batch["moments"].shape)
-        return batch["moments"].mean(), {}
-
-    draw, with_pictures = encoding(lambda rng, batch: batch["moments"].shape, loss, pipe.model)
-    batch = {"image": np.zeros((2, 16, 32, 3), np.uint8)}
-    assert draw(None, batch) == (2, 8, 16, 8)
-    with_pictures({}, {}, {"vae": pipe.params["vae"]}, batch, None)
-    assert seen == [(2, 8, 16, 8)]

@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import replace
 from itertools import chain, repeat
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from lcm_jax.errors import Interrupted
 from lcm_jax.training import loop
 from lcm_jax.training.checkpoint import CheckpointError
 from lcm_jax.training.logging import ProgressReport, Recorder
-from lcm_jax.training.loop import Job, RunError, check_workdir, train
+from lcm_jax.training.loop import RunError, TrainTask, check_workdir, train
 
 X = np.linspace(-1, 1, 8, dtype=np.float32)
 
@@ -27,42 +28,48 @@ def config_of(**more):
     return shrunk_lcd("a teacher that is never read", **QUICK | more)
 
 
-def line(**more) -> Job:
-    def loss(params, target, frozen, batch, draws):
-        total = jnp.mean(jnp.square(params["slope"] * batch["x"] - batch["y"]))
-        return total, {"loss": total}
+def squared_error(slope, batch, draws):
+    total = jnp.mean(jnp.square(slope * batch["x"] - batch["y"]))
+    return total, {"loss": total}
 
+
+def line(draw=lambda rng, latents: None, loss=squared_error, **more) -> TrainTask:
     parts = {
         "title": "line",
-        "init": lambda: {"slope": jnp.float32(0)},
+        "objective": SimpleNamespace(draw=draw, loss=loss),
+        "bind": lambda params, target, frozen: params["slope"],
+        "prepare": lambda params, frozen, batch, draws: batch,
+        "params": {"slope": jax.ShapeDtypeStruct((), jnp.float32)},
         "frozen": {},
-        "draw": lambda rng, batch: None,
-        "loss": loss,
-        "example": {"x": X, "y": X},
-        "batches": lambda step: repeat({"x": X, "y": 3 * X}),
-        "preview": lambda ema, path: {},
-        "finish": lambda ema, seconds: None,
+        "load_params": lambda: {"slope": np.float32(0)},
+        "load_frozen": dict,
+        "latents": jax.ShapeDtypeStruct((8,), jnp.float32),
+        "batch": {"x": X, "y": X},
+        "make_batches": lambda frozen, step: repeat({"x": X, "y": 3 * X}),
+        "write_preview": lambda ema, frozen, path: {},
+        "on_complete": lambda ema, frozen, seconds: None,
+        "weight_digests": dict,
     }
-    return Job(**parts | more)
+    return TrainTask(**parts | more)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
     points = iter([{"x": X, "y": 3 * X}, {"x": X, "y": np.nan * X}])
-    job = line(batches=lambda step: points)
+    task = line(make_batches=lambda frozen, step: points)
     with pytest.raises(RunError, match=r"^step 2: .*loss is nan; checkpoint 1 in .* is kept; start in another"):
-        train(job, config_of(**{"train.steps": 30}), tmp_path)
+        train(task, config_of(**{"train.steps": 30}), tmp_path)
     assert checkpoints_of(tmp_path) == [1]
 
 
-def out_of_memory(rng, batch):
+def out_of_memory(rng, latents):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64.0GiB.\nmore lines")
 
 
-def no_kernel(rng, batch):
+def no_kernel(rng, latents):
     raise NotImplementedError("Unsupported sequence length Q 4096, KV 77.")
 
 
-def a_setting(rng, batch):
+def a_setting(rng, latents):
     raise ValueError("objective.distance is 'l3'; choose l2 or huber")
 
 
@@ -78,20 +85,20 @@ def a_setting(rng, batch):
     ],
 )
 def test_a_step_that_cannot_be_traced_is_one_line_and_writes_nothing(draw, message, tmp_path):
-    def never(step):
+    def never(frozen, step):
         raise AssertionError("no data is read before the step is compiled")
 
     with pytest.raises(RunError, match=message) as caught:
-        train(line(draw=draw, batches=never), config_of(), tmp_path / "run")
+        train(line(draw=draw, make_batches=never), config_of(), tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def test_a_step_that_cannot_be_compiled_is_one_line_and_writes_nothing(tmp_path):
     """A custom call that no compiler has."""
     call = jax.ffi.ffi_call("a_kernel_that_is_not_there", jax.ShapeDtypeStruct((), jnp.float32))
-    job = line(loss=lambda params, target, frozen, batch, draws: (params["slope"] * jax.lax.stop_gradient(call()), {}))
+    task = line(loss=lambda slope, batch, draws: (slope * jax.lax.stop_gradient(call()), {}))
     with pytest.raises(RunError, match=r"^the line step cannot be compiled for 1 x cpu: .*; use --config.train.dtype"):
-        train(job, config_of(), tmp_path / "run")
+        train(task, config_of(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -113,52 +120,60 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
 @pytest.mark.parametrize("moment", ["while it reads the losses", "while it draws samples"])
 def test_a_signal_at_any_moment_is_followed_by_a_checkpoint(moment, tmp_path, monkeypatch):
     config = config_of(**{"train.steps": 4, "checkpoint.every_steps": 100, "sample.every_steps": 2})
-    job = line()
+    task = line()
     raise_signal = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     if moment == "while it draws samples":
-        job = line(preview=lambda ema, path: raise_signal() or {})
+        task = line(write_preview=lambda ema, frozen, path: raise_signal() or {})
         stops_at = 2
     else:
         read, stops_at = loop._read, 1
         monkeypatch.setattr(loop, "_read", lambda *a: raise_signal() or read(*a))
-    assert not train(job, config, tmp_path)
+    assert not train(task, config, tmp_path)
     assert checkpoints_of(tmp_path) == [stops_at]
 
 
 def test_a_finished_run_knows_its_seconds_and_what_it_began_from(tmp_path):
-    def slow(step):
-        for batch in line().batches(step):
+    def slow(frozen, step):
+        for batch in line().make_batches(frozen, step):
             time.sleep(1)
             yield batch
 
     taken = []
-    job = line(batches=slow, finish=lambda ema, seconds: taken.append(seconds), origin={"teacher": "1" * 64})
+    task = line(
+        make_batches=slow,
+        on_complete=lambda ema, frozen, seconds: taken.append(seconds),
+        weight_digests=lambda: {"teacher": "1" * 64},
+    )
     for _ in range(2):
-        assert train(job, config_of(), tmp_path)
+        assert train(task, config_of(), tmp_path)
     assert taken[0] >= 2 and taken[1] >= 2, "what earlier processes of the run have taken counts"
     with pytest.raises(RunError, match="was begun with other weights: teacher changed since"):
-        train(replace(job, origin={"teacher": "0" * 64}), config_of(), tmp_path)
+        train(replace(task, weight_digests=lambda: {"teacher": "0" * 64}), config_of(), tmp_path)
 
 
 def test_no_state_that_is_not_finite_is_saved_or_exported(tmp_path):
     """The last update's loss is the loss before it: only the state itself shows what the update made of it."""
     exported = []
-    job = line(finish=lambda ema, seconds: exported.append(ema))
+    task = line(on_complete=lambda ema, frozen, seconds: exported.append(ema))
     message = r"^step 1: .params\['slope'\] and \d+ more arrays are not finite.*no checkpoint in .*lower optimizer"
     with pytest.raises(CheckpointError, match=message) as caught:
-        train(job, config_of(**{"optimizer.learning_rate": np.nan, "train.steps": 1}), tmp_path)
+        train(task, config_of(**{"optimizer.learning_rate": np.nan, "train.steps": 1}), tmp_path)
     assert "\n" not in str(caught.value) and not exported and checkpoints_of(tmp_path) == []
 
 
 def test_zero_is_never_and_the_last_update_is_logged_and_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "MAX_PENDING", 2)
     never = {f"{group}.every_steps": 0 for group in ("log", "sample", "checkpoint")} | {"train.steps": 5}
-    assert train(line(preview=None), config_of(**never), tmp_path / "run")
+    assert train(line(write_preview=None), config_of(**never), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5] and checkpoints_of(tmp_path / "run") == [5]
     points = chain([{"x": X, "y": np.nan * X}], repeat({"x": X, "y": 3 * X}))
     with pytest.raises(RunError, match="^step 1: .*loss is nan; there is no checkpoint in .* yet"):
-        train(line(batches=lambda step: points), config_of(**never | {"train.steps": 10**9}), tmp_path / "other")
+        train(
+            line(make_batches=lambda frozen, step: points),
+            config_of(**never | {"train.steps": 10**9}),
+            tmp_path / "other",
+        )
 
 
 def test_what_cannot_be_printed_or_logged_costs_no_update(tmp_path, monkeypatch):
@@ -211,9 +226,15 @@ def test_too_little_memory_says_what_to_lower_and_what_is_kept(tmp_path):
 
     config = config_of(**{"sample.every_steps": 2})
     for changed, message in (
-        ({"batches": exhausted}, "opening the data; lower train.batch_size, raise train.accumulate .* begin again"),
-        ({"preview": exhausted}, "sampling a preview; lower sample.batch_size; checkpoint 2 in .* is kept"),
-        ({"finish": exhausted}, "the export and the report; lower report.batch_size; checkpoint 2 in .* is kept; run"),
+        (
+            {"make_batches": exhausted},
+            "opening the data; lower train.batch_size, raise train.accumulate .* begin again",
+        ),
+        ({"write_preview": exhausted}, "sampling a preview; lower sample.batch_size; checkpoint 2 in .* is kept"),
+        (
+            {"on_complete": exhausted},
+            "the export and the report; lower report.batch_size; checkpoint 2 in .* is kept; run",
+        ),
     ):
         with pytest.raises(RunError, match=rf"^out of memory \(64.0 GiB\) while .*{message}") as caught:
             train(line(**changed), config, tmp_path)
@@ -227,22 +248,22 @@ def test_ctrl_c_leaves_a_preview_at_once_and_ends_a_report_with_what_is_kept(tmp
         raise AssertionError("it was not interrupted")
 
     config = config_of(**{"sample.every_steps": 1, "checkpoint.every_steps": 0})
-    assert not train(line(preview=interrupt), config, tmp_path)
+    assert not train(line(write_preview=interrupt), config, tmp_path)
     assert checkpoints_of(tmp_path) == [1]
     with pytest.raises(
         Interrupted, match="^interrupted while writing the export and the report; checkpoint 2 in .*kept"
     ):
-        train(line(finish=interrupt), config, tmp_path)
+        train(line(on_complete=interrupt), config, tmp_path)
 
 
 def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_says_otherwise(tmp_path):
-    hang_up = lambda step: (os.kill(os.getpid(), signal.SIGHUP) or {"x": X, "y": X} for _ in repeat(0))  # noqa: E731
+    hang_up = lambda frozen, step: (os.kill(os.getpid(), signal.SIGHUP) or {"x": X, "y": X} for _ in repeat(0))  # noqa: E731
     before = signal.getsignal(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert train(line(batches=hang_up), config_of(), tmp_path / "nohup")
+        assert train(line(make_batches=hang_up), config_of(), tmp_path / "nohup")
         signal.signal(signal.SIGHUP, lambda *_: None)  # batches are read before the loop listens
-        assert not train(line(batches=hang_up), config_of(**{"train.steps": 9}), tmp_path / "closed")
+        assert not train(line(make_batches=hang_up), config_of(**{"train.steps": 9}), tmp_path / "closed")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert checkpoints_of(tmp_path / "nohup") == [1, 2] and checkpoints_of(tmp_path / "closed")[-1] < 9

@@ -6,7 +6,7 @@ import pytest
 from whole_runs import load_config
 
 from lcm_jax import config_files
-from lcm_jax.recipes import make_job, settings
+from lcm_jax.recipes import make_task, settings
 
 ALL = [name for name, _ in config_files.bundled()]
 
@@ -60,7 +60,7 @@ def test_no_range_has_what_is_no_finite_number(key):
         ({"report.batch_size": 0}, "^report.batch_size 0 is not supported"),
         ({"optimizer.learning_rate": math.nan}, "^optimizer.learning_rate nan is not supported; use a number of at"),
         ({"optimizer.clip_norm": 0.0}, "^optimizer.clip_norm 0.0 is not supported; use a number above 0$"),
-        ({"objective.guidance_embedding_dim": 5}, "5 is not supported; use a multiple of 2 of at least 4$"),
+        ({"student.guidance_embedding_dim": 5}, "5 is not supported; use a multiple of 2 of at least 4$"),
         ({"mesh.data": 0}, "^mesh.data 0 is not supported; use a whole number of at least 1, or -1$"),
         ({"objective.w_min": 9.0}, "^objective.w_min 9.0 is above objective.w_max 7.0; lower it$"),
         ({"objective.num_ddim_steps": 1}, "^sample.student_steps has 8, and .* at most objective.num_ddim_steps = 1"),
@@ -79,7 +79,7 @@ def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, m
             config.report[group.split(".")[1]] = mistake[group]
     config.update_from_flattened_dict({k: v for k, v in mistake.items() if not isinstance(v, dict)})
     with pytest.raises(ValueError, match=message) as caught:
-        make_job(config, tmp_path / "run")
+        make_task(config, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -87,4 +87,4 @@ def test_a_group_that_a_config_lacks_is_named(tmp_path):
     config = load_config("shapes")
     del config.log
     with pytest.raises(ValueError, match="^the config has no log; copy it from a bundled config"):
-        make_job(config, tmp_path / "run")
+        make_task(config, tmp_path / "run")

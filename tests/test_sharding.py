@@ -1,6 +1,6 @@
 """The same run on one device and on eight, data-parallel and fully sharded."""
 
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +14,10 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.unet import UNet2DCondition
-from lcm_jax.objectives import lcd
+from lcm_jax.objectives.backward_simulation import BackwardSimulation
+from lcm_jax.objectives.lcd import LCD
+from lcm_jax.objectives.networks import Networks
+from lcm_jax.recipes.distillation import make_prepare
 from lcm_jax.training import sharding
 from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
@@ -62,11 +65,18 @@ def run(data: int, fsdp: int, steps: int = 3):
     """(losses, final state) of a small distillation on a mesh."""
     mesh = sharding.make_mesh(data, fsdp)
     student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(TEACHER)
-    networks = lcd.Networks(
-        student=lambda params, z, t, told: student.apply(
+
+    def guided(params):
+        return lambda z, t, told: student.apply(
             {"params": params}, z, t, told.context, guidance_embedding(told.guidance)
-        ),
-        teacher=lambda params, z, t, told: teacher.apply({"params": params}, z, t, told.context),
+        )
+
+    def bind(params, target, frozen):
+        unguided = lambda z, t, told: teacher.apply({"params": frozen["unet"]}, z, t, told.context)  # noqa: E731
+        return Networks(guided(params["unet"]), guided(target["unet"]), unguided, SCHEDULE)
+
+    encoders = SimpleNamespace(
+        inpaints=False,
         encode_prompt=lambda params, ids, _: Conditioning(params["text_encoder"]["table"][ids]),
         to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
     )
@@ -84,9 +94,11 @@ def run(data: int, fsdp: int, steps: int = 3):
     frozen_shardings = sharding.tree_shardings(mesh, frozen)
     step = jax.jit(
         make_train_step(
-            partial(lcd.draw, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.2),
-            partial(lcd.loss, networks=networks, schedule=SCHEDULE, num_ddim_steps=50, kind="huber", own_share=0.5),
+            BackwardSimulation(LCD(prompt_dropout=0.2), 0.5),
+            bind,
+            make_prepare(encoders),
             optimizer,
+            latents=jax.ShapeDtypeStruct((8, 4, 4, 2), jnp.float32),
             seed=5,
             ema_rate=0.9,
         ),
@@ -101,6 +113,7 @@ def run(data: int, fsdp: int, steps: int = 3):
         batch = {
             "moments": rng.standard_normal((8, 4, 4, 4)).astype(np.float32),
             "token_ids": rng.integers(0, 10, (8, 3)).astype(np.int32),
+            "time_ids": np.zeros((8, 6), np.float32),
         }
         state, metrics = step(state, frozen, sharding.put_batch(mesh, batch))
         losses.append(float(metrics["loss"]))

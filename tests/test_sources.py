@@ -10,7 +10,7 @@ from whole_runs import load_config
 from lcm_jax.data import shapes
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import SOURCES, check_data, load_dataset
-from lcm_jax.recipes import make_job
+from lcm_jax.recipes import make_task
 
 SMALL = {
     "data.size": 16,
@@ -105,7 +105,7 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
 def test_a_mistake_is_one_line_before_anything_is_read(mistake, message, pattern, tmp_path):
     config = small("shapes", pattern, teacher="a teacher that is never read", **mistake)
     with pytest.raises(ValueError, match=message) as caught:
-        make_job(config, tmp_path / "run")
+        make_task(config, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lcm_jax.objectives import lcd
+from lcm_jax.objectives.lcd import LCD
 from lcm_jax.training import sharding
 from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
@@ -29,14 +29,21 @@ OPTIMIZER = SimpleNamespace(
 def linear(accumulate=1, seed=0):
     """A step of plain gradient descent whose gradient is the mean of the draws."""
 
-    def draw(rng, batch):
-        return jax.random.normal(rng, batch["x"].shape)
-
-    def loss(params, target, frozen, batch, draws):
-        total = jnp.mean(params["a"] * draws) + 0 * target["a"] + 0 * jnp.sum(batch["x"])
+    def loss(networks, x, draws):
+        student, target = networks
+        total = jnp.mean(student * draws) + 0 * target + 0 * jnp.sum(x)
         return total, {"loss": total}
 
-    return make_train_step(draw, loss, optax.sgd(1.0), seed=seed, ema_rate=0.5, accumulate=accumulate)
+    return make_train_step(
+        SimpleNamespace(draw=lambda rng, latents: jax.random.normal(rng, latents.shape), loss=loss),
+        lambda params, target, frozen: (params["a"], target["a"]),
+        lambda params, frozen, batch, draws: batch["x"],
+        optax.sgd(1.0),
+        latents=jax.ShapeDtypeStruct((8,), jnp.float32),
+        seed=seed,
+        ema_rate=0.5,
+        accumulate=accumulate,
+    )
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
@@ -60,14 +67,12 @@ def test_seed_and_step_alone_decide_the_draws():
 
 def test_pitfall_7_every_example_has_draws_of_its_own_wherever_it_lies():
     """On eight devices each row differs from each other row, and the draws are those of one device."""
-    batch = {"moments": jnp.zeros((16, 2, 2, 4)), "token_ids": jnp.zeros((16, 5), jnp.int32)}
-    draw = partial(lcd.draw, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.5)
-    alone = jax.jit(draw)(jax.random.key(0), batch)
+    latents = jax.ShapeDtypeStruct((16, 2, 2, 2), jnp.float32)
+    draw = partial(LCD(prompt_dropout=0.5).draw, latents=latents)
+    alone = jax.jit(draw)(jax.random.key(0))
     for data, fsdp in [(8, 1), (2, 4)]:
         mesh = sharding.make_mesh(data, fsdp)
-        spread = jax.jit(draw, in_shardings=(None, sharding.by_batch(mesh)), out_shardings=sharding.by_batch(mesh))(
-            jax.random.key(0), batch
-        )
+        spread = jax.jit(draw, out_shardings=sharding.by_batch(mesh))(jax.random.key(0))
         assert len(spread.noise.sharding.device_set) == 8 and spread.noise.addressable_data(0).shape[0] == 2
         jax.tree.map(np.testing.assert_array_equal, alone, spread)
     for values in (alone.noise, alone.posterior, alone.w):

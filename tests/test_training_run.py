@@ -13,9 +13,9 @@ from tensorboardX.proto import event_pb2
 from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.recipes import RECIPES, make_job
-from lcm_jax.recipes.lcd import student_configs
+from lcm_jax.recipes import RECIPES, make_task
 from lcm_jax.training.loop import RunError, train
+from lcm_jax.training.step import make_loss
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.errors import ModelError
 
@@ -26,7 +26,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def run(config, workdir: Path) -> bool:
-    return train(make_job(config, workdir), config, workdir)
+    return train(make_task(config, workdir), config, workdir)
 
 
 def board(folder: Path) -> dict[tuple[int, str], float]:
@@ -63,7 +63,7 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
         for name in line.keys() - {"step"}:
             np.testing.assert_allclose(scalars[line["step"], name], line[name], rtol=1e-5)
-    assert {"loss", "pictures_per_second", "verifier/teacher"} <= {name for _, name in scalars}
+    assert {"loss", "images_per_second", "verifier/teacher"} <= {name for _, name in scalars}
 
     student = Pipeline.from_pretrained(tmp_path / "run" / "export")
     assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
@@ -80,19 +80,22 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     export = (tmp_path / "run" / "export").stat().st_mtime_ns
     config.report.update({"guidance_scale": 2.0, "teacher": {"ddim": (1,)}, "student": {"lcm": (1,)}})
     config.sample.student_steps = ()
-    job = make_job(config, tmp_path / "run")
-    job.finish({"unet": student.params["unet"]}, 1.0)  # other settings of the report: a new one, of the same export
+    task = make_task(config, tmp_path / "run")
+    frozen = task.load_frozen()
+    task.on_complete(
+        {"unet": student.params["unet"]}, frozen, 1.0
+    )  # other settings of the report: a new one, of the same export
     assert f"report.guidance_scale is 8.0 in {tmp_path / 'run' / 'report.json'} and 2.0" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "report.json").read_text())
     assert again["guidance_scale"] == 2.0 and again["settings"]["prompts"] == 6 and again != report
     assert (tmp_path / "run" / "export").stat().st_mtime_ns == export
     (tmp_path / "run" / "report.json").write_text("{")
     with pytest.raises(RunError, match="report.json is damaged .*delete it, and the same command makes it again"):
-        job.finish({}, 1.0)
+        task.on_complete({}, frozen, 1.0)
     (tmp_path / "run" / "report.json").unlink()
     tokenizer = (teacher / "tokenizer").rename(teacher / "elsewhere")
     with pytest.raises(RunError, match="tokenizer is gone, .*; put it back, and run the same command: the checkpoints"):
-        job.finish({"unet": student.params["unet"]}, 1.0)
+        task.on_complete({"unet": student.params["unet"]}, frozen, 1.0)
     tokenizer.rename(teacher / "tokenizer")
     refused = main("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) <= 2
@@ -115,19 +118,19 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     vae.update_from_flattened_dict(
         SHRUNK
         | QUICK
-        | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.pictures": 4}
+        | {"vae.block_out_channels": (8, 8, 8), "vae.norm_num_groups": 4, "sample.every_steps": 2, "sample.images": 4}
     )
     assert run(vae, tmp_path / "vae")
     exported = json.loads((tmp_path / "vae" / "export" / "vae" / "config.json").read_text())
     assert exported["scaling_factor"] not in (1.0, 0.18215) and (tmp_path / "vae" / "samples" / "000002.png").exists()
 
     vae.init = str(tmp_path / "vae" / "export")
-    begun = RECIPES["autoencoder"](vae, tmp_path / "more").init()
+    begun = RECIPES["autoencoder"](vae, tmp_path / "more").load_params()
     stored = folders.read_component(tmp_path / "vae" / "export", "vae")[1]
     assert stored["decoder.conv_in.bias"].tolist() == begun["decoder"]["conv_in"]["bias"].tolist()
     vae.vae.block_out_channels = (8, 8, 16)
     with pytest.raises(ModelError, match="weights and config.json disagree"):
-        RECIPES["autoencoder"](vae, tmp_path / "more")
+        RECIPES["autoencoder"](vae, tmp_path / "more").load_params()
 
     config = load_config("shapes_teacher")
     config.update_from_flattened_dict(
@@ -161,12 +164,12 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         ({"data.size": 62}, "data.size 62 is not supported; use a multiple of 4"),
         ({"train.batch_size": 12, "mesh.data": 8}, "train.batch_size 12 is not a multiple"),
         ({"train.batch_size": 64}, "the data has 32 records, fewer than train.batch_size 64"),
-        ({"objective.distance": "l3"}, "objective.distance is 'l3'; choose l2 or huber"),
-        ({"objective.own_share": 0.01}, "objective.own_share is 0.01"),
-        ({"objective.w_caps": ((0, 0.0), (1000, 7.0))}, "objective.w_caps is .*1000.*timesteps rising in 0..999"),
-        ({"objective.w_caps": ((300, 7.0), (300, 4.5))}, "objective.w_caps is .*timesteps rising"),
-        ({"objective.w_caps": (300, 7.0)}, "objective.w_caps is .*pairs"),
-        ({"objective.w_caps": (("300", 7.0),)}, "objective.w_caps .*'300'.* is not supported; use numbers"),
+        ({"objective.distance": "l3"}, "objective.distance 'l3' is not supported; use l2 or huber"),
+        ({"objective.backward_simulation": 0.01}, "objective.backward_simulation 0.01 is less than one example"),
+        ({"objective.guidance_schedule": ((0, 0.0), (1000, 7.0))}, "guidance_schedule .*1000.* timesteps in 0..999"),
+        ({"objective.guidance_schedule": ((300, 7.0), (300, 4.5))}, "guidance_schedule .* rising timesteps"),
+        ({"objective.guidance_schedule": (300, 7.0)}, "objective.guidance_schedule .*pairs"),
+        ({"objective.guidance_schedule": (("300", 7.0),)}, "guidance_schedule .*'300'.* is not supported; use numbers"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),
@@ -179,24 +182,22 @@ def test_a_mistake_in_a_config_does_not_claim_the_workdir(mistake, message, teac
 
 
 def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
-    job = RECIPES["lcd"](shrunk_lcd(teacher, **{"objective.guidance_embedding_dim": 64}), tmp_path / "run")
-    assert len(job.origin["teacher"]) == 64, "by which a run knows its teacher again"
-    params, batch = jax.eval_shape(job.init), next(job.batches(0))
-    assert params["unet"]["time_embedding"]["cond_proj"]["kernel"].shape[0] == 64
-    draws = jax.eval_shape(job.draw, jax.random.key(0), batch)
-    assert jax.eval_shape(job.loss, params, params, job.frozen, batch, draws)[0].shape == ()
+    task = RECIPES["lcd"](shrunk_lcd(teacher, **{"student.guidance_embedding_dim": 64}), tmp_path / "run")
+    assert len(task.weight_digests()["teacher's unet"]) == 64, "by which a run knows its teacher again"
+    loaded = task.load_params(), task.load_frozen()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
+    assert shapes == (task.params, task.frozen), "what is loaded is what the step is compiled for"
+    assert task.params["unet"]["time_embedding"]["cond_proj"]["kernel"].shape[0] == 64
+    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents), jax.random.key(0))
+    loss = make_loss(task.objective, task.bind, task.prepare)
+    assert jax.eval_shape(loss, task.params, task.params, task.frozen, task.batch, draws)[0].shape == ()
 
 
-@pytest.mark.parametrize(
-    ("unet", "message"),
-    [
-        ({"time_cond_proj_dim": 256}, "is a latent consistency model already"),
-        ({"in_channels": 9, "out_channels": 4}, "takes 9 channels and makes 4: it inpaints"),
-    ],
-)
-def test_what_cannot_be_a_teacher_is_refused(unet, message):
-    with pytest.raises(ValueError, match=message):
-        student_configs(load_config("shapes"), {"unet": unet, "scheduler": {}})
+def test_what_cannot_be_a_teacher_is_refused():
+    config = load_config("shapes")
+    config.teacher = "shapes-lcm"
+    with pytest.raises(ValueError, match="teacher 'shapes-lcm' is already a latent consistency model; use its own"):
+        RECIPES["lcd"](config, Path())
 
 
 def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():

@@ -1,7 +1,5 @@
 """The same numbers, to the last bit, whether or not jax's 64-bit types are on."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +10,12 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.objectives import autoencoder, diffusion, lcd
+from lcm_jax.objectives.autoencoder import Autoencoder
+from lcm_jax.objectives.backward_simulation import BackwardSimulation
+from lcm_jax.objectives.diffusion import Diffusion, timesteps
+from lcm_jax.objectives.lcd import LCD
+from lcm_jax.objectives.networks import Examples, Networks
 from lcm_jax.recipes.diffusion import SCHEDULE
-from lcm_jax.recipes.inpainting import draw_masks
 from lcm_jax.sampling.generate import generate
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 
@@ -37,17 +38,11 @@ def assert_same_bits(function):
 
 
 def test_draws():
-    moments, image = jax.ShapeDtypeStruct((4, 2, 2, 6), jnp.float32), jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)
-    for draw, batch in [
-        (partial(lcd.draw, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.5), {"moments": moments}),
-        (
-            partial(diffusion.draw, num_train_timesteps=1000, empty_prompts=0.5, timestep_power=0.7),
-            {"moments": moments},
-        ),
-        (partial(autoencoder.draw, downscale=4, channels=3), {"image": image}),
-    ]:
-        assert_same_bits(lambda draw=draw, batch=batch: draw(jax.random.key(7), batch))
-    assert_same_bits(lambda: draw_masks(jax.random.key(7), 4, 16, 24))
+    latents = jax.ShapeDtypeStruct((4, 2, 2, 3), jnp.float32)
+    for objective in (BackwardSimulation(LCD(prompt_dropout=0.5), 0.5), Diffusion(timestep_power=0.7), Autoencoder()):
+        assert_same_bits(lambda objective=objective: objective.draw(jax.random.key(7), latents))
+    u = normal(0, 4) ** 2 % 1
+    assert_same_bits(lambda: timesteps(jnp.asarray(u), 1000, 0.7))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -79,34 +74,26 @@ def test_sampling_with_networks():
 
 def test_a_distillation_step():
     schedule = make_schedule(SD)
-    batch = {"moments": normal(0, *SHAPE[:3], 8), "token_ids": np.arange(10, dtype=np.int32).reshape(2, 5)}
-    frozen = {"unet": np.float32(0.7), "empty_ids": np.arange(5, dtype=np.int32), "table": normal(1, 10)}
+    z, context = normal(0, *SHAPE), normal(1, SHAPE[0], 5)
 
-    def denoise(params, z, t, conditioning):
-        told = conditioning.context + (0.0 if conditioning.guidance is None else jnp.sin(conditioning.guidance))
-        return params * jnp.tanh(
-            z * (1 - t.astype(jnp.float32).reshape(-1, 1, 1, 1) / 3000.0) + told.reshape(-1, 1, 1, 1)
-        )
+    def denoise(params):
+        def network(z, t, told):
+            rest = told.context.mean(-1) + (0.0 if told.guidance is None else told.guidance)
+            slope = 1 - t.astype(jnp.float32).reshape(-1, 1, 1, 1) / 3000.0
+            return params * jnp.tanh(z * slope + rest.reshape(-1, 1, 1, 1))
 
-    networks = lcd.Networks(
-        denoise,
-        denoise,
-        lambda frozen, ids, _: Conditioning(jnp.asarray(frozen["table"])[ids].mean(-1)),
-        lambda moments, noise: moments[..., :4] + moments[..., 4:] * noise,
-    )
+        return network
+
+    objective = BackwardSimulation(LCD(weighting="inverse_sigma", guidance_schedule=((0, 0.0), (300, 9.0))), 0.5)
 
     def step():
-        draws = lcd.draw(jax.random.key(3), batch, num_ddim_steps=50, w_min=2.0, w_max=14.0, empty_prompts=0.5)
-        loss = partial(
-            lcd.loss,
-            networks=networks,
-            schedule=schedule,
-            num_ddim_steps=50,
-            weighting="inverse_sigma",
-            own_share=0.5,
-            w_caps=((0, 0.0), (300, 9.0)),
-        )
-        unet = {"unet": jnp.float32(0.9)}
-        return jax.value_and_grad(loss, has_aux=True)(unet, unet, frozen, batch, draws)
+        draws = objective.draw(jax.random.key(3), jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+        examples = Examples(jnp.asarray(z), *(Conditioning(jnp.asarray(c)) for c in (context, 0 * context)))
+
+        def loss(params):
+            networks = Networks(denoise(params), denoise(jnp.float32(0.9)), denoise(jnp.float32(0.7)), schedule)
+            return objective.loss(networks, examples, draws)
+
+        return jax.value_and_grad(loss, has_aux=True)(jnp.float32(0.9))
 
     assert_same_bits(step)

@@ -22,8 +22,9 @@ from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.objectives import lcd
+from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.recipes.distillation import add_guidance_input, bind_unets, make_prepare
 from lcm_jax.training.state import create_state
 from lcm_jax.training.step import make_train_step
 from lcm_jax.weights import naming
@@ -116,11 +117,13 @@ def prepare_sample(case: Case):
     guided = 1 if model.guidance_embedding_dim is not None else 2
     z = jax.ShapeDtypeStruct((case.batch, side, side, model.vae.config["latent_channels"]), jnp.float32)
     ids = pipe.tokenize([cases.PROMPT] * case.batch)
-    context = jax.eval_shape(model.encode_prompt, params, ids)
+    told = jax.eval_shape(model.encode_prompt, params, ids)
+    if guided == 1:
+        told = told._replace(guidance=jax.ShapeDtypeStruct((case.batch,), jnp.float32))
     t = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     flops = (
         guided * flops_of(model.encode_prompt, params, ids)
-        + guided * case.steps * flops_of(model.denoise, params["unet"], z, t, context)
+        + guided * case.steps * flops_of(model.denoise, params["unet"], z, t, told)
         + flops_of(model.decode, params["vae"], z)
     )
     call = partial(pipe, [cases.PROMPT] * case.batch, case.steps, 8.0, height=size, width=size, output_type="np")
@@ -135,37 +138,30 @@ def prepare_train(case: Case):
     teacher, frozen = pipe.model, {name: tree for name, tree in pipe.params.items() if name != "vae"}
     guided = pipe.configs["unet"] | {"time_cond_proj_dim": 256}
     model = StableDiffusion.from_configs(pipe.configs | {"unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
-    student = {"unet": jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])}
-    projection = jnp.zeros((256, model.unet.config["block_out_channels"][0]))
-    student["unet"] = student["unet"] | {
-        "time_embedding": student["unet"]["time_embedding"] | {"cond_proj": {"kernel": projection}}
-    }
+    unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
+    student = {"unet": add_guidance_input(unet, model)}
     frozen["empty_ids"] = pipe.tokenize([""])[0]
-    networks = lcd.Networks(model.denoise, teacher.denoise, model.encode_prompt, model.to_latents)
+    side = latent_side(case, pipe)
+    latents = jax.ShapeDtypeStruct((case.batch, side, side, model.vae.config["latent_channels"]), jnp.float32)
     optimizer = optax.chain(
         optax.clip_by_global_norm(cases.CLIP_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY)
     )
     step = make_train_step(
-        partial(lcd.draw, num_ddim_steps=cases.DDIM_STEPS, w_min=cases.W[0], w_max=cases.W[1], empty_prompts=0.0),
-        partial(
-            lcd.loss,
-            networks=networks,
-            schedule=model.schedule,
-            num_ddim_steps=cases.DDIM_STEPS,
-            kind="huber",
-            huber_c=cases.HUBER_C,
-        ),
+        LCD(num_ddim_steps=cases.DDIM_STEPS, w_min=cases.W[0], w_max=cases.W[1], huber_c=cases.HUBER_C),
+        bind_unets(teacher, model),
+        make_prepare(model),
         optimizer,
+        latents=latents,
         seed=0,
         ema_rate=cases.EMA_RATE,
     )
     state = jax.jit(lambda params: create_state(params, optimizer))(student)
-    side = latent_side(case, pipe)
     rng = np.random.default_rng(0)
     batch = jax.device_put(
         {
-            "moments": rng.standard_normal((case.batch, side, side, 8), np.float32),
+            "moments": rng.standard_normal((*latents.shape[:-1], 2 * latents.shape[-1]), np.float32),
             "token_ids": pipe.tokenize([cases.PROMPT] * case.batch),
+            "time_ids": np.zeros((case.batch, 6), np.float32),
         }
     )
     flops = flops_of(step, state, frozen, batch)

@@ -5,8 +5,9 @@ import json
 import os
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -216,6 +217,26 @@ def encode_for(tokenizers: Sequence, captions: Sequence[str]) -> np.ndarray:
         lengths = ", ".join(str(tokenizer.model_max_length) for tokenizer in tokenizers)
         raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); give those that belong together")
     return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
+
+
+def open_tokenizers(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> list:
+    """Load the tokenizer in `folder`, and for SDXL the one in `tokenizer_2` beside it.
+
+    configs: of the text encoders, by component. Raises ValueError for a tokenizer that its text encoder does not fit.
+    """
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in configs]
+    tokenizers = [load(folder.with_name(f"tokenizer{name.removeprefix('text_encoder')}")) for name in encoders]
+    for tokenizer, name in zip(tokenizers, encoders, strict=True):
+        for what, value, option in (
+            ("model_max_length", tokenizer.model_max_length, "max_position_embeddings"),
+            ("vocabulary", len(tokenizer), "vocab_size"),
+        ):
+            if value > (limit := configs[name].get(option, value)):
+                raise ValueError(
+                    f"{folder}: the tokenizer's {what} is {value}, above the text encoder's {option} {limit}; use the "
+                    "tokenizer that the model was trained with"
+                )
+    return tokenizers
 
 
 def overlong(tokenizer, captions: Sequence[str]) -> list[int]:

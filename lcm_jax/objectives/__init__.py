@@ -1,1 +1,1 @@
-"""What a step minimises, one file an objective: a `draw` of all randomness and a `loss` that is exact in its draws."""
+"""Objectives that a training step minimizes: a paper's algorithm each, in its order, and deterministic in its draws."""

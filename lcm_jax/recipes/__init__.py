@@ -1,29 +1,35 @@
-"""From a config to what the training loop runs: weights, networks, data, previews and what is left behind at the end.
-
-A file for each objective builds its Job; `RECIPES` is the table of their names.
-"""
+"""Recipes: from a config to the task that the training loop runs. `RECIPES` is the table of objectives by name."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lcm_jax.data.sources import check_data
 from lcm_jax.recipes import settings
-from lcm_jax.recipes.autoencoder import autoencoder_job
-from lcm_jax.recipes.diffusion import diffusion_job
-from lcm_jax.recipes.lcd import lcd_job
-from lcm_jax.training.loop import Job, check_run
+from lcm_jax.recipes.autoencoder import autoencoder_task
+from lcm_jax.recipes.diffusion import diffusion_task
+from lcm_jax.recipes.lcd import lcd_task
+from lcm_jax.training.loop import TrainTask, check_run
 
-RECIPES: Mapping[str, Callable] = {"autoencoder": autoencoder_job, "diffusion": diffusion_job, "lcd": lcd_job}
+RECIPES: Mapping[str, Callable[..., TrainTask]] = {
+    "autoencoder": autoencoder_task,
+    "diffusion": diffusion_task,
+    "lcd": lcd_task,
+}
 
 
-def make_job(config, workdir: Path) -> Job:
-    """Build the Job of a config. Before anything is read, what cannot be is refused.
-
-    Raises ValueError for a setting out of its range and RunError for a workdir of another run or one that is in use.
-    """
+def check_config(config) -> None:
+    """Raise ValueError for settings that are not supported; nothing is read."""
     settings.check(config)
     if config.objective.name not in RECIPES:
         raise ValueError(f"objective.name {config.objective.name!r} is not supported; use one of {', '.join(RECIPES)}")
+
+
+def make_task(config, workdir: Path) -> TrainTask:
+    """Build the task of a config. Nothing is written, and no weights are read.
+
+    Raises ValueError for a setting that is not supported, and RunError for a workdir of another run or one in use.
+    """
+    check_config(config)
     check_data(config)
     check_run(workdir, config)
     return RECIPES[config.objective.name](config, workdir)

@@ -1,8 +1,9 @@
-"""A KL autoencoder on the embedded pictures."""
+"""A KL autoencoder, from scratch or from another one."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,99 +14,109 @@ from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.vae import AutoencoderKL
-from lcm_jax.objectives import autoencoder
-from lcm_jax.recipes.sources import digest
+from lcm_jax.objectives.autoencoder import Autoencoder, Networks
+from lcm_jax.ranges import from_settings
+from lcm_jax.recipes.distillation import OpenModel
 from lcm_jax.sampling.preview import save_grid
-from lcm_jax.training.loop import Job
+from lcm_jax.training.loop import TrainTask
+from lcm_jax.training.state import Params
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import layout
+from lcm_jax.weights.model import StoredModel, compute_digests, open_model, read_params
+
+CHUNK = 64  # images encoded and decoded at once
 
 
-def folder_of(model: str) -> Path:
-    """Where an autoencoder is: a shipped model, or a folder with vae/, such as the export of such a run."""
-    return layout.locate(model) if model in layout.SHIPPED else Path(model)
+def open_autoencoder(name: str, open_model: OpenModel) -> StoredModel:
+    """Open the autoencoder of a model, or of a folder with vae/ alone, such as the export of a run of this recipe."""
+    alone = Path(name) / "vae"
+    return open_model(str(alone) if alone.is_dir() and not (Path(name) / "model_index.json").is_file() else name)
 
 
-def check_source(config) -> None:
-    """Raise ValueError unless `config.data` names images whose captions the verifier can judge."""
-    if config.data.source != "shapes" or config.data.encode != "step":
-        raise ValueError(
-            f"data.source {config.data.source!r} with data.encode {config.data.encode!r} is not supported by "
-            "objective.name 'autoencoder'; use shapes and step"
-        )
-
-
-def autoencoder_job(config, workdir: Path) -> Job:
-    """An autoencoder from scratch, or from the one that `config.init` has."""
+def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) -> TrainTask:
+    """Train an autoencoder from scratch, or from the one that `config.init` names. Raises ValueError."""
+    objective = from_settings(Autoencoder, "objective", config.objective.to_dict())
     vae_config = config.vae.to_dict() | {"sample_size": config.data.size, "scaling_factor": 1.0}
     vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
-    downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
-    size = config.data.size
-    check_source(config)
-    dataset = load_dataset(config, workdir)
-    held_out = dataset.held_out
-    shown = np.stack([held_out[i]["image"] for i in range(config.sample.pictures)])
-    captions = [held_out[i]["caption"] for i in range(len(held_out))]
-    apply = lambda method: lambda params, x: vae.apply({"params": params}, x, method=method)  # noqa: E731
-    encode = jax.jit(apply("encode"))
-    decode_mean = jax.jit(lambda params, moments: apply("decode")(params, jnp.split(moments, 2, axis=-1)[0]))
+    size, count = config.data.size, config.train.batch_size
+    side, channels = size // 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
+    latents = jax.ShapeDtypeStruct((count, side, side, channels), jnp.float32)
+    encode = lambda params, images: vae.apply({"params": params}, images, method="encode")  # noqa: E731
+    decode = lambda params, z: vae.apply({"params": params}, z, method="decode")  # noqa: E731
 
     @jax.jit
-    def random():
-        noise = jnp.zeros((1, size // downscale, size // downscale, channels))
-        return vae.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)), noise)["params"]
+    def init():
+        image, noise = jnp.zeros((1, size, size, 3)), jnp.zeros((1, *latents.shape[1:]))
+        return vae.init(jax.random.key(config.train.seed), image, noise)["params"]
 
-    # An autoencoder to go on from: its weights are checked against the network of this config.
-    start = folders.read_params(folder_of(config.init), "vae", jax.eval_shape(random)) if config.init else {}
+    @jax.jit
+    def restore(params, images):
+        """Return (float32[B, H, W, 3] after encoding and decoding, latents)."""
+        mean = jnp.split(encode(params, to_float(images)), 2, axis=-1)[0]
+        return decode(params, mean), mean
 
-    def preview(ema, path):
-        restored = decode_mean(ema, encode(ema, to_float(shown)))
-        half = len(shown) // 2
-        again = np.asarray(to_uint8(restored))
-        save_grid([shown[:half], again[:half], shown[half:], again[half:]], path)
-        return {"held_out_absolute_error": float(jnp.mean(jnp.abs(restored - to_float(shown))))}
+    abstract = jax.eval_shape(init)
+    start = open_autoencoder(config.init, open_model) if config.init else None
 
-    def finish(ema, seconds):
-        images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
-        moments = jnp.concatenate([encode(ema, to_float(part)) for part in np.array_split(images, 8)])
-        restored = [np.asarray(to_uint8(decode_mean(ema, part))) for part in jnp.array_split(moments, 8)]
-        mean = jnp.split(moments, 2, axis=-1)[0]
-        exported = vae_config | {
-            "_class_name": "AutoencoderKL",
-            "scaling_factor": round(1.0 / float(jnp.std(mean)), 5),
-            "block_out_channels": list(config.vae.block_out_channels),
-            "down_block_types": ["DownEncoderBlock2D"] * len(config.vae.block_out_channels),
-            "up_block_types": ["UpDecoderBlock2D"] * len(config.vae.block_out_channels),
-            "in_channels": 3,
-            "out_channels": 3,
-            "act_fn": "silu",
-        }
+    @cache
+    def dataset():
+        return load_dataset(config, workdir)
+
+    def held_out(first: int, last: int) -> np.ndarray:
+        return np.stack([dataset().held_out[i]["image"] for i in range(first, last)])
+
+    def write_preview(ema: Params, frozen: Params, path: Path) -> dict[str, float]:
+        images = held_out(0, config.sample.images)
+        restored, half = restore(ema, images)[0], len(images) // 2
+        pixels = np.asarray(to_uint8(restored))
+        save_grid([images[:half], pixels[:half], images[half:], pixels[half:]], path)
+        return {"held_out_absolute_error": float(jnp.mean(jnp.abs(restored - to_float(images))))}
+
+    def on_complete(ema: Params, frozen: Params, seconds: float) -> None:
+        starts = range(0, config.data.held_out, CHUNK)
+        pairs = [restore(ema, held_out(first, min(first + CHUNK, config.data.held_out))) for first in starts]
+        exported = export_config(vae_config, round(1.0 / float(np.std(np.concatenate([mean for _, mean in pairs]))), 5))
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
             folders.write_component(folder, "vae", exported, ema)
-        figures = {
-            "verifier": verifier.score(np.concatenate(restored), captions),
-            "scaling_factor": exported["scaling_factor"],
-            "seconds": seconds,
-        }
-        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(
-            f"autoencoder in {workdir / 'export' / 'vae'}; the verifier accepts {figures['verifier']['overall']:.1%} "
-            f"of held-out pictures after encoding and decoding"
-        )
+        figures: dict[str, Any] = {"scaling_factor": exported["scaling_factor"], "seconds": seconds}
+        told = f"autoencoder in {workdir / 'export' / 'vae'}"
+        if "verifier" in config.metrics:
+            captions = [record["caption"] for record in dataset().held_out]
+            figures["verifier"] = verifier.score(
+                np.concatenate([to_uint8(restored) for restored, _ in pairs]), captions
+            )
+            overall = figures["verifier"]["overall"]
+            told += f"; the verifier accepts {overall:.1%} of held-out images after encoding and decoding"
+        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print(told)
 
-    return Job(
+    return TrainTask(
         title="autoencoder",
-        init=lambda: start or random(),
+        objective=objective,
+        bind=lambda params, target, frozen: Networks(partial(encode, params), partial(decode, params)),
+        prepare=lambda params, frozen, batch, draws: to_float(batch["image"]),
+        params=abstract,
         frozen={},
-        draw=partial(autoencoder.draw, downscale=downscale, channels=channels),
-        loss=partial(
-            autoencoder.loss,
-            networks=autoencoder.Networks(apply("encode"), apply("decode")),
-            kl_weight=config.objective.kl_weight,
-        ),
-        example={"image": jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.uint8)},
-        batches=lambda step: make_batches(config, workdir, dataset, step),
-        preview=preview,
-        finish=finish,
-        origin={"init": digest(start)} if start else {},
+        load_params=init if start is None else lambda: read_params(start, "vae", abstract),
+        load_frozen=dict,
+        latents=latents,
+        batch={"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)},
+        make_batches=lambda frozen, first: make_batches(config, workdir, dataset(), first),
+        write_preview=write_preview,
+        on_complete=on_complete,
+        weight_digests=lambda: {} if start is None else {"init": compute_digests(start)["vae"]},
     )
+
+
+def export_config(vae_config: dict[str, Any], scaling_factor: float) -> dict[str, Any]:
+    """Return the config.json of an autoencoder in diffusers layout."""
+    widths = list(vae_config["block_out_channels"])
+    return vae_config | {
+        "_class_name": "AutoencoderKL",
+        "scaling_factor": scaling_factor,
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+    }

@@ -1,8 +1,10 @@
-"""A teacher: text encoder and UNet, trained together in the latents of a trained autoencoder."""
+"""A teacher: text encoder and UNet, trained together on the latents of a trained autoencoder."""
 
 import tempfile
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +12,21 @@ import numpy as np
 
 from lcm_jax.data import shapes
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.objectives import diffusion
-from lcm_jax.recipes.autoencoder import folder_of
-from lcm_jax.recipes.sources import batch_shapes, digest, make_encoder
+from lcm_jax.objectives.diffusion import Diffusion
+from lcm_jax.objectives.networks import Networks
+from lcm_jax.ranges import from_settings
+from lcm_jax.recipes.autoencoder import open_autoencoder
+from lcm_jax.recipes.distillation import OpenModel, batch_shapes, latent_batches, latent_shape, make_prepare
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
-from lcm_jax.training.loop import Job
+from lcm_jax.training.loop import TrainTask
+from lcm_jax.training.state import Params
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import layout
+from lcm_jax.weights.model import compute_digests, open_model, read_params
 
+TRAINED = ("unet", "text_encoder")
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -34,108 +39,129 @@ SCHEDULE = {
 }
 
 
-def diffusion_job(config, workdir: Path) -> Job:
-    """Text encoder and UNet on the latents of a trained autoencoder, from scratch or from the model `config.init`."""
-    autoencoder_folder = folder_of(config.autoencoder)
-    vae_config = folders.open_component(autoencoder_folder, "vae")[0]
-    build_tokenizer = partial(
-        tokenizers.build, shapes.words(), model_max_length=config.text_encoder.max_position_embeddings
-    )
+def make_configs(config, vae: Mapping[str, Any], tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Return the configs of a teacher by component. vae: config.json of its autoencoder."""
+    return {
+        "unet": config.unet.to_dict()
+        | {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": vae["latent_channels"],
+            "out_channels": vae["latent_channels"],
+            "cross_attention_dim": config.text_encoder.hidden_size,
+            "sample_size": config.data.size // 2 ** (len(vae["block_out_channels"]) - 1),
+        },
+        "vae": dict(vae),
+        "text_encoder": config.text_encoder.to_dict()
+        | {
+            "model_type": "clip_text_model",
+            "architectures": ["CLIPTextModel"],
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        "scheduler": SCHEDULE
+        | {
+            "_class_name": "DDIMScheduler",
+            "prediction_type": config.objective.prediction_type,
+            "rescale_betas_zero_snr": config.objective.zero_terminal_snr,
+        },
+    }
+
+
+def init_params(model: StableDiffusion, seed: int, side: int) -> dict[str, Params]:
+    """Return random parameters of the trained networks, to be jitted. side: latents along one axis."""
+    unet, text = jax.random.split(jax.random.key(seed))
+    z = jnp.zeros((1, side, side, model.unet.config["in_channels"]))
+    context = jnp.zeros((1, 1, model.unet.config["cross_attention_dim"]))
+    return {
+        "unet": model.unet.init(unet, z, jnp.zeros(1, jnp.int32), context)["params"],
+        "text_encoder": model.text_encoder.init(text, jnp.zeros((1, 2), jnp.int32))["params"],
+    }
+
+
+def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) -> TrainTask:
+    """Train a teacher from scratch, or from the model that `config.init` names. Raises ValueError."""
+    objective = from_settings(Diffusion, "objective", config.objective.to_dict())
+    if config.data.source != "shapes":
+        raise ValueError(
+            f"data.source {config.data.source!r} is not supported: its tokenizer has the words of `shapes`"
+        )
+    autoencoder = open_autoencoder(config.autoencoder, open_model)
+    length = config.text_encoder.max_position_embeddings
+    build_tokenizer = partial(tokenizers.build, shapes.words(), model_max_length=length)
     with tempfile.TemporaryDirectory() as temporary:  # nothing is written to the workdir before the step is compiled
         build_tokenizer(folder=temporary)
         tokenizer = tokenizers.load(Path(temporary))
     tokenize = partial(tokenizers.encode, tokenizer)
-    unet_config = config.unet.to_dict() | {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": vae_config["latent_channels"],
-        "out_channels": vae_config["latent_channels"],
-        "cross_attention_dim": config.text_encoder.hidden_size,
-        "sample_size": config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1),
-    }
-    text_config = config.text_encoder.to_dict() | {
-        "model_type": "clip_text_model",
-        "architectures": ["CLIPTextModel"],
-        "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    scheduler = SCHEDULE | {
-        "_class_name": "DDIMScheduler",
-        "prediction_type": config.objective.prediction_type,
-        "rescale_betas_zero_snr": config.objective.zero_terminal_snr,
-    }
-    configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config, "scheduler": scheduler}
+    configs = make_configs(config, autoencoder.configs["vae"], tokenizer)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
-    vae_params = folders.read_params(autoencoder_folder, "vae", abstract["vae"])
+    start = open_model(config.init) if config.init else None
 
-    if config.data.source != "shapes" or config.data.encode != "cache":
-        raise ValueError(
-            f"data.source {config.data.source!r} with data.encode {config.data.encode!r} is not supported by "
-            "objective.name 'diffusion'; use shapes and cache"
-        )
+    def load_params() -> Params:
+        if start is None:
+            return jax.jit(partial(init_params, model, config.train.seed, configs["unet"]["sample_size"]))()
+        return {name: read_params(start, name, abstract[name]) for name in TRAINED}
 
-    def batches(first):
-        dataset, vae = load_dataset(config, workdir), digest(vae_params)
-        encoder = make_encoder(model, vae_params)
-        return make_batches(
-            config, workdir, dataset, first, tokenize=tokenize, make_encoder=encoder, encoder_digest=vae
-        )
+    def bind(params: Params, target: Params, frozen: Params) -> Networks:
+        return Networks(partial(model.denoise, params["unet"]), None, None, model.schedule)
 
-    sampler = PreviewSampler(
-        model,
-        tokenize,
-        shapes.evaluation_prompts("val", config.sample.prompts),
-        config.data.size,
-        config.sample.batch_size,
-    )
-    # A model to go on from: its weights are checked against the networks of this config.
-    start = {
-        name: folders.read_params(layout.locate(config.init), name, abstract[name])
-        for name in (("unet", "text_encoder") if config.init else ())
-    }
+    @cache
+    def previews() -> PreviewSampler:
+        prompts = shapes.evaluation_prompts("val", config.sample.prompts)
+        return PreviewSampler(model, tokenize, prompts, config.data.size, config.sample.batch_size)
 
-    @jax.jit
-    def random():
-        unet, text = jax.random.split(jax.random.key(config.train.seed))
-        z = jnp.zeros((1, unet_config["sample_size"], unet_config["sample_size"], unet_config["in_channels"]))
-        context = jnp.zeros((1, 1, unet_config["cross_attention_dim"]))
-        return {
-            "unet": model.unet.init(unet, z, jnp.zeros(1, jnp.int32), context)["params"],
-            "text_encoder": model.text_encoder.init(text, jnp.zeros((1, 2), jnp.int32))["params"],
-        }
-
-    def preview(ema, path):
-        images, _ = sampler(ema | {"vae": vae_params}, "ddim", config.sample.steps, config.sample.guidance_scale)
+    def write_preview(ema: Params, frozen: Params, path: Path) -> dict[str, float]:
+        sampler = previews()
+        images, _ = sampler({**frozen, **ema}, "ddim", config.sample.steps, config.sample.guidance_scale)
         rows = np.array_split(images, min(len(shapes.TASKS), len(images)))  # a task in each
         save_grid([row[: min(10, len(rows[-1]))] for row in rows], path)
-        path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n")
-        figures = verifier.score(images, sampler.prompts)
-        return {"verifier": figures["overall"]} | {f"verifier/{task}": v for task, v in figures["tasks"].items()}
+        path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n", encoding="utf-8")
+        score = verifier.score(images, sampler.prompts)
+        return {"verifier": score["overall"]} | {f"verifier/{task}": value for task, value in score["tasks"].items()}
 
-    def finish(ema, seconds):
-        params = ema | {"vae": vae_params}
+    def on_complete(ema: Params, frozen: Params, seconds: float) -> None:
+        params = {**jax.device_get(ema), "vae": read_params(autoencoder, "vae", abstract["vae"])}
         build_tokenizer(folder=workdir / "tokenizer")
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
-            folders.write_pipeline(folder, configs, params, workdir / "tokenizer", scheduler, dtype=config.export.dtype)
+            folders.write_pipeline(
+                folder, configs, params, workdir / "tokenizer", configs["scheduler"], dtype=config.export.dtype
+            )
         print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
 
-    networks = diffusion.Networks(model.denoise, model.encode_prompt, model.to_latents)
-    return Job(
+    def weight_digests() -> dict[str, str]:
+        models = {"autoencoder": autoencoder} | ({} if start is None else {"init": start})
+        return {
+            f"{name}'s {part}": digest
+            for name, stored in models.items()
+            for part, digest in compute_digests(stored).items()
+        }
+
+    empty = np.asarray(tokenize([""])[0], np.int32)
+    return TrainTask(
         title="diffusion",
-        init=lambda: start or random(),
-        frozen={"empty_ids": jnp.asarray(tokenize([""])[0])},
-        draw=partial(
-            diffusion.draw,
-            num_train_timesteps=len(model.schedule.alphas_cumprod),
-            empty_prompts=config.objective.empty_prompts,
-            timestep_power=config.objective.timestep_power,
+        objective=objective,
+        bind=bind,
+        prepare=make_prepare(model),
+        params={name: abstract[name] for name in TRAINED},
+        frozen={"vae": abstract["vae"], "empty_ids": jax.ShapeDtypeStruct(empty.shape, jnp.int32)},
+        load_params=load_params,
+        load_frozen=lambda: {
+            "vae": read_params(autoencoder, "vae", abstract["vae"], lambda x: np.float32),
+            "empty_ids": empty,
+        },
+        latents=latent_shape(model, config.data.size, config.train.batch_size),
+        batch=batch_shapes(model, config.data.size, config.train.batch_size, config.data.encode),
+        make_batches=latent_batches(
+            config,
+            workdir,
+            lambda: load_dataset(config, workdir),
+            model,
+            tokenize,
+            lambda: compute_digests(autoencoder)["vae"],
         ),
-        loss=partial(diffusion.loss, networks=networks, schedule=model.schedule),
-        example=batch_shapes(model, config.data.size, config.train.batch_size, "moments"),
-        batches=batches,
-        preview=preview,
-        finish=finish,
-        origin={"autoencoder": digest(vae_params)} | ({"init": digest(start)} if start else {}),
+        write_preview=write_preview,
+        on_complete=on_complete,
+        weight_digests=weight_digests,
     )

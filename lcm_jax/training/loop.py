@@ -4,15 +4,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from lcm_jax.errors import RunError, first_line, memory_shortage, phase
+from lcm_jax.objectives.networks import Bind, Objective, Prepare
 from lcm_jax.output import outliving
 from lcm_jax.training import sharding
 from lcm_jax.training.checkpoint import STABLER, Checkpoints
@@ -25,27 +26,44 @@ STEP_MEMORY = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or s
 MAX_PENDING = 100  # updates whose losses wait on the device if log.every_steps=0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the loop needs to know of an objective: arrays and functions, no configuration.
+class WritePreview(Protocol):
+    def __call__(self, ema: Params, frozen: Params, path: Path, /) -> Mapping[str, float]:
+        """Write a PNG to `path`; return scalars to record."""
+        ...
 
-    init() -> parameters to optimise. frozen: parameters that never change (teacher, text encoder), an argument of
-    `loss`. draw, loss: see `training.step`. batches(step) -> endless batches of numpy arrays, beginning with that of
-    `step` (0-based). preview(ema, path) writes a PNG to `path`, returns scalars. finish(ema, seconds) writes what the
-    run leaves behind. origin: digests of the weights that it starts from, by name. example: the shapes and dtypes of a
-    batch, by which the step is compiled before `batches` is asked for anything.
+
+class OnComplete(Protocol):
+    def __call__(self, ema: Params, frozen: Params, seconds: float, /) -> None:
+        """Write what a complete run leaves behind. seconds: the time that its training took."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """All that the loop needs to know of a run's models and data: arrays and functions, no configuration.
+
+    objective, bind, prepare: see `objectives.networks`. params, frozen: the shapes and dtypes of what is optimized, and
+    of what never changes (teacher, text encoder). load_params(), load_frozen(): those parameters, as arrays on the host
+    that nothing else refers to. latents, batch: the shapes of a whole batch's z and of its records, by which the step
+    is compiled before anything is loaded. make_batches(frozen, step): endless batches of numpy arrays, beginning with
+    that of `step` (0-based); frozen as it lies on the devices. weight_digests(): of the weights that the run starts
+    from, by name.
     """
 
     title: str
-    init: Callable[[], Params]
+    objective: Objective
+    bind: Bind
+    prepare: Prepare
+    params: Params
     frozen: Params
-    draw: Callable
-    loss: Callable
-    example: Mapping[str, jax.ShapeDtypeStruct]
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-    preview: Callable[[Params, Path], Mapping[str, float]]
-    finish: Callable[[Params, float], None]
-    origin: Mapping[str, str] = field(default_factory=dict)
+    load_params: Callable[[], Params]
+    load_frozen: Callable[[], Params]
+    latents: jax.ShapeDtypeStruct
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    make_batches: Callable[[Params, int], Iterator[Mapping[str, np.ndarray]]]
+    write_preview: WritePreview
+    on_complete: OnComplete
+    weight_digests: Callable[[], Mapping[str, str]]
 
 
 def check_run(workdir: Path, config) -> None:
@@ -66,8 +84,8 @@ def check_batch_size(config, devices: int) -> int:
 
 
 @outliving()
-def train(job: Job, config, workdir: Path) -> bool:
-    """Runs `job` to `config.train.steps` updates, from the newest checkpoint in `workdir` where there is one.
+def train(task: TrainTask, config, workdir: Path) -> bool:
+    """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` where there is one.
 
     Returns True when the run is complete, False when SIGTERM, SIGHUP or Ctrl-C stopped it early, with its state saved.
     Raises RunError on a loss or a state that is not finite, on too little memory and on a full disk, and Interrupted
@@ -78,14 +96,16 @@ def train(job: Job, config, workdir: Path) -> bool:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     create = lambda params: create_state(params, optimizer)  # noqa: E731
-    abstract = jax.eval_shape(create, jax.eval_shape(job.init))
+    abstract = jax.eval_shape(create, task.params)
     shardings = sharding.tree_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    frozen_shardings = sharding.tree_shardings(mesh, job.frozen)
+    frozen_shardings = sharding.tree_shardings(mesh, task.frozen)
     step = make_train_step(
-        job.draw,
-        job.loss,
+        task.objective,
+        task.bind,
+        task.prepare,
         optimizer,
+        latents=task.latents,
         seed=config.train.seed,
         ema_rate=config.train.ema_rate,
         accumulate=config.train.accumulate,
@@ -100,53 +120,66 @@ def train(job: Job, config, workdir: Path) -> bool:
     # the step is compiled nothing is written or encoded.
     again = "run the same command to begin again"
     with phase("compiling the step", memory=STEP_MEMORY, kept=again):
-        step = compile_step(step, (abstract, job.frozen, job.example), job.title, mesh)
+        step = compile_step(step, (abstract, task.frozen, dict(task.batch)), task.title, mesh)
     with hold_workdir(workdir):
+        with phase("loading the weights", memory=STEP_MEMORY, kept=again):
+            frozen = jax.device_put(task.load_frozen(), frozen_shardings)
         with phase("opening the data", memory=STEP_MEMORY, kept=again):
-            batches = job.batches(0)
+            batches = task.make_batches(frozen, 0)
             batches = chain([next(batches)], batches)
-        check_origin(workdir, job.origin)
+        check_origin(workdir, task.weight_digests())
         claim_workdir(workdir, config.to_dict())
         with closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints:
             # Resume, in this order:
             # 1. the newest checkpoint of this workdir that can be read;
-            # 2. where there is none, the job's initial parameters;
-            # 3. randomness goes on by itself: every step folds its own number into the seed;
-            # 4. the data goes on at the batch of that step.
+            # 2. if there is none, the task's initial parameters;
+            # 3. randomness resumes by itself: every step folds its own number into the seed;
+            # 4. the data resumes at the batch of that step.
             with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary):
-                frozen = jax.device_put(job.frozen, frozen_shardings)
                 state = checkpoints.restore(abstract)
                 if state is None:
-                    # An argument, not a constant of the program: a teacher's gigabytes would be compiled into it.
-                    state = jax.jit(create, out_shardings=shardings)(jax.device_put(job.init(), shardings.params))
+                    # An argument, not a constant of the program; donated, since master weights may lie in its buffers.
+                    params = jax.device_put(task.load_params(), shardings.params, may_alias=False)
+                    state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+                    del params
                 first = int(state.step)
-                inputs = (sharding.put_batch(mesh, batch) for batch in (job.batches(first) if first else batches))
-                advance = partial(lambda frozen, state: step(state, frozen, next(inputs)), frozen)
-                state, seconds = run_steps(job, config, workdir, advance, state, checkpoints, began)
+                if first:
+                    batches = task.make_batches(frozen, first)
+                inputs = (sharding.put_batch(mesh, batch) for batch in batches)
+                advance = lambda state: step(state, frozen, next(inputs))  # noqa: E731
+                state, seconds = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
         done = int(state.step)
         if done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; saved. The same command goes on from here.")
             return False
         ema = state.ema
-        del state, frozen, advance  # what the report has no use for leaves the device
+        del state, advance  # what the report has no use for leaves the device
         memory = "lower report.batch_size" if "report" in config else "use a device with more memory"
         with phase("writing the export and the report", memory=memory, kept=checkpoints.summary):
-            job.finish(ema, seconds)
+            task.on_complete(ema, frozen, seconds)
     return True
 
 
 def run_steps(
-    job: Job, config, workdir: Path, advance: Callable, state: TrainState, checkpoints: Checkpoints, began: float
+    task: TrainTask,
+    frozen: Params,
+    config,
+    workdir: Path,
+    advance: Callable[[TrainState], tuple[TrainState, dict]],
+    state: TrainState,
+    checkpoints: Checkpoints,
+    began: float,
 ) -> tuple[TrainState, float]:
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
-    began: when this process began, by time.monotonic(). Returns (state, seconds that the run has taken in all).
+    frozen: on the devices. began: when this process began, by time.monotonic(). Return (state, seconds that the run has
+    taken in all).
     """
     steps, batch_size, step = config.train.steps, config.train.batch_size, int(state.step)
     due = lambda group: bool(group.every_steps) and step % group.every_steps == 0  # noqa: E731
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
     with (
-        closing(ProgressReport(steps, step, batch_size, job.title)) as progress,
+        closing(ProgressReport(steps, step, batch_size, task.title)) as progress,
         closing(Recorder(workdir, step, progress.say)) as recorder,
         closing(_StopSignal()) as stop,
     ):
@@ -179,7 +212,7 @@ def run_steps(
                     phase("sampling a preview", memory="lower sample.batch_size", kept=checkpoints.summary),
                     stop.at_once(),
                 ):
-                    scalars = job.preview(state.ema, path)
+                    scalars = task.write_preview(state.ema, frozen, path)
                     if scalars:
                         recorder.write(step, scalars)
                     progress.say("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))

@@ -1,34 +1,46 @@
 """One optimizer update as a pure function: draw -> gradient over micro-batches -> clip and update -> moving average."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lcm_jax.objectives.networks import Bind, Metrics, Objective, Prepare
 from lcm_jax.training.state import Params, TrainState
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+
+
+def make_loss(objective: Objective, bind: Bind, prepare: Prepare) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Return loss(params, target, frozen, batch, draws) -> (float32[], metrics) of a batch of records."""
+
+    def loss(params: Params, target: Params, frozen: Params, batch: Batch, draws: Any):
+        return objective.loss(bind(params, target, frozen), prepare(params, frozen, batch, draws), draws)
+
+    return loss
 
 
 def make_train_step(
-    draw: Callable,
-    loss: Callable,
+    objective: Objective,
+    bind: Bind,
+    prepare: Prepare,
     optimizer: optax.GradientTransformation,
     *,
+    latents: jax.ShapeDtypeStruct,
     seed: int,
     ema_rate: float,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Build `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    draw(rng, batch) -> draws: every random number of the step, as arrays with a leading batch axis.
-    loss(params, target, frozen, batch, draws) -> (float32[], metrics): a mean over the batch axis.
-    ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak; METHOD: the target network).
+    objective, bind, prepare: see `objectives.networks`. latents: the shape of the whole batch's z, for the draws.
+    ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak averaging).
     accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch. `step` raises
-        ValueError, while it is traced, where it does not divide the batch.
+        ValueError, while it is traced, if it does not divide the batch.
     """
+    loss = make_loss(objective, bind, prepare)
 
     def micro_batches(tree):
         # Example i goes to micro-batch i mod N: each lies on all devices when the batch axis is sharded.
@@ -39,7 +51,7 @@ def make_train_step(
         size = jax.tree.leaves(batch)[0].shape[0]
         if size % accumulate:
             raise ValueError(f"batch size {size} is not a multiple of accumulate {accumulate}; choose a divisor of it")
-        draws = draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
+        draws = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), latents)
         gradient = jax.grad(loss, has_aux=True)
 
         if accumulate == 1:

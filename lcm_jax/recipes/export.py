@@ -1,0 +1,140 @@
+"""What a complete run leaves behind: its model in diffusers layout, and the report of student and teacher."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.errors import RunError
+from lcm_jax.evaluation import report, verifier
+from lcm_jax.evaluation.evaluate import Resources, evaluate
+from lcm_jax.evaluation.frechet import encoder_features
+from lcm_jax.evaluation.metrics import make_metrics
+from lcm_jax.recipes.previews import Previews, inpainting_inputs
+from lcm_jax.sampling.preview import PreviewSampler
+from lcm_jax.training.state import Params
+from lcm_jax.training.workdir import config_digest, differences, read_object
+from lcm_jax.weights import diffusers_folder as folders
+from lcm_jax.weights.model import StoredModel
+
+REPORT_SEED = 2  # of the noise that a report's images begin from
+Plan = Mapping[str, Sequence[int]]
+
+
+def write_model(folder: Path, stored: StoredModel, configs: Mapping[str, Mapping[str, Any]], trained: Params) -> None:
+    """Write a model in diffusers layout to `folder`, all or nothing: `trained` networks, the others as stored.
+
+    Raises RunError if the tokenizer that it has a copy of is gone.
+    """
+    if stored.tokenizer is None or not stored.tokenizer.is_dir():
+        raise RunError(
+            f"{stored.tokenizer} is gone, of which the export has a copy; put it back, and run the same command: the "
+            "checkpoints are kept"
+        )
+    with folders.new_folder(folder) as temporary:
+        for name, tensors in stored.tensors.items():
+            if name in trained:
+                folders.write_component(temporary, name, configs[name], trained[name])
+            else:
+                folders.write_tensors(temporary, name, configs[name], tensors)
+        xl = "text_encoder_2" in stored.tensors
+        folders.write_surroundings(temporary, configs, stored.tokenizer, configs["scheduler"], None, xl)
+
+
+def complete(
+    config,
+    workdir: Path,
+    export: Callable[[Path], None],
+    previews: Previews,
+    ema: Params,
+    frozen: Params,
+    seconds: float,
+) -> None:
+    """Write export/, samples/final.png and the report of a complete run, unless they are there already.
+
+    export(folder): writes the model. ema, frozen: on the devices. seconds: the time that training took. A report that
+    was made with other settings is made anew.
+    """
+    path, exported = workdir / "report.json", (workdir / "export").exists()
+    before = read_object(path, "delete it, and the same command makes it again") if path.exists() else None
+    settings = {"metrics": config.metrics} | config.report.to_dict()
+    changed = differences(before["settings"], json.loads(json.dumps(settings))) if before and exported else []
+    if before and exported and not changed:
+        print(f"this run is complete: {workdir / 'export'}, {path}")
+        report.show(before)
+        return
+    if changed:
+        key, value, now = changed[0]
+        name = key if key in config else f"report.{key}"
+        print(f"{name} is {value} in {path} and {now} in the config: a new report is made")
+    else:
+        if exported:  # left by a run that was stopped between its export and its report
+            shutil.rmtree(workdir / "export")
+        export(workdir / "export")
+    (workdir / "samples").mkdir(exist_ok=True)
+    previews.save(ema, frozen, workdir / "samples" / "final.png")
+
+    began = time.monotonic()
+    figures = measure(config, previews, ema, frozen)
+    result = figures | {
+        **report.environment(),
+        "guidance_scale": config.report.guidance_scale,
+        "settings": settings,
+        "config_digest": config_digest(config.to_dict()),
+        "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
+    }
+    report.write(result, workdir)
+    report.show(result)
+    print(f"student in {workdir / 'export'}; images in {workdir / 'samples' / 'final.png'}; figures in {path}")
+
+
+def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str, Any]:
+    """Return the figures of teacher and student by the config's metrics, over its plans of samplers and steps."""
+    dataset, settings, size = previews.dataset, config.report, config.report.batch_size
+    prompts = dataset.prompts(settings.prompts)
+    # Fewer: they stand beside the others, and the teacher's many steps take most of a report's time.
+    unseen = dataset.compositional_prompts(max(settings.prompts // 4, 1)) if "verifier" in config.metrics else []
+
+    def real_images() -> Iterator[np.ndarray]:
+        for first in range(0, settings.reference, size):
+            last = min(first + size, settings.reference)
+            yield np.stack([dataset.held_out[i]["image"] for i in range(first, last)])
+
+    features = encoder_features(previews.student, frozen["vae"], size)
+    metrics = make_metrics(config.metrics, Resources(features, real_images))
+    rows, composition = [], {}
+    for who, model, params, plan in (
+        ("teacher", previews.teacher, frozen, settings.teacher.to_dict()),
+        ("student", previews.student, {**frozen, **ema}, settings.student.to_dict()),
+    ):
+        print(f"{who}, {len(prompts)} captions:")
+        sampler = PreviewSampler(
+            model,
+            previews.tokenize,
+            prompts,
+            config.data.size,
+            size,
+            seed=REPORT_SEED,
+            inpainting=inpainting_inputs(model, dataset.held_out, len(prompts)),
+        )
+
+        def draw(name: str, steps: int, sampler=sampler, params=params):
+            return [sampler(params, name, steps, settings.guidance_scale)]
+
+        if unseen:
+            of_unseen = sampler.with_prompts(unseen, inpainting_inputs(model, dataset.held_out, len(unseen)))
+            score = lambda name, n, s=of_unseen, p=params: round(  # noqa: E731
+                verifier.score(s(p, name, n, settings.guidance_scale)[0], unseen)["overall"], 4
+            )
+            name, numbers = next((name, numbers) for name, numbers in plan.items() if numbers)
+            numbers = numbers if who == "student" else numbers[-1:]
+            composition[who] = {name: {str(n): score(name, n) for n in numbers}}
+        for row in evaluate(draw, plan, prompts, metrics):
+            print(f"  {report.line(row)}")
+            rows.append({"model": who} | row)
+    counted = {"composition": {"captions": len(unseen)} | composition} if unseen else {}
+    return report.nest(rows) | counted | {"captions": len(prompts)}
