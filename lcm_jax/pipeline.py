@@ -50,9 +50,9 @@ class Pipeline:
         self.name, self.family = stored.name, stored.family
         self.configs, self.index, self.tokenizer_folder = stored.configs, stored.index, stored.tokenizer
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
-        self.tokenizers = self._load_tokenizers()
         abstract = self.model.abstract_params()
         check_params(stored, abstract)
+        self.tokenizers = self._load_tokenizers()
         # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
         put = partial(jnp.array, copy=True)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}

@@ -189,7 +189,7 @@ def test_without_a_network_the_cache_is_read_or_the_id_is_named(model, tmp_path)
     assert last.startswith(
         f"ModelError: 'org/absent' is not a folder here and not in the cache {tmp_path / 'home' / 'hub'}"
     )
-    assert "the hub cannot be reached" in last and "or give a local folder" in last
+    assert "the hub cannot be reached" in last and "or use a local folder" in last
 
 
 def test_a_local_folder_of_this_name_wins(model, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_the_metadata_say_what_is_predicted(key, tmp_path):
         assert open_file(path).configs["scheduler"].get("prediction_type") == expected
         assert open_file(path, prediction_type="epsilon").configs["scheduler"]["prediction_type"] == "epsilon"
     for value, mark, message in [
-        ("epsilon", True, f"v_pred says v_prediction, metadata {key} says epsilon; pass --prediction_type"),
+        ("epsilon", True, f"v_pred is v_prediction, metadata {key} is epsilon; pass --prediction_type"),
         ("flow", False, f"metadata {key}='flow' is not supported; pass --prediction_type"),
     ]:
         marks = {"v_pred": np.zeros(0, np.float32)} if mark else {}

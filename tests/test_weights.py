@@ -250,14 +250,14 @@ def test_a_hub_model_of_mixed_variants_gives_its_files():
         layout.needed_files("m", files, "bf16")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_json_in_the_encodings_of_windows_is_read(copy, encoding):
     path = copy / "unet" / "config.json"
     expected = layout.read_json(path)
     path.write_text(json.dumps(expected | {"_note": "ä"}, ensure_ascii=False), encoding=encoding)
     assert layout.read_json(path) == expected | {"_note": "ä"}
     path.write_text(json.dumps({"_note": "ä"}, ensure_ascii=False), encoding="latin-1")
-    with pytest.raises(ModelError, match="unet/config.json is not valid JSON .'utf-8' codec"):
+    with pytest.raises(ModelError, match="unet/config.json is not UTF-8 .*at byte 11.*; save it as UTF-8"):
         layout.read_json(path)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcm_jax.files import decode
+from lcm_jax.files import TextError, decode
 from lcm_jax.weights import hub
 from lcm_jax.weights.errors import ModelError
 
@@ -174,7 +174,7 @@ NAMES = {str: "a string", bool: "true or false", dict: "an object", int: "an int
 
 
 def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file: UTF-8, or what its byte order mark says, as editors on Windows write.
+    """Return the JSON object in a file: UTF-8, or the encoding of its byte order mark, as editors on Windows write.
 
     keys: (kind, required) of the keys that are checked; by default those that KEYS has for a file of this name. null
     counts as absent. Raises ModelError that names the file, and the key, for anything else.
@@ -183,6 +183,8 @@ def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) ->
         content = json.loads(decode(path.read_bytes(), str(path)))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the model is incomplete, copy it again") from None
+    except TextError as error:
+        raise ModelError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): copy it again") from None
     except OSError as error:
