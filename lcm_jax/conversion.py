@@ -20,7 +20,7 @@ from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora, lora_settings, orbax_folder, single_file, single_file_configs, stored
 from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model
-from lcm_jax.weights.stored import Tensors, get_specs, size_of
+from lcm_jax.weights.stored import Tensors, get_specs, total_bytes
 
 MODEL_FORMATS = ("diffusers", "ldm", "orbax")
 LORA_FORMATS = ("lora-kohya", "lora-peft")
@@ -151,7 +151,7 @@ def _progress(phase: str, components: Components):
     console = Console(stderr=True)
     columns = (TextColumn(f"{phase:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(phase, total=sum(map(size_of, components.values())))
+        task = bar.add_task(phase, total=sum(map(total_bytes, components.values())))
         yield lambda count: bar.advance(task, count)
 
 
@@ -218,7 +218,7 @@ def _choose_writer(target: str | Path | None, format: str | None, overwrite: boo
 def _check_space(target: Path, components: Components) -> None:
     """Raise ModelError if the disk of `target` has less space than the tensors take: before anything is written."""
     disk = next(folder for folder in target.absolute().parents if folder.exists())
-    needed, free = sum(map(size_of, components.values())), shutil.disk_usage(disk).free
+    needed, free = sum(map(total_bytes, components.values())), shutil.disk_usage(disk).free
     if free < needed:
         raise ModelError(
             f"{target} needs {needed / 1e9:.3g} GB, and {disk} has {free / 1e9:.3g} GB free; free some space, or "
@@ -263,7 +263,7 @@ def _write_ldm(model: StoredModel, target: Path, digests: Mapping[str, str], ove
         _verify(digests, written)
 
     file = single_file.open_ldm(others, model.family, averages)
-    marks = single_file_configs.marks_of(model.configs.get("scheduler", {})) if "unet" in others else {}
+    marks = single_file_configs.make_marks(model.configs.get("scheduler", {})) if "unet" in others else {}
     tensors = Tensors({**file.specs, **marks}, lambda key: marks[key] if key in marks else file[key])
     _write_file(model.tensors, tensors, {}, target, check)
 

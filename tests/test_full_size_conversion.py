@@ -76,7 +76,7 @@ def convert(source: Path, target: Path, name: str, *more: str) -> tuple[float, f
 def test_memory_stays_below_the_size_of_the_model(tmp_path, capfd):
     source = write_sdxl(tmp_path / "sdxl")
     tensors = {name: folders.open_component(source, name)[1] for name in layout.networks_of(layout.read_index(source))}
-    size = sum(map(stored.size_of, tensors.values())) / GB
+    size = sum(map(stored.total_bytes, tensors.values())) / GB
     digests = {name: stored.digest(each) for name, each in tensors.items()}
     file, orbax, again = tmp_path / "sdxl.safetensors", tmp_path / "orbax", tmp_path / "again"
     for start, target, name, more in [

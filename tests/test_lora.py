@@ -16,13 +16,13 @@ from lcm_jax.weights.lora import LoRA
 def test_both_namings_and_back_are_bit_identical(dtype, alpha):
     lora = example(dtype, alpha)
     kohya, metadata = loras.to_kohya(lora)
-    assert loras.is_lora(kohya) and loras.naming_of(kohya) == "kohya"
+    assert loras.is_lora(kohya) and loras.detect_naming(kohya) == "kohya"
     assert f"lora_unet_{CROSS.replace('.', '_')}_to_out_0.lora_down.weight" in kohya
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in kohya
     again = loras.read_lora(kohya, metadata, base())
     assert_same(again, lora)
     peft, metadata = loras.to_peft(again)
-    assert loras.is_lora(peft) and loras.naming_of(peft) == "peft"
+    assert loras.is_lora(peft) and loras.detect_naming(peft) == "peft"
     assert f"unet.{CROSS}.to_k.lora_A.weight" in peft
     for model in (None, base()):  # PEFT's names are whole
         assert_same(loras.read_lora(peft, metadata, model), lora)

@@ -17,7 +17,7 @@ from lcm_jax.weights import trees
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, merge_base, open_file
 from lcm_jax.weights.single_file import left_out, to_diffusers, to_ldm
-from lcm_jax.weights.single_file_configs import configs_of
+from lcm_jax.weights.single_file_configs import infer_configs
 from lcm_jax.weights.single_file_family import detect_family
 
 torch = pytest.importorskip("torch")
@@ -70,7 +70,7 @@ def test_a_network_with_diffusers_keys_in_full_size(name, part, family):
         shapes = {key: tuple(tensor.shape) for key, tensor in build(FAMILIES[name][part]).state_dict().items()}
     zeros = {key: np.broadcast_to(np.zeros((), np.float16), shape) for key, shape in shapes.items()}
     assert detect_family(shapes) == family
-    config = configs_of(shapes, family, "epsilon", 0.13025)[part]
+    config = infer_configs(shapes, family, "epsilon", 0.13025)[part]
     for option, value in FAMILIES[name][part].items():
         if option not in ("sample_size", "force_upcast"):
             assert config[option] == value, option
@@ -144,8 +144,8 @@ def test_the_metadata_say_what_is_predicted(key, tmp_path):
 
 def test_ztsnr_counts_beside_v_pred_only():
     file = to_ldm(components("sdxl"), "sdxl") | {"ztsnr": np.zeros(0)}
-    assert "rescale_betas_zero_snr" not in configs_of(file, "sdxl")["scheduler"]
-    assert configs_of(file | {"v_pred": np.zeros(0)}, "sdxl")["scheduler"]["rescale_betas_zero_snr"] is True
+    assert "rescale_betas_zero_snr" not in infer_configs(file, "sdxl")["scheduler"]
+    assert infer_configs(file | {"v_pred": np.zeros(0)}, "sdxl")["scheduler"]["rescale_betas_zero_snr"] is True
 
 
 # ---- float8, and files that are not what their name says -----------------------------------------------------------

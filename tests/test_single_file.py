@@ -32,7 +32,7 @@ from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_params, merge_base, open_file
 from lcm_jax.weights.pickles import read_pickle
 from lcm_jax.weights.single_file import open_diffusers, open_ldm, to_diffusers, to_ldm
-from lcm_jax.weights.single_file_configs import complete, configs_of
+from lcm_jax.weights.single_file_configs import complete, infer_configs
 from lcm_jax.weights.single_file_family import detect_family
 from lcm_jax.weights.stored import Tensors
 from lcm_jax.weights.trees import to_params
@@ -163,7 +163,7 @@ def test_the_full_size_names_shapes_and_configs(name):
     assert theirs.infer_diffusers_model_type({key: Shaped(*shape) for key, shape in shapes.items()}) == KINDS[name]
 
     config = FAMILIES[name]["scheduler"]
-    configs = configs_of(shapes, family, config["prediction_type"])
+    configs = infer_configs(shapes, family, config["prediction_type"])
     assert configs.keys() == FAMILIES[name].keys() - {"model_index"}
     for component, config in FAMILIES[name].items():
         for option, value in config.items():
@@ -231,7 +231,7 @@ def test_the_published_keys():
 def test_the_configs_of_small_models_fit_their_weights(name):
     file, _ = published(name)
     family = family_of(name)
-    configs = configs_of(file, family, "epsilon" if family == "sd2" else None)
+    configs = infer_configs(file, family, "epsilon" if family == "sd2" else None)
     for component, network in networks(name).items():
         for option, value in configs[component].items():
             if option not in ("_class_name", "architectures"):
@@ -245,7 +245,7 @@ def test_the_configs_of_small_models_fit_their_weights(name):
 
 
 def test_the_scheduler():
-    scheduler = lambda name, *a, **extra: configs_of(published(name)[0] | extra, family_of(name), *a)["scheduler"]  # noqa: E731
+    scheduler = lambda name, *a, **extra: infer_configs(published(name)[0] | extra, family_of(name), *a)["scheduler"]  # noqa: E731
     assert scheduler("sd1")["_class_name"] == "DDIMScheduler" and "prediction_type" not in scheduler("sd1")
     assert scheduler("sd1", "v_prediction")["prediction_type"] == "v_prediction"
     assert scheduler("sd1 guided")["_class_name"] == "LCMScheduler"
@@ -307,14 +307,14 @@ def test_a_shape_that_is_missing_or_in_no_config():
     file = to_ldm(components("sd1"), "sd1")
     short = {key: tensor for key, tensor in file.items() if key != "model.diffusion_model.out.2.weight"}
     with pytest.raises(ModelError, match="the unet of this file lacks conv_out.weight"):
-        configs_of(short, "sd1")
+        infer_configs(short, "sd1")
     uneven = {key: tensor for key, tensor in file.items() if ".input_blocks.2.1." not in key}
     with pytest.raises(ModelError, match=r"down_blocks.0 has \[1, 0\] transformer blocks"):
-        configs_of(uneven, "sd1")
+        infer_configs(uneven, "sd1")
     middle = to_ldm(components("sdxl"), "sdxl")
     middle = {key: tensor for key, tensor in middle.items() if "middle_block.1.transformer_blocks.2." not in key}
     with pytest.raises(ModelError, match=r"depth 2 in the middle and \[3, 3\] before it"):
-        configs_of(middle, "sdxl")
+        infer_configs(middle, "sdxl")
 
 
 # --- averaged weights, autoencoders alone, parts ---
@@ -355,18 +355,18 @@ def test_an_autoencoder_alone(prefix):
         {key: torch.from_numpy(np.array(tensor)) for key, tensor in file.items()}, networks("sd1")["vae"].config
     )
     assert_same_tensors(to_diffusers(file, "vae")["vae"], {key: tensor.numpy() for key, tensor in expected.items()})
-    config = configs_of(file, "vae", scaling_factor=0.13025)
+    config = infer_configs(file, "vae", scaling_factor=0.13025)
     assert config.keys() == {"vae"} and config["vae"]["scaling_factor"] == 0.13025
     assert config["vae"]["block_out_channels"] == [32, 32, 64, 64]
     with pytest.raises(ModelError, match="scaling_factor is needed: .*0.18215 .*0.13025"):
-        complete(configs_of(file, "vae"), "vae")
+        complete(infer_configs(file, "vae"), "vae")
 
 
 def test_a_unet_alone():
     for name, family in [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl")]:
         file = shapes_of({"unet": zeros_of(name)["unet"]}, family)
         assert detect_family(file) == family
-        configs = configs_of(file, family, "epsilon")
+        configs = infer_configs(file, family, "epsilon")
         assert configs.keys() == {"unet", "scheduler"}
         assert configs["unet"].get("addition_time_embed_dim") == (256 if family == "sdxl" else None)
     with pytest.raises(ModelError, match="no known family"):  # attends to a text of width 64
@@ -405,7 +405,7 @@ def test_tensors_are_read_one_at_a_time(name):
     read: list[str] = []
     source = counted(file, read)
     assert detect_family(source.specs) == family_of(name)
-    configs_of(source.specs, family_of(name), "epsilon")
+    infer_configs(source.specs, family_of(name), "epsilon")
     opened = open_diffusers(source, family_of(name))
     assert not read
     for component, tensors in components(name).items():

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lcm_jax import files
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, write_error
-from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, read_json, shown, variant_of, weight_file
-from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, size_of, widen, write_safetensors
+from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, choose_variant, read_json, shown, weight_file
+from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, total_bytes, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
 POINTER = b"version https://git-lfs"  # begins the file that git leaves for a large file that it did not fetch
@@ -96,7 +96,7 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
     if not part.is_dir():
         raise ModelError(f"{folder} has no {name}/ folder: the model is incomplete, copy it again")
     names = {other: [path.name for path in (folder / other).glob("*")] for other in NETWORKS}
-    return read_json(part / "config.json"), open_tensors(part, FILES[name], variant_of(names, name, variant))
+    return read_json(part / "config.json"), open_tensors(part, FILES[name], choose_variant(names, name, variant))
 
 
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -176,7 +176,7 @@ def write_tensors(
     stem = FILES[name] + (f".{variant}" if variant else "")
     shards: list[dict[str, np.ndarray]] = [{}]
     for key in sorted(specs):
-        if shards[-1] and size_of(shards[-1]) + specs[key].nbytes > max_shard_bytes:
+        if shards[-1] and total_bytes(shards[-1]) + specs[key].nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][key] = specs[key]
     if len(shards) == 1:
@@ -189,7 +189,7 @@ def write_tensors(
         write_safetensors(part / file, Tensors(shard, tensors.__getitem__), advance=advance)
         placed |= dict.fromkeys(shard, file)
     index = f"{FILES[name]}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
-    write_json(part / index, {"metadata": {"total_size": size_of(specs)}, "weight_map": placed})
+    write_json(part / index, {"metadata": {"total_size": total_bytes(specs)}, "weight_map": placed})
 
 
 def write_pipeline(

@@ -109,7 +109,7 @@ def needed_files(
         part: [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")] for part in NETWORKS
     }
     for part in NETWORKS:
-        found = component_files(inside[part], FILES[part], variant_of(inside, part, variant))
+        found = component_files(inside[part], FILES[part], choose_variant(inside, part, variant))
         if not found and part in folders:
             raise ModelError(
                 f"{model} has no weights of the {part}{f' in the variant {variant}' if variant else ''}: there are "
@@ -149,7 +149,7 @@ def weight_file(names: Collection[str], stem: str, variant: str | None = None) -
     return None
 
 
-def variant_of(names: Mapping[str, Collection[str]], part: str, variant: str | None) -> str | None:
+def choose_variant(names: Mapping[str, Collection[str]], part: str, variant: str | None) -> str | None:
     """Return the variant in which to read the network `part` of a model whose files are `names`, by network.
 
     As in diffusers, a network without files of the variant is read without it if another network has some.
@@ -191,7 +191,7 @@ def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) ->
         raise ModelError(f"{path} cannot be read ({error.strerror}): copy it again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} contains {shown(content)}, not a JSON object: copy it again")
-    check_keys(path, content, keys_of(path.name) if keys is None else keys)
+    check_keys(path, content, expected_keys(path.name) if keys is None else keys)
     return content
 
 
@@ -202,10 +202,10 @@ def check_keys(path: Path, content: Mapping[str, Any], keys: Mapping[str, tuple[
         if value is None and required:
             raise ModelError(f"{path} has no {key}: copy it again")
         if value is not None and not is_kind(value, kind):
-            raise ModelError(f"{path}: {key}={shown(value)} is not supported; it must be {name_of(kind)}")
+            raise ModelError(f"{path}: {key}={shown(value)} is not supported; it must be {describe_kind(kind)}")
 
 
-def keys_of(name: str) -> Mapping[str, tuple[Any, bool]]:
+def expected_keys(name: str) -> Mapping[str, tuple[Any, bool]]:
     return KEYS["index.json"] if ".index." in name else KEYS.get(name, {})
 
 
@@ -220,7 +220,7 @@ def is_kind(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def name_of(kind: Any) -> str:
+def describe_kind(kind: Any) -> str:
     if isinstance(kind, list):
         return f"a list of {NAMES[kind[0]].removeprefix('a ').removeprefix('an ')}s"
     if isinstance(kind, dict):

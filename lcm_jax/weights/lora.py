@@ -95,7 +95,7 @@ def is_lora(keys: Iterable[str]) -> bool:
     )
 
 
-def naming_of(keys: Iterable[str]) -> str:
+def detect_naming(keys: Iterable[str]) -> str:
     """Return kohya or peft."""
     return "kohya" if any(KOHYA.fullmatch(key) for key in keys) else "peft"
 
@@ -174,7 +174,7 @@ def read_lora(
             raise ModelError(f"{found} belongs to {kind}, which is not supported: merge it with the tool that made it")
     if not is_lora(tensors):
         raise ModelError("this file has no LoRA in it: looked for lora_down / lora_up, lora_A / lora_B")
-    kohya = naming_of(tensors) == "kohya"
+    kohya = detect_naming(tensors) == "kohya"
     if kohya and base is None:
         raise ModelError("kohya keys do not record module boundaries; pass the base model as base (--base)")
     names = {component: module_names(component, base[component], family) for component in base} if base else {}
@@ -191,7 +191,7 @@ def read_lora(
             f"{len(unknown)} of {len(tensors)} keys of this LoRA belong to no module of the model: "
             f"{some(unknown)}; {describe_mismatch(tensors, base)}"
         )
-    alphas = alphas_of(metadata, parts)
+    alphas = read_alphas(metadata, parts)
     if not alphas and any(key.startswith(WRAPPED) for key in tensors) and not any("alpha" in p for p in parts.values()):
         raise ModelError(f"alpha is unknown: PEFT keeps it in {lora_settings.FILE}, which must be beside the file")
     updates: Updates = {}
@@ -252,7 +252,7 @@ def place_of_peft(key: str, base: Components | None) -> tuple[str, str, str] | N
     return component, module, LEAVES.get(leaf, leaf)
 
 
-def alphas_of(
+def read_alphas(
     metadata: Mapping[str, str], parts: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
 ) -> dict[tuple[str, str], np.ndarray]:
     """Return the alpha of each (component, module) by PEFT's settings."""

@@ -90,7 +90,7 @@ def open_file(
     specs = get_specs(tensors)
     try:
         family = detect_family(specs)
-        configs = single_file_configs.configs_of(specs, family, prediction_type, scaling_factor, metadata)
+        configs = single_file_configs.infer_configs(specs, family, prediction_type, scaling_factor, metadata)
         components = single_file.open_diffusers(tensors, family, ema)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None

@@ -31,7 +31,7 @@ import numpy as np
 
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.naming import modern_key
-from lcm_jax.weights.single_file_family import MARKS, has, prefixes_of
+from lcm_jax.weights.single_file_family import MARKS, find_prefixes, has
 from lcm_jax.weights.stored import Tensors, get_specs
 
 OPEN_CLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))
@@ -238,9 +238,9 @@ def to_diffusers(tensors: Mapping[str, np.ndarray], family: str, ema: bool = Fal
 def locate(tensors: Mapping[str, Any], family: str, ema: bool = False) -> dict[tuple[str, str], str]:
     """(component, diffusers' key) -> the key in the file, in its order; `qkv_proj` stands for three keys."""
     places, wrong = {}, []
-    for component, prefix in prefixes_of(tensors, family).items():
+    for component, prefix in find_prefixes(tensors, family).items():
         keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
-        names, dropped = names_in_file(component, family, keys.keys()), dropped_of(component, family)
+        names, dropped = names_in_file(component, family, keys.keys()), dropped_pattern(component, family)
         for short, key in keys.items():
             if not dropped.match(short) and key not in MARKS:
                 new = rename(short, names)
@@ -270,7 +270,7 @@ def left_out(tensors: Mapping[str, Any], family: str, ema: bool = False) -> list
     return [key for key in tensors if key not in taken]
 
 
-def dropped_of(component: str, family: str) -> re.Pattern:
+def dropped_pattern(component: str, family: str) -> re.Pattern:
     """Return the pattern of keys, without their prefix, that diffusers drops."""
     if component in ("unet", "vae"):
         return NOTHING if component == "unet" else NO_VAE
@@ -342,7 +342,7 @@ def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tup
     places: dict[tuple[str, str], list[tuple[str, str]]] = {}
     wrong = []
     for component, tensors in components.items():
-        prefix = prefixes_of((), family).get(component)
+        prefix = find_prefixes((), family).get(component)
         modern = [(new, key) for key in tensors if (new := modern_key(component, key)) is not None]
         names = names_in_folder(component, family, {new for new, _ in modern}) if prefix is not None else {}
         for new, key in modern:
@@ -350,7 +350,7 @@ def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tup
             if (family, component) in OPEN_CLIP:
                 fused = re.sub(r"\.self_attn\.[qkv]_proj\.", ".self_attn.qkv_proj.", new)
             old = rename(fused, names)
-            if old is None or dropped_of(component, family).match(old):
+            if old is None or dropped_pattern(component, family).match(old):
                 wrong.append(f"{component} {key}")
             else:
                 places.setdefault((component, prefix + old), []).append((new, key))

@@ -39,7 +39,7 @@ GUESSED = frozenset(
 )
 
 
-def configs_of(
+def infer_configs(
     tensors: Mapping[str, Any],
     family: str,
     prediction_type: str | None = None,
@@ -111,7 +111,7 @@ def read_prediction(keys: Container[str], metadata: Mapping[str, str]) -> str | 
     return next(iter(found.values()), None)
 
 
-def marks_of(scheduler: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def make_marks(scheduler: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the empty tensors whose keys record the prediction type; ComfyUI writes and reads the same."""
     marks = {
         "v_pred": scheduler.get("prediction_type") == "v_prediction",

@@ -100,7 +100,7 @@ def vae_prefix(keys: Iterable[str]) -> str | None:
     return next((prefix for prefix in VAE_PREFIXES if any(prefix + mark in keys for mark in marks)), None)
 
 
-def prefixes_of(keys: Iterable[str], family: str) -> Mapping[str, str]:
+def find_prefixes(keys: Iterable[str], family: str) -> Mapping[str, str]:
     """Return the prefix of each component of a family; for a file of one network, the prefix of its keys."""
     if family not in COMPONENTS:
         raise ModelError(f"family {family!r} is not supported; use one of {', '.join(COMPONENTS)}")

@@ -83,7 +83,7 @@ def get_specs(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return tensors.specs if isinstance(tensors, Tensors) else tensors
 
 
-def size_of(tensors: Mapping[str, np.ndarray]) -> int:
+def total_bytes(tensors: Mapping[str, np.ndarray]) -> int:
     """Return the size of the tensors in bytes."""
     return sum(tensor.nbytes for tensor in get_specs(tensors).values())
 
@@ -168,11 +168,11 @@ def write_safetensors(
             tensor = tensors[key]
             if (tensor.dtype, tensor.shape) != (specs[key].dtype, specs[key].shape):
                 raise AssertionError(f"{key} is {tensor.dtype}{tensor.shape}, its specs another")
-            file.write(bytes_of(tensor))
+            file.write(raw_bytes(tensor))
             advance(tensor.nbytes)
 
 
-def bytes_of(tensor: np.ndarray) -> memoryview:
+def raw_bytes(tensor: np.ndarray) -> memoryview:
     """Return the bytes in C order, without a copy if they lie so."""
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
@@ -183,7 +183,7 @@ def digest(tensors: Mapping[str, np.ndarray], advance: Advance = lambda _: None)
     for key in sorted(tensors):
         tensor = tensors[key]
         total.update(f"{key} {tensor.dtype.name} {tensor.shape}".encode())
-        total.update(bytes_of(tensor))
+        total.update(raw_bytes(tensor))
         advance(tensor.nbytes)
     return total.hexdigest()
 
