@@ -6,7 +6,8 @@ images. --config takes a bundled config (`eval/shapes`) or a file; its keys can 
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from absl import flags
@@ -38,7 +39,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace reports that exist al
 EXAMPLE = """Example:
 
     python -m lcm_jax.evaluate --model=shapes --model=runs/shapes/export --plan=ddim:8,50 --output=runs/comparison
-    python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.per_task=100"""
+    python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.prompts=600"""
 
 Plan = Mapping[str, Sequence[int]]
 DEFAULT_STEPS = {"lcm": (1, 2, 4, 8)}
@@ -95,6 +96,92 @@ def check_output(output: Path | None) -> None:
             raise ValueError(f"{file} exists already; use another --output, or --overwrite")
 
 
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar with the time left on stderr if it is a terminal.
+
+    total: of sampling steps for all images. Yields a function of a row's name and of the steps that were done for it.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    # A bar and the rows share a terminal only if rich prints both.
+    redirect = {"redirect_stdout": sys.stdout.isatty(), "disable": not console.is_terminal, "transient": True}
+    with Progress(*columns, console=console, **redirect) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda row, steps: bar.update(task, advance=steps, description=row)
+
+
+def open_models(names: Sequence[str], plan: Plan, size: int) -> list:
+    """Return (name, pipeline, its plan) of each model. Raises ValueError as `plan_of` does, and for unused samplers."""
+    from lcm_jax.pipeline import Pipeline
+
+    pipes = [Pipeline.from_pretrained(name, dtype=DTYPE.value) for name in names]
+    models = [(name, pipe, plan_of(name, pipe, plan, size)) for name, pipe in zip(names, pipes, strict=True)]
+    if unused := plan.keys() - {sampler for _, _, own in models for sampler in own}:
+        raise ValueError(f"--plan: no model supports sampler {min(unused)!r}; remove it, or add a model that does")
+    return models
+
+
+def prepare_metrics(config) -> dict:
+    """Return the metrics that the config names, with real images of `shapes`, encoded by `config.autoencoder`."""
+    import numpy as np
+
+    from lcm_jax.data.shapes import Shapes
+    from lcm_jax.evaluation.evaluate import Resources
+    from lcm_jax.evaluation.frechet import encoder_features
+    from lcm_jax.evaluation.metrics import make_metrics
+    from lcm_jax.pipeline import Pipeline
+
+    autoencoder, size, batch = Pipeline.from_pretrained(config.autoencoder), config.data.size, config.report.batch_size
+    if size % autoencoder.model.downscale:
+        raise ValueError(
+            f"data.size {size} is not supported by autoencoder {config.autoencoder}; use a multiple of "
+            f"{autoencoder.model.downscale}"
+        )
+    images = Shapes("test", config.report.reference, size)
+
+    def real_images():
+        for first in range(0, len(images), batch):
+            yield np.stack([images[i]["image"] for i in range(first, min(first + batch, len(images)))])
+
+    features = encoder_features(autoencoder.model, autoencoder.params["vae"], batch)
+    return make_metrics(config.metrics, Resources(features, real_images))
+
+
+def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, config) -> list[dict]:
+    """Return the rows of all models; each is printed when it is done, with the time left by its speed."""
+    from lcm_jax.evaluation import report
+    from lcm_jax.evaluation.evaluate import evaluate
+    from lcm_jax.sampling.preview import PreviewSampler
+
+    rows: list[dict] = []
+    steps_left = sum(sum(steps) for _, _, plan in models for steps in plan.values())
+    total = sum(len(steps) for _, _, plan in models for steps in plan.values())
+    settings = config.report
+    with progress(steps_left * len(prompts)) as update:
+        for name, pipe, plan in models:
+            preview = PreviewSampler(
+                pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
+            )
+
+            def draw(sampler, steps, name=name, preview=preview, params=pipe.params):
+                update(f"{name} {sampler} {steps}", 0)
+                for images, seconds in preview.batches(params, sampler, steps, settings.guidance_scale):
+                    yield images, seconds
+                    update(f"{name} {sampler} {steps}", steps * len(images))
+
+            for row in evaluate(draw, plan, prompts, metrics):
+                rows.append({"model": name} | row)
+                steps_left -= row["steps"]
+                seconds = steps_left * len(prompts) / (row["images_per_s"] * row["steps"])
+                left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
+                print(f"{len(rows)}/{total}  {report.line(rows[-1])}{left}")
+    return rows
+
+
 def evaluate() -> None:
     """Read the flags, print the rows, and write the report. Raises ValueError or OSError, as a rule before any work."""
     config, names = CONFIG.value, MODEL.value
@@ -105,59 +192,20 @@ def evaluate() -> None:
 
     command.configure_jax()
     check_devices()
-    import numpy as np
-
-    from lcm_jax.data import shapes
+    from lcm_jax.data.shapes import evaluation_prompts
     from lcm_jax.diffusion.samplers import SAMPLERS
     from lcm_jax.evaluation import report
-    from lcm_jax.evaluation.evaluate import Resources
-    from lcm_jax.evaluation.evaluate import evaluate as measure
-    from lcm_jax.evaluation.frechet import encoder_features
-    from lcm_jax.evaluation.metrics import make_metrics
-    from lcm_jax.pipeline import Pipeline
     from lcm_jax.recipes import settings
-    from lcm_jax.recipes.drawing import Sampler as PreviewSampler
-    from lcm_jax.recipes.sources import prompts_of
 
     settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
-    plan = read_plan(PLAN.value, tuple(SAMPLERS))
-    size, batch_size, scale = config.data.size, config.report.batch_size, config.report.guidance_scale
-    pipes = {name: Pipeline.from_pretrained(name, dtype=DTYPE.value) for name in names}
-    plans = {name: plan_of(name, pipe, plan, size) for name, pipe in pipes.items()}
-    if unused := plan.keys() - {sampler for own in plans.values() for sampler in own}:
-        raise ValueError(f"--plan: no model supports sampler {min(unused)!r}; remove it, or add such a model")
-    autoencoder = Pipeline.from_pretrained(config.autoencoder)
-    if size % autoencoder.model.downscale:
-        raise ValueError(f"data.size {size} is not supported; use a multiple of {autoencoder.model.downscale}")
-
+    if config.data.source != "shapes":
+        raise ValueError(f"data.source {config.data.source!r} is not supported; use shapes")
+    models = open_models(names, read_plan(PLAN.value, tuple(SAMPLERS)), config.data.size)
     start = time.monotonic()
-    prompts = prompts_of("test", config.report.per_task)
-    images = shapes.Shapes("test", config.report.reference, size)
-
-    def real_images():
-        for first in range(0, len(images), batch_size):
-            yield np.stack([images[i]["image"] for i in range(first, min(first + batch_size, len(images)))])
-
-    features = encoder_features(autoencoder.model, autoencoder.params["vae"], batch_size)
-    metrics = make_metrics(config.metrics, Resources(features, real_images))
-    left = sum(sum(steps) for own in plans.values() for steps in own.values())
-    total = sum(len(steps) for own in plans.values() for steps in own.values())
-    rows: list[report.Row] = []
-    try:
-        for name, own in plans.items():
-            pipe = pipes.pop(name)
-            preview = PreviewSampler(pipe.model, pipe.tokenize, prompts, size, batch_size, own, config.report.seed)
-            draw = lambda sampler, steps, p=preview, w=pipe.params: [p(w, sampler, steps, scale)]  # noqa: E731
-            for row in measure(draw, own, prompts, metrics):
-                rows.append({"model": name} | row)
-                left -= row["steps"]
-                seconds = left * len(prompts) / (row["images_per_s"] * row["steps"])
-                rest = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if left else ""
-                print(f"{len(rows)}/{total}  {report.line(rows[-1])}{rest}")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(rows)} of {total} rows are done; no report was written") from None
+    prompts = evaluation_prompts("test", config.report.prompts)
+    rows = measure_models(models, prompts, prepare_metrics(config), config)
     result = {"models": report.nest(rows)} | report.environment()
-    result |= {"captions": len(prompts), "guidance_scale": scale, "settings": config.to_dict()}
+    result |= {"captions": len(prompts), "guidance_scale": config.report.guidance_scale, "settings": config.to_dict()}
     result |= {"seconds": {"report": round(time.monotonic() - start, 1)}}
     report.show(result)
     if output is not None:

@@ -2,17 +2,23 @@
 
 import configparser
 import shutil
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from whole_runs import ROOT
 
 from lcm_jax import config_files, main
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.recipes import settings
 
 
 def test_a_name_a_name_with_an_argument_and_a_file_are_found(tmp_path):
     shapes = str(ROOT / "configs" / "shapes.py")
     assert config_files.locate("shapes") == config_files.locate("shapes.py") == shapes
     assert config_files.locate("lcd:sdxl") == str(ROOT / "configs" / "lcd.py") + ":sdxl"
+    assert config_files.locate("eval/shapes") == str(ROOT / "configs" / "eval" / "shapes.py")
     own = tmp_path / "shapes.py"
     own.write_text("")
     assert config_files.locate(f"{own}:x") == f"{own}:x", "a file is taken as it is"
@@ -36,8 +42,36 @@ def test_every_config_is_listed_with_its_arguments(capsys):
     main.flags.FLAGS.unparse_flags()
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
-    for name in ("lcd:sd15", "lcd:sdxl", "shapes", "shapes_teacher", "shapes_vae"):
+    for name in ("lcd:sd15", "lcd:sdxl", "shapes", "shapes_teacher", "shapes_vae", "eval/shapes"):
         assert [line for line in lines if line.startswith(f"{name} ") and len(line) > len(name) + 20], name
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The config of a command line, as the commands read it: its keys and values."""
+
+    def parse(*arguments: str) -> dict:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        values(config_files.by_file(sys.argv))
+        return dict(settings.leaves(values["config"].value.to_dict()))
+
+    return parse
+
+
+@pytest.mark.parametrize("name", [name for name, _ in config_files.bundled()])
+def test_every_key_can_be_set_by_its_flag(name, parsed):
+    expected = parsed(f"--config={name}")
+    assert parsed(f"--config={name}", *(f"--config.{key}={value}" for key, value in expected.items())) == expected
+
+
+@pytest.mark.parametrize("name", ["shapes", "lcd:sd15"])
+def test_every_sampler_of_a_teacher_can_be_planned_by_its_flag(name, parsed):
+    samplers = [sampler for sampler in SAMPLERS if sampler != "lcm"]
+    config = parsed(f"--config={name}", *(f"--config.report.teacher.{sampler}=(4,8)" for sampler in samplers))
+    plan = {key: steps for key, steps in config.items() if key.startswith("report.teacher.")}
+    assert plan == {f"report.teacher.{sampler}": (4, 8) for sampler in samplers}
 
 
 def test_a_wheel_has_every_package_and_the_configs(tmp_path, monkeypatch):
@@ -46,9 +80,8 @@ def test_a_wheel_has_every_package_and_the_configs(tmp_path, monkeypatch):
     setup.read(ROOT / "setup.cfg")
     listed = setup["options"]["packages"].split()
     folders = {path.parent for path in (ROOT / "lcm_jax").rglob("*.py")}
-    assert sorted(listed) == sorted(
-        ["lcm_jax.configs", "lcm_jax.configs.eval", *(".".join(path.relative_to(ROOT).parts) for path in folders)]
-    )
+    folders |= {ROOT / "lcm_jax" / path.parent.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")}
+    assert sorted(listed) == sorted(".".join(path.relative_to(ROOT).parts) for path in folders)
     assert setup["options"]["package_dir"].split() == ["lcm_jax.configs", "=", "configs"]
     shutil.copytree(ROOT / "configs", tmp_path / "lcm_jax" / "configs")
     monkeypatch.setattr(config_files, "PACKAGE", tmp_path / "lcm_jax")

@@ -9,6 +9,7 @@ from lcm_jax import config_files
 from lcm_jax.recipes import make_task, settings
 
 ALL = [name for name, _ in config_files.bundled()]
+EVALUATION = ("autoencoder", "metrics", "data", "report")
 
 
 def numbers(value) -> list[float]:
@@ -27,7 +28,7 @@ def test_every_number_of_every_config_has_a_range_and_is_in_it():
     seen = set()
     for name in ALL:
         config = load(name)
-        settings.check(config)
+        settings.check(config, *([EVALUATION] if name.startswith("eval/") else []))
         for key, value in settings.leaves(config.to_dict()):
             if numbers(value) or value == ():
                 assert settings.range_of(key), f"{name}: {key} has no range in lcm_jax/recipes/settings.py"
@@ -68,6 +69,10 @@ def test_no_range_has_what_is_no_finite_number(key):
         ({"report.teacher": {"foo": (1,)}}, "^report.teacher.foo is not supported: .* no sampler 'foo'; use one of"),
         ({"report.student": {"lcm": (9,)}}, "^report.student.lcm has 9, and a student samples in at most"),
         ({"report.student": {"lcm": ()}}, "^report.student.lcm have no steps"),
+        ({"metrics": ("fid",)}, "^metrics 'fid' is not supported; use verifier or frechet$"),
+        ({"metrics": ()}, r"^metrics \(\) is not supported; use a tuple of verifier, frechet$"),
+        ({"metrics": ("frechet", "frechet")}, "^metrics .* has 'frechet' twice; use it once$"),
+        ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source 'tar', .* of shapes alone"),
         ({"objective.name": "lcf"}, "^objective.name 'lcf' is not supported; use one of autoencoder, diffusion, lcd$"),
     ],
 )
@@ -83,8 +88,9 @@ def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, m
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-def test_a_group_that_a_config_lacks_is_named(tmp_path):
+@pytest.mark.parametrize("key", ["log", "metrics"])
+def test_a_group_that_a_config_lacks_is_named(key, tmp_path):
     config = load_config("shapes")
-    del config.log
-    with pytest.raises(ValueError, match="^the config has no log; copy it from a bundled config"):
+    del config[key]
+    with pytest.raises(ValueError, match=f"^the config has no {key}; copy it from a bundled config"):
         make_task(config, tmp_path / "run")

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"source": "shapes", "size": 64})
     config.report = ConfigDict(
         {
-            "per_task": 36,  # captions of each of the six tasks
+            "prompts": 216,  # captions, as many of each of the six tasks
             "batch_size": 36,
             "reference": 1024,  # real images of held-out captions
             "guidance_scale": 8.0,

@@ -25,8 +25,7 @@ from lcm_jax.files import write_text
 Row = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 LABELS = ("model", "sampler", "steps")
-COLUMNS: dict[str, Column] = {"images_per_s": Column("images/s", ".1f")}
-COLUMNS |= {name: column for metric in METRICS.values() for name, column in metric.columns.items()}
+SPEED = {"images_per_s": Column("images/s", ".1f")}
 
 
 def environment() -> dict[str, Any]:
@@ -62,14 +61,15 @@ def rows_of(report: Mapping[str, Any]) -> list[Row]:
 
 def cells(row: Row) -> Iterator[tuple[str, str]]:
     """Yield (heading, formatted value) of every column; groups come last."""
-    values = {name: value for name, value in row.items() if name not in LABELS}
+    columns = SPEED | {name: column for metric in METRICS.values() for name, column in metric.columns.items()}
+    figures = [(columns[name], value) for name, value in row.items() if name not in LABELS]
     yield from ((label, str(row[label])) for label in LABELS if label in row)
-    for name, value in values.items():
+    for column, value in figures:
         if not isinstance(value, Mapping):
-            yield COLUMNS[name].heading, format(value, COLUMNS[name].format)
-    for name, group in values.items():
+            yield column.heading, format(value, column.format)
+    for column, group in figures:
         if isinstance(group, Mapping):
-            yield from ((part.replace("_", " "), format(value, COLUMNS[name].format)) for part, value in group.items())
+            yield from ((name.replace("_", " "), format(value, column.format)) for name, value in group.items())
 
 
 def line(row: Row) -> str:

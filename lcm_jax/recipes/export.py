@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,7 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
             seed=REPORT_SEED,
             inpainting=inpainting_inputs(model, dataset.held_out, len(prompts)),
         )
-
-        def draw(name: str, steps: int, sampler=sampler, params=params):
-            return [sampler(params, name, steps, settings.guidance_scale)]
-
+        draw = partial(sampler.batches, params, guidance_scale=settings.guidance_scale)
         if unseen:
             of_unseen = sampler.with_prompts(unseen, inpainting_inputs(model, dataset.held_out, len(unseen)))
             score = lambda name, n, s=of_unseen, p=params: round(  # noqa: E731

@@ -62,9 +62,9 @@ RANGES: Mapping[str, Range] = {
     "sample.teacher_steps": STEPS,
     "sample.student_steps": MANY_STEPS,
     "sample.images": Range(2, 512, multiple=2),  # half of them in each pair of rows
-    "report.prompts": POSITIVE,
+    "report.prompts": Range(2),  # a covariance takes two images
     "report.batch_size": POSITIVE,
-    "report.reference": Range(2),  # a covariance takes two
+    "report.reference": Range(2),
     "report.guidance_scale": REAL,
     "report.seed": Range(0, 2**31 - 1),
     "report.teacher.*": MANY_STEPS,

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,21 @@ class PreviewSampler:
 
         params: by network, on the host or on devices; those on devices are used where they are.
         """
+        images, seconds = zip(*self.batches(params, sampler, steps, guidance_scale), strict=True)
+        return np.concatenate(images), sum(seconds)
+
+    def batches(
+        self, params: Mapping[str, Any], sampler: str, steps: int, guidance_scale: float
+    ) -> Iterator[tuple[np.ndarray, float]]:
+        """Yield what a call returns a batch at a time, for more images than the host's memory holds."""
         params = jax.block_until_ready(jax.device_put({name: params[name] for name in self.model.networks}))
         table = sampler_table(self.model, sampler, steps)
-        starts = range(0, len(self.prompts), self._batch_size)
-        batches = jax.block_until_ready([self._inputs(start, guidance_scale) for start in starts])
-        program = self._program(sampler, params, batches[0], table)
-        began = time.monotonic()
-        parts = [np.asarray(program(params, inputs, table=table)[0]) for inputs in batches]
-        return np.concatenate(parts)[: len(self.prompts)], time.monotonic() - began
+        for start in range(0, len(self.prompts), self._batch_size):
+            inputs = jax.block_until_ready(self._inputs(start, guidance_scale))
+            program = self._program(sampler, params, inputs, table)
+            began = time.monotonic()
+            images = np.asarray(program(params, inputs, table=table)[0])[: len(self.prompts) - start]
+            yield images, time.monotonic() - began
 
     def _inputs(self, start: int, guidance_scale: float) -> Inputs:
         rows = np.minimum(start + np.arange(self._batch_size), len(self.prompts) - 1)

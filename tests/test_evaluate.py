@@ -1,0 +1,161 @@
+"""Metrics that merge, rows of any plan, reports of any rows, and the command that compares models."""
+
+import json
+import sys
+from functools import reduce
+
+import numpy as np
+import pytest
+import tiny_model
+
+from lcm_jax import evaluate as command
+from lcm_jax.data import shapes
+from lcm_jax.evaluation import report
+from lcm_jax.evaluation.evaluate import Column, Resources, evaluate
+from lcm_jax.evaluation.metrics import METRICS, make_metrics
+from lcm_jax.evaluation.verifier import score
+
+RECORDS = [shapes.Shapes("test", 24)[i] for i in range(24)]
+CAPTIONS = [record["caption"] for record in RECORDS]
+IMAGES = np.stack([record["image"] for record in RECORDS])
+IMAGES[::3] = IMAGES[1::3]  # a third of them shows something else
+
+
+def colors(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), 16, -1, 3).mean(2).reshape(len(images), -1)
+
+
+@pytest.fixture
+def metrics():
+    return make_metrics(METRICS, Resources(colors, lambda: np.split(IMAGES, [10, 11])))
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("splits", [(12,), (1, 3, 20), tuple(range(1, 24))])
+def test_a_metric_of_parts_is_that_of_all(name, splits, metrics):
+    metric = metrics[name]
+    whole = metric.measure(IMAGES, CAPTIONS)
+    ends = zip((0, *splits), (*splits, len(IMAGES)), strict=True)
+    states = [metric.measure(IMAGES[first:last], CAPTIONS[first:last]) for first, last in ends]
+    for parts in (states, states[::-1]):
+        for merged, expected in zip(reduce(metric.merge, parts), whole, strict=True):
+            np.testing.assert_allclose(merged, expected, rtol=1e-12, atol=1e-9)
+    assert metric.result(reduce(metric.merge, states)) == metric.result(whole)
+    assert metric.result(whole).keys() == metric.columns.keys()
+
+
+def test_metrics_have_columns_of_their_own():
+    columns = [column for metric in METRICS.values() for column in metric.columns]
+    assert len(columns) == len(set(columns)) and not {*report.LABELS, *report.SPEED} & set(columns)
+
+
+def test_real_images_are_at_distance_0_and_the_verifier_is_its_score(metrics):
+    draw = lambda sampler, steps: [(IMAGES[:20], 1.5), (IMAGES[20:], 0.5)]  # noqa: E731
+    (row,) = evaluate(draw, {"ddim": (7,), "euler": ()}, CAPTIONS, metrics)
+    assert (row["sampler"], row["steps"], row["images_per_s"]) == ("ddim", 7, 12.0) and row["frechet"] < 1e-8
+    expected = score(IMAGES, CAPTIONS)
+    assert row["verifier"] == round(expected["overall"], 4) < 1 and row["tasks"].keys() == expected["tasks"].keys()
+    with pytest.raises(ValueError, match="ddim 7 gave 24 images for 25 prompts"):
+        list(evaluate(draw, {"ddim": (7,)}, [*CAPTIONS, CAPTIONS[0]], {}))
+
+
+class Brightness:
+    """A metric as a newcomer would add it."""
+
+    columns = {"brightness": Column("bright", ".3f")}
+    note = "Brightness is the mean of all values."
+    sources = None
+
+    @classmethod
+    def create(cls, resources):
+        return cls()
+
+    def measure(self, images, prompts):
+        return np.array([images.sum(dtype=np.float64), images.size])
+
+    def merge(self, a, b):
+        return a + b
+
+    def result(self, state):
+        return {"brightness": state[0] / state[1] / 255}
+
+
+def test_a_new_metric_is_a_class_and_a_line_of_the_table(monkeypatch):
+    monkeypatch.setitem(METRICS, "brightness", Brightness)
+    chosen = make_metrics(["brightness"], Resources(colors, lambda: [IMAGES]))
+    draw = lambda sampler, steps: [(np.full((2, 8, 8, 3), 51, np.uint8), 0.1)]  # noqa: E731
+    rows = [{"model": "any"} | row for row in evaluate(draw, {"ddim": (1, 2)}, ["a", "b"], chosen)]
+    assert report.line(rows[0]) == "any ddim 1: 20.0 images/s, bright 0.200"
+    text = report.markdown({"models": report.nest(rows), "captions": 2, "guidance_scale": 8.0, "device": "cpu"})
+    assert "# any\n" in text and "| any | ddim | 2 | 0.200 | 20.0 |" in text and text.endswith(Brightness.note + "\n")
+    assert "erifier" not in text and "Frechet" not in text
+
+
+def test_a_report_gives_its_rows_back():
+    rows = [
+        {"model": model, "sampler": sampler, "steps": steps, "tasks": {"counting": 0.5}, "images_per_s": 2.0}
+        for model, sampler in [("teacher", "ddim"), ("teacher", "euler"), ("student", "lcm")]
+        for steps in (8, 1)
+    ]
+    assert report.rows_of(json.loads(json.dumps(report.nest(rows)))) == rows
+    assert report.rows_of({"models": report.nest(rows)}) == rows
+    assert [heading for heading, _ in report.cells(rows[0])][-2:] == ["images/s", "counting"], "groups come last"
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The command in this process, without its exit code."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        monkeypatch.setattr(command.command, "configure_jax", lambda: None)
+        command.parse(sys.argv)
+        command.evaluate()
+
+    yield run
+    command.FLAGS.unparse_flags()
+    for name in list(command.FLAGS):
+        command.FLAGS[name].unparse()
+        if name.startswith("config."):  # a key's flag belongs to the config that was loaded
+            delattr(command.FLAGS, name)
+
+
+def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, capsys):
+    model, output = tiny_model.write(tmp_path / "model", unet=tiny_model.SHALLOW), tmp_path / "report"
+    small = [f"--config.report.{key}={value}" for key, value in (("prompts", 7), ("reference", 6), ("batch_size", 4))]
+    call(f"--model={model}", "--plan=ddim:2,1", f"--config.autoencoder={model}", *small, f"--output={output}")
+    printed = capsys.readouterr().out
+    assert f"1/2  {model} ddim 2: " in printed and "; about 0:" in printed and "7 held-out captions" in printed
+    stored = json.loads((output / "report.json").read_text())
+    figures = stored["models"][str(model)]["ddim"]
+    assert list(figures) == ["2", "1"] and figures["1"]["frechet"] > 0 and len(figures["1"]["tasks"]) == 6
+    assert stored["settings"]["report"]["prompts"] == stored["captions"] == 7 and "device" in stored
+    assert f"| {model} | ddim | 1 |" in (output / "report.md").read_text()
+    with pytest.raises(ValueError, match="report.json exists already; use another --output, or --overwrite"):
+        call(f"--output={output}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan=foo:1"], "^--plan=foo:1: sampler 'foo' is not supported; use one of lcm, ddim"),
+        (["--plan=ddim"], "^--plan=ddim is not supported; use SAMPLER:STEPS, such as ddim:8,50$"),
+        (["--plan=ddim:4,x"], "^--plan=ddim:4,x is not supported"),
+        (["--plan=ddim:4", "--plan=ddim:8"], "^--plan=ddim:8: sampler 'ddim' is given twice"),
+        (["--plan=ddim:4", "--model=shapes-lcm"], "^--plan: no model supports sampler 'ddim'; remove it"),
+        (["--plan=lcm:9"], "^shapes-lcm cannot sample by this plan: .*9"),
+        (["--model=shapes", "--model=shapes"], "^--model=shapes is given twice"),
+        (["--model=shape"], "did you mean 'shapes'"),
+        (["--config.data.size=62"], "^data.size 62 is not supported by shapes; use a multiple of 4$"),
+        (["--config.data.source=tar", "--config.metrics=('frechet',)"], "^data.source 'tar' is not supported; use sha"),
+        (["--config.metrics=('fid',)"], "^metrics 'fid' is not supported; use verifier or frechet$"),
+        (["--config.report.prompts=1"], "^report.prompts 1 is not supported; use a whole number of at least 2$"),
+        (["--config.report.promts=1"], "^--config.report.promts is not a config key; Did you mean"),
+        (["--config=eval/none"], "eval/none is not a file, nor a bundled config; use one of .*eval/shapes"),
+        (["--config=shapes"], "^the config has no autoencoder; copy it from a bundled config"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(arguments, message, call):
+    with pytest.raises(ValueError, match=message) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
