@@ -128,9 +128,9 @@ def test_what_cannot_act_is_a_warning_that_says_why(student, teacher):
         student(PROMPT, negative_prompt="a photo", **arguments)
     with pytest.warns(
         UserWarning, match="negative_prompt has no effect without guidance: raise guidance_scale"
-    ) as told:
+    ) as caught:
         teacher(PROMPT, negative_prompt="a photo", guidance_scale=1, sampler="lcm", **arguments)
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
 def test_a_sampler_that_is_not_supported_is_refused_only_where_it_samples(models, tmp_path):
