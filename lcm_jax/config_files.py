@@ -20,6 +20,7 @@ def bundled() -> Iterator[tuple[str, str]]:
     for path in sorted(folder().rglob("*.py"), key=lambda path: (len(path.parts), path)):
         name = path.relative_to(folder()).with_suffix("").as_posix()
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None  # a .py file has both
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
@@ -65,8 +66,8 @@ def explain(error: Exception, argv: list[str]) -> str:
     """Return what was wrong with the flags as one line, which names the nearest key for one that the config lacks."""
     text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
     named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
-    for flag in (a.split("=")[0] for a in argv if named and a.lstrip("-").startswith("config.")):
-        if named[1] in flag.split("."):
+    for flag in (word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")):
+        if named and named[1] in flag.split("."):
             return f"{flag} is not a config key; {hint[0] if hint else 'see the config file for valid keys'}"
     lines = text.replace("\\n", "\n").splitlines()
     if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end

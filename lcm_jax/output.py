@@ -1,5 +1,6 @@
 """Standard output and error that outlive their reader: a closed pipe or terminal does not end a run."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def outliving(stderr_instead: bool = True) -> Iterator[None]:
         yield
         return
     try:
-        if hasattr(before[0], "reconfigure"):
+        if isinstance(before[0], io.TextIOWrapper):
             before[0].reconfigure(line_buffering=True, errors="backslashreplace")
         sys.stdout, sys.stderr = Outliving(before[0], instead), Outliving(before[1], [nowhere])
         yield

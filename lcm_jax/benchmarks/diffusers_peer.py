@@ -6,9 +6,13 @@ On a GPU: scaled-dot-product attention, channels_last, torch.compile for samplin
 average for training. On a CPU: eager, where channels_last and torch.compile bring nothing or cost time.
 """
 
+# diffusers declares its classes by lazy imports, and both libraries are optional.
+# pyright: reportPrivateImportUsage=false, reportMissingImports=false
+
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -44,13 +48,13 @@ def prepare(case: Case) -> Prepared:
     return Prepared(finished, facts, lambda: torch.cuda.max_memory_allocated() if CUDA else host_peak_bytes())
 
 
-def without_notes(config: dict) -> dict:
+def without_notes(config: dict[str, Any]) -> dict[str, Any]:
     """Return a published config without the keys that begin with an underscore."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def open_pipeline(case: Case, student: bool) -> LatentConsistencyModelPipeline:
-    """Return the pipeline of the case's model, on the device and in the case's dtype."""
+def open_pipeline(case: Case, student: bool) -> Any:
+    """Return diffusers' pipeline of the case's model, on the device and in the case's dtype."""
     dtype = getattr(torch, case.dtype)
     if case.model not in cases.RANDOM:
         name = case.model if student else cases.SHIPPED.get(case.model, case.model)
@@ -62,16 +66,16 @@ def open_pipeline(case: Case, student: bool) -> LatentConsistencyModelPipeline:
     with tempfile.TemporaryDirectory() as folder:
         tokenizers.build(cases.PROMPT.split(), Path(folder), model_max_length=77)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return LatentConsistencyModelPipeline(
-        unet=UNet2DConditionModel(**configs["unet"]),
-        vae=AutoencoderKL(**configs["vae"]),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-        tokenizer=tokenizer,
-        scheduler=LCMScheduler(**FAMILIES["lcm-dreamshaper"]["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(DEVICE, dtype)
+    components: dict[str, Any] = {
+        "unet": UNet2DConditionModel(**configs["unet"]),
+        "vae": AutoencoderKL(**configs["vae"]),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        "tokenizer": tokenizer,
+        "scheduler": LCMScheduler(**FAMILIES["lcm-dreamshaper"]["scheduler"]),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return LatentConsistencyModelPipeline(**components, requires_safety_checker=False).to(DEVICE, dtype)
 
 
 def prepare_matmul(case: Case):
@@ -103,10 +107,10 @@ def prepare_train(case: Case):
     """A step of latent consistency distillation, from moments and tokens to the updated target network."""
     pipe = open_pipeline(case, student=False)
     teacher, text_encoder = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
-    config = without_notes(dict(teacher.config)) | {"time_cond_proj_dim": 256}
+    config = without_notes(dict(teacher.config, time_cond_proj_dim=256))
     student = UNet2DConditionModel(**config)
     student.load_state_dict(teacher.state_dict(), strict=False)
-    student = student.to(DEVICE, torch.float32)
+    student.to(DEVICE, torch.float32)  # pyright: ignore[reportArgumentType]  (diffusers' decorator hides self)
     target = copy.deepcopy(student).requires_grad_(False)
     if case.remat:
         student.enable_gradient_checkpointing()

@@ -39,9 +39,9 @@ def prepare(case: Case) -> Prepared:
     device = jax.devices()[0]
     facts = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "mode": "jit", "saved_s": 0.0}
 
-    def add_saved(event: str, seconds: float, **_) -> None:
+    def add_saved(event: str, duration_secs: float, **_) -> None:
         if event == "/jax/compilation_cache/compile_time_saved_sec":
-            facts["saved_s"] = round(facts["saved_s"] + seconds, 2)
+            facts["saved_s"] = round(facts["saved_s"] + duration_secs, 2)
 
     jax.monitoring.register_event_duration_secs_listener(add_saved)
     build = {"matmul": prepare_matmul, "sample": prepare_sample, "train": prepare_train}[case.suite]

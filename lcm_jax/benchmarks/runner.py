@@ -32,7 +32,7 @@ class Side:
 
     def __init__(self, module: str, case: Case, environment: Mapping[str, str]):
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", module, case.to_json()],
             env=os.environ | environment,
             text=True,
@@ -40,11 +40,13 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
+        assert process.stdin is not None and process.stdout is not None
+        self._process, self._requests, self._answers = process, process.stdin, process.stdout
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self._answers:
             self._lines.put(line)
         self._lines.put("")
 
@@ -64,8 +66,8 @@ class Side:
     def ask(self, request: str, deadline: float) -> dict[str, Any]:
         """Send a request and return its answer. Raises SideError as `receive` does."""
         try:
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
+            self._requests.write(request + "\n")
+            self._requests.flush()
         except OSError:  # it has ended, and `receive` finds out why
             pass
         return self.receive(deadline)
@@ -113,6 +115,7 @@ def run(
     names = ["lcm_jax", *([peer] if peer else [])]
     results: dict[str, Any] = {"model": model, "dtype": planned[0].dtype, "repeats": repeats, "rows": []}
     peak = None
+    rows: list[dict[str, Any]]
     for case in planned:
         sides = names[:1] if case.suite == "matmul" else names
         began = time.monotonic()
@@ -141,7 +144,9 @@ def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) ->
     ratio (of the second side): the median of its time / the first side's, turn by turn.
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": SHARED_MEMORY} if len(names) > 1 else {}
-    sides, rows, seconds = {}, {name: {"case": case.name, "side": name} for name in names}, {}
+    sides: dict[str, Side] = {}
+    rows: dict[str, dict[str, Any]] = {name: {"case": case.name, "side": name} for name in names}
+    seconds: dict[str, list[float]] = {}
 
     def attempt(name: str, action) -> None:
         try:

@@ -1,6 +1,5 @@
 """Image files and PIL images of every mode, as the RGB image that a person sees."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +12,7 @@ class ImageError(ValueError):
 
 
 def open_upright(
-    file: str | Path | BinaryIO, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    file: str | Path | BinaryIO, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     """Return the image of a file, turned as its EXIF orientation says; the first frame of an animation.
 

@@ -205,7 +205,7 @@ def _ground(rng: np.random.Generator) -> Ground:
     level = rng.uniform(95, 235)
     step = rng.uniform(25, 55) * (1 if level < 165 else -1)
     tint = np.array([rng.uniform(0, 9), rng.uniform(0, 4), rng.uniform(-9, 0)])
-    first, second = (tuple(float(v) for v in np.clip(g + tint, 0, 255)) for g in (level, level + step))
+    first, second = (tuple(np.clip(g + tint, 0, 255).tolist()) for g in (level, level + step))
     angle = float(rng.uniform(0, 2 * np.pi)) if kind != "checks" else 0.0
     return Ground(kind, first, second, angle, float(rng.uniform(14, 24)), float(rng.uniform(0, 2 * np.pi)))
 
@@ -254,7 +254,7 @@ def compose(caption: str, specification: Specification, rng: np.random.Generator
     radii = [_radius(rng, thing, len(things)) for thing in things]
     objects = []
     for thing, r, (x, y) in zip(things, radii, _place(rng, radii, specification.relation), strict=True):
-        rgb = tuple(int(v) for v in np.clip(np.array(COLORS[thing.color]) + rng.integers(-8, 9, 3), 0, 255))
+        rgb = tuple(np.clip(np.array(COLORS[thing.color]) + rng.integers(-8, 9, 3), 0, 255).tolist())
         objects.append(Object(thing.shape, thing.color, x, y, r, rgb))
     return Scene(caption, specification, tuple(objects), _ground(rng))
 

@@ -216,14 +216,14 @@ def _records(shard: int, files: Iterator[tuple[str, int, int]], skipped: Counter
     keyed: dict[str, dict[str, tuple[int, int]]] = {}
     for name, start, size in files:
         match = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
-        ending = match[2].lower() if match else ""
+        key, ending = (match[1], match[2].lower()) if match else ("", "")
         part = "image" if ending in IMAGE_EXTENSIONS else ending if ending in ("txt", "json") else None
         if part is None:
             skipped["members that are neither an image nor a caption"] += 1
-        elif part in keyed.setdefault(match[1], {}):
+        elif part in keyed.setdefault(key, {}):
             skipped["members whose key had one already"] += 1
         else:
-            keyed[match[1]][part] = (start, size)
+            keyed[key][part] = (start, size)
     rows = []
     for parts in keyed.values():
         caption = parts.get("txt", parts.get("json"))

@@ -111,8 +111,9 @@ def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) 
     write("merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]))
     write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write("special_tokens_map.json", json.dumps(names, indent=2) + "\n")
-    fast = import_transformers().CLIPTokenizer(vocab=vocab, merges=merges).backend_tokenizer
-    write("tokenizer.json", fast.to_str(pretty=True))
+    # Annotated as list[str], but the tokenizer takes pairs.
+    fast = import_transformers().CLIPTokenizer(vocab=vocab, merges=merges)  # pyright: ignore[reportArgumentType]
+    write("tokenizer.json", fast.backend_tokenizer.to_str(pretty=True))
 
 
 def read_file(path: Path) -> dict:

@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 def current_device() -> Device:
     """Return the device that programs are compiled for: the one of `jax.default_device`, or else JAX's first."""
-    chosen = jax.config.jax_default_device
+    chosen = jax.default_device.value
     device = chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
     if device.platform != "gpu":
         return Device(device.platform)

@@ -70,10 +70,11 @@ def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str
         if option.startswith("_"):
             continue
         shown = f"{option if option.isidentifier() else SHORT.repr(option)}={SHORT.repr(value)}"
+        kinds = supported.get(option)
         if option not in supported:
             wrong.append(f"{shown} (unknown option)")
-        elif supported[option] is not None and not any(supports(kind, value) for kind in supported[option]):
-            wrong.append(f"{shown} (supported: {', '.join(map(name_of, supported[option]))})")
+        elif kinds is not None and not any(supports(kind, value) for kind in kinds):
+            wrong.append(f"{shown} (supported: {', '.join(map(name_of, kinds))})")
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{network} config has options that are not supported: {'; '.join(wrong[:8])}{more}")
@@ -190,8 +191,8 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        sides = ((self.padding, self.padding),) * 2 if self.padding else ((0, 1), (0, 1))
-        return Conv(self.features, stride=2, padding=sides, dtype=self.dtype, name="conv")(x)
+        side = (self.padding, self.padding) if self.padding else (0, 1)
+        return Conv(self.features, stride=2, padding=(side, side), dtype=self.dtype, name="conv")(x)
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:

@@ -412,6 +412,7 @@ class UNet2DCondition(nn.Module):
             embedding, guidance_embedding
         )
         if wanted:
+            assert pooled is not None and time_ids is not None
             sizes = timestep_embedding(
                 time_ids.reshape(-1), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"]
             )

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
                 self._compare(step, state)
             except Exception as error:  # orbax and tensorstore raise many kinds; every one of them is reported
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -1,5 +1,6 @@
 """The device mesh, and where each array of a run lives on it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays spread over the mesh."""
     sharding = by_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
