@@ -1,20 +1,20 @@
-"""Latent consistency distillation of the published models (arXiv 2310.04378), on captioned pictures in tar shards.
+"""Latent consistency distillation of published models (arXiv 2310.04378), on captioned images in tar shards.
 
     python -m lcm_jax.main --config=configs/lcd.py:sd15 --dry_run
     python -m lcm_jax.main --config=configs/lcd.py:sd15 --workdir=runs/sd15 --config.data.shards="data/*.tar"
 
-The argument is sd15, sd21, sd21-768, sdxl or ssd1b. sd21 and sd21-768 have the paper's settings; sd15 and sdxl those of
-the public scripts, which are a hundred times shorter; ssd1b, for which none were published, those of sdxl. A line says
-where a choice was made. The dry run tells what fits: `--config.mesh.fsdp=8` shares one copy among eight devices,
-`--config.train.accumulate=4` takes a batch in four parts. Expect a student whose pictures at 4 steps look like the
-teacher's at 50; `report.md` has the Frechet distances of both, `export/` loads in diffusers.
+The argument is sd15, sd21, sd21-768, sdxl or ssd1b. sd21 and sd21-768 use the paper's settings; sd15 and sdxl use the
+settings of the public scripts, which train for 1,000 instead of 100,000 steps; ssd1b, for which no settings were
+published, uses sdxl's. Comments mark each setting as published or as a choice. The dry run estimates memory and time:
+`--config.mesh.fsdp=8` shards one copy of the state over eight devices, `--config.train.accumulate=4` splits a batch in
+four. `report.md` contains the Frechet distances of teacher and student; `export/` loads in diffusers.
 """
 
 from ml_collections import ConfigDict
 
 PAPER = {"steps": 100_000, "learning_rate": 8e-6, "ema_rate": 0.999943, "w": (2.0, 14.0), "distance": "l2"}
 SCRIPTS = {"steps": 1000, "learning_rate": 1e-6, "ema_rate": 0.95, "w": (5.0, 15.0), "distance": "huber"}
-# The scripts take 12 pictures a device. A choice: eight devices, also where there are fewer, by train.accumulate.
+# The scripts use 12 images per device; eight devices are a choice (raise train.accumulate if there are fewer).
 SCRIPTS_BATCH = 96
 MODELS = {
     "sd15": SCRIPTS | {"teacher": "stable-diffusion-v1-5/stable-diffusion-v1-5", "size": 512, "batch": SCRIPTS_BATCH},
@@ -31,12 +31,12 @@ def get_config(model: str = "sd15") -> ConfigDict:
         raise ValueError(f"the model is {model!r}; choose one of {', '.join(MODELS)}: --config=configs/lcd.py:sd15")
     published = MODELS[model]
     config = ConfigDict()
-    config.teacher = published["teacher"]  # a hub id, or a folder in diffusers layout
-    config.family = model  # the published configs, by which a dry run knows a teacher that is not there
+    config.teacher = published["teacher"]  # a hub id or a diffusers folder
+    config.family = model  # the published configs, which a dry run uses if the teacher is not available
     config.objective = ConfigDict(
         {
             "name": "lcd",
-            "num_ddim_steps": 50,  # published: the skipping step is 20
+            "num_ddim_steps": 50,  # published: a skipping step of 20
             "w_min": published["w"][0],
             "w_max": published["w"][1],
             "distance": published["distance"],
@@ -67,19 +67,19 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "accumulate": 1,
             "seed": 0,
             "ema_rate": published["ema_rate"],
-            "dtype": "bfloat16",  # a choice: the scripts compute in float16 with a scaled loss, which bfloat16 spares
-            "remat": True,  # a choice of memory over time, as the scripts' own command for it
+            "dtype": "bfloat16",  # a choice: the scripts use float16, which needs loss scaling
+            "remat": True,  # a choice: less memory, more time, as in the scripts' documented command
         }
     )
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
             "learning_rate": published["learning_rate"],
-            "warmup_steps": 0,  # the scripts' constant rate has none; the paper does not say
+            "warmup_steps": 0,  # published by the scripts; not specified in the paper
             "schedule": "constant",
-            "b1": 0.9,  # a choice: Adam's usual numbers
+            "b1": 0.9,  # a choice: Adam's defaults
             "b2": 0.999,
-            "weight_decay": 1e-2,  # a choice: AdamW's usual number
+            "weight_decay": 1e-2,  # a choice: AdamW's default
             "clip_norm": 1.0,  # a choice
         }
     )

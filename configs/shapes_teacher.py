@@ -1,22 +1,23 @@
-"""The embedded teacher: a text encoder of CLIP's architecture and a UNet, trained together on the latents of `shapes`.
+"""Train the bundled teacher: a CLIP text encoder and a UNet, trained together on the latents of `shapes`.
 
     python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/shapes_teacher
 
-It takes the autoencoder that `configs/shapes_vae.py` leaves behind, or another (`--config.autoencoder=shapes`). Expect
-75 minutes on two cores, a few on a GPU; samples and the verifier's score are logged as it goes, and `export/` holds the
-model in diffusers layout. It predicts v, which stays exact where few-step sampling begins, at t = 999, and there its
-table is pure noise (arXiv 2305.08891), as sampling begins with: nothing but the caption says what goes where.
+It uses the autoencoder that `configs/shapes_vae.py` exports, or another one (`--config.autoencoder=shapes`). It takes
+75 minutes on two CPU cores and a few minutes on a GPU; samples and the verifier's score are logged, and `export/` is a
+diffusers folder. The model predicts v, which is well defined at t = 999, where few-step sampling starts. The schedule
+has zero terminal SNR (arXiv 2305.08891), so that sampling starts from pure noise and only the caption determines the
+layout.
 
-Which of two things is left, a caption says by its order and its relation together, and by neither alone. Training on
-all four relations never found that in 34,000 updates; 600 on two of them did, and all four after that:
+Which object is on the left depends on word order and relation together. Training on all four relations did not learn
+this in 34,000 updates; 600 updates on two of them did, and then on all four:
 
     python -m lcm_jax.main --config=configs/shapes_teacher.py --workdir=runs/two_relations \\
         --config.autoencoder=shapes --config.init=path/to/a/model --config.train.steps=600 \\
         --config.objective.timestep_power=0.1 \\
         --config.data.relations="('left','above')" --config.data.tasks="('position','position','color_attribution')"
 
-The shipped weights had several such runs, each from the one before (`--config.init`), the last of them on a GPU, in
-batches of 256; see their model card.
+The bundled weights are the result of several such runs, each from the previous one (`--config.init`), the last ones on
+a GPU with batches of 256; see their model card.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.autoencoder = "runs/shapes_vae/export"
-    config.init = ""  # a model of these networks to go on from, `shapes` for the shipped one; from scratch where empty
+    config.init = ""  # initial model, such as `shapes` (bundled); if empty, train from scratch
     config.objective = ConfigDict(
         {
             "name": "diffusion",
@@ -43,7 +44,7 @@ def get_config() -> ConfigDict:
             "held_out": 512,
             "encode": "cache",
             "cache": "",
-            # In turn: where things are and how many is harder to learn than what and in which colour.
+            # Used in turn: positions and counts are harder to learn than shapes and colors.
             "tasks": (
                 "single_object",
                 "position",
@@ -56,7 +57,7 @@ def get_config() -> ConfigDict:
                 "counting",
                 "color_attribution",
             ),
-            "relations": ("left", "right", "above", "below"),  # first of all two of them: see above
+            "relations": ("left", "right", "above", "below"),  # start with two of them, see above
         }
     )
     config.unet = ConfigDict(

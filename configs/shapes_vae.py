@@ -1,10 +1,10 @@
-"""The embedded autoencoder: SD's architecture in small, 64x64 pictures <-> 16x16x4 latents.
+"""Train the bundled autoencoder: a small KL autoencoder, 64x64 images <-> 16x16x4 latents.
 
     python -m lcm_jax.main --config=configs/shapes_vae.py --workdir=runs/shapes_vae
 
-Expect about 20 minutes on two cores, a mean absolute error near 0.02 (of the range -1..1), and `export/vae` in the
-workdir, which `configs/shapes_teacher.py` takes. More updates pay: the shipped one had 5,000 more, a minute on a GPU,
-and an error of 0.011:
+It takes about 20 minutes on two CPU cores and reaches a mean absolute error of about 0.02 (images in [-1, 1]).
+`configs/shapes_teacher.py` uses its `export/vae`. More updates help: the bundled autoencoder had 5,000 more, one minute
+on a GPU, and has an error of 0.011:
 
     python -m lcm_jax.main --config=configs/shapes_vae.py --workdir=runs/more --config.init=runs/shapes_vae/export \\
         --config.train.steps=5000 --config.train.batch_size=64 --config.train.ema_rate=0.998 \\
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.init = ""  # a folder with vae/ to go on from, `shapes` for the shipped one; from scratch where empty
+    config.init = ""  # initial model, such as `shapes` (bundled); if empty, train from scratch
     config.objective = ConfigDict({"name": "autoencoder", "kl_weight": 1e-5})
     config.data = ConfigDict({"source": "shapes", "size": 64, "length": 200_000, "held_out": 512, "encode": "step"})
     config.vae = ConfigDict(

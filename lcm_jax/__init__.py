@@ -1,4 +1,4 @@
-"""Latent consistency models in JAX: distil, convert and sample few-step text-to-image diffusion models.
+"""Latent consistency models in JAX: distill, convert and sample few-step text-to-image diffusion models.
 
     import lcm_jax
     lcm_jax.Pipeline.from_pretrained("shapes-lcm")("a red circle", num_inference_steps=4).images[0]

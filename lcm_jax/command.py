@@ -1,4 +1,4 @@
-"""What all commands share: XLA's flags, the cache of compiled programs, errors of one line, and exit codes."""
+"""The shared part of all commands: XLA flags, the compilation cache, one-line errors and exit codes."""
 
 import os
 import signal
@@ -13,13 +13,15 @@ from absl import flags, logging
 from lcm_jax.errors import RunError, memory_shortage
 from lcm_jax.output import outliving
 
-CACHE_BYTES = 16 * 2**30  # the programs used longest ago are deleted beyond this; a full-size training step takes 50 MB
+CACHE_BYTES = (
+    16 * 2**30
+)  # beyond this the least recently used programs are deleted; a full-size training step takes 50 MB
 
 
 def cache_folder() -> Path | None:
     """Return the folder for compiled programs, or None if LCM_JAX_CACHE=0 turns the cache off.
 
-    It lies in XDG_CACHE_HOME, by default ~/.cache. Raises ValueError if LCM_JAX_CACHE is neither 0 nor 1.
+    It is in XDG_CACHE_HOME, by default ~/.cache. Raises ValueError if LCM_JAX_CACHE is neither 0 nor 1.
     """
     switch = os.environ.get("LCM_JAX_CACHE", "1")
     if switch not in ("0", "1"):
@@ -29,13 +31,13 @@ def cache_folder() -> Path | None:
 
 
 def configure_jax() -> None:
-    """Set XLA's flags and turn on the persistent compilation cache; call it before any device is used.
+    """Set XLA's flags and turn on the persistent compilation cache. Call it before any device is used.
 
-    JAX's own variables have precedence: with JAX_COMPILATION_CACHE_DIR set, the cache is left as it is. Raises
+    JAX's own variables take precedence: if JAX_COMPILATION_CACHE_DIR is set, the cache is not changed. Raises
     ValueError as `cache_folder` does.
     """
     if version("jaxlib").startswith("0.10."):
-        # On a CPU the fused micro-kernels of this version slow training by a fifth; other versions abort on this flag.
+        # On a CPU the fused micro-kernels of this version slow training by 20%; other versions abort on this flag.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
     folder = cache_folder()
     if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -45,11 +47,11 @@ def configure_jax() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"warning: compiled programs are not cached: {error}; set XDG_CACHE_HOME", file=sys.stderr)
+        print(f"warning: compiled programs are not cached ({error}); set XDG_CACHE_HOME", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # with a limit JAX locks the folder
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # JAX locks the folder if there is a limit
 
 
 def run(
@@ -61,10 +63,10 @@ def run(
 ) -> None:
     """Parse sys.argv, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
-    parse: reads the flags and returns the other words, as absl's FlagValues does. describe: returns the text of --help.
-    out_of_memory: what to lower when the device's memory is full. verbosity: of libraries, which log at INFO. An option
-    that does not exist is an error that names the nearest one. A reader that closes the pipe (`| head -1`) does not end
-    the work. Errors that nobody can mend from outside keep their traceback.
+    parse: reads the flags and returns the remaining arguments, as absl's FlagValues does. describe: returns the text of
+    --help. out_of_memory: the remedy for a memory shortage. verbosity: of libraries, which log at INFO. An unknown
+    option is an error that suggests the nearest one. A closed pipe (`| head -1`) does not end the work. Errors that the
+    user cannot fix keep their traceback.
     """
     with outliving(stderr_instead=False):
         if any(option in sys.argv for option in ("--help", "-help", "-h")):
@@ -72,7 +74,7 @@ def run(
             return
         logging.use_absl_handler()
         logging.set_verbosity(verbosity)
-        flags.FLAGS(sys.argv[:1])  # libraries have flags of their own there, at their defaults
+        flags.FLAGS(sys.argv[:1])  # flags of libraries, at their defaults
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             try:
@@ -83,9 +85,7 @@ def run(
             except (flags.Error, ValueError, OSError, RunError) as error:  # ModelError is a ValueError
                 sys.exit(f"error: {error}")
             except KeyboardInterrupt as error:
-                signal.signal(
-                    signal.SIGINT, signal.SIG_IGN
-                )  # pressed again, it would cut short what is removed at exit
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the cleanup at exit
                 print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
                 sys.exit(130)
             except (RuntimeError, MemoryError) as error:  # jax.errors.JaxRuntimeError among others

@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def folder() -> Path:
-    """Return the folder of the bundled configs: inside the package if it was installed from a wheel, or beside it."""
+    """Return the folder of the bundled configs: in the package if installed from a wheel, otherwise beside it."""
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 def bundled() -> Iterator[tuple[str, str]]:
-    """Yield (name, summary) of each bundled config; a name with its argument, as --config takes it: lcd:sd15."""
+    """Yield (name, summary) of each bundled config; the name has the form that --config accepts, such as lcd:sd15."""
     for path in sorted(folder().rglob("*.py"), key=lambda path: (len(path.parts), path)):
         name = path.relative_to(folder()).with_suffix("").as_posix()
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -29,16 +29,16 @@ def bundled() -> Iterator[tuple[str, str]]:
 
 
 def listing() -> str:
-    """Return the bundled configs and where their files are, as lines."""
+    """Return a table of the bundled configs, and the path of their folder, as lines."""
     rows = list(bundled())
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:{width}}  {summary}" for name, summary in rows), f"The files are in {folder()}."])
 
 
 def locate(config: str) -> str:
-    """Return the value of --config with the file in place of a bundled config's name; a path to a file is unchanged.
+    """Replace the name of a bundled config in the value of --config by its file; a path to a file is unchanged.
 
-    Raises ValueError if it is neither.
+    Raises ValueError if the value is neither.
     """
     name, colon, argument = config.partition(":")
     if Path(name).is_file():
@@ -46,11 +46,11 @@ def locate(config: str) -> str:
     names = [name for name, _ in bundled()]
     if (stem := name.removesuffix(".py")) in {name.partition(":")[0] for name in names}:
         return f"{folder() / stem}.py{colon}{argument}"
-    raise ValueError(f"--config={config}: {name} is not a file, nor a bundled config; use one of {', '.join(names)}")
+    raise ValueError(f"--config={config} is neither a file nor a bundled config; use one of {', '.join(names)}")
 
 
 def by_file(argv: list[str]) -> list[str]:
-    """Return the command line with the value of --config as `locate` returns it. Raises ValueError as it does."""
+    """Apply `locate` to the value of --config in a command line. Raises ValueError as `locate` does."""
     result = list(argv)
     for i, word in enumerate(argv):
         if word == "--":
@@ -63,13 +63,13 @@ def by_file(argv: list[str]) -> list[str]:
 
 
 def explain(error: Exception, argv: list[str]) -> str:
-    """Return what was wrong with the flags as one line, which names the nearest key for one that the config lacks."""
+    """Describe an error in the flags in one line; for an unknown key, it suggests the nearest one."""
     text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
     named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
     for flag in (word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")):
         if named and named[1] in flag.split("."):
             return f"{flag} is not a config key; {hint[0] if hint else 'see the config file for valid keys'}"
     lines = text.replace("\\n", "\n").splitlines()
-    if any("Traceback" in line for line in lines):  # get_config did not like its argument, and said why at the end
+    if any("Traceback" in line for line in lines):  # raised by get_config; the last line is the reason
         lines = [lines[-1].removeprefix("ValueError: ")]
     return " ".join(" ".join(lines).split())

@@ -1,19 +1,19 @@
-"""The work and the memory of a traced program, counted from its jaxpr before anything is compiled."""
+"""FLOPs and memory of a traced program, counted from its jaxpr without compiling it."""
 
 import math
 
 import numpy as np
 from jax.extend.core import Var
 
-# Matrix products in cuDNN's fused attention, whose primitives have the query and the key as their first inputs.
+# Number of matrix products in cuDNN's fused attention; its first two inputs are the query and the key.
 FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def count_flops(jaxpr) -> int:
     """Return 2 x the multiply-adds of every matrix product, convolution and fused attention in a program.
 
-    Work per element is left out (below 5% for these networks). A scan counts as often as it is long, the branches of
-    a condition as the most expensive of them.
+    Elementwise work is left out (below 5% for these networks). The body of a scan is multiplied by its length; a
+    condition counts as its most expensive branch.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -34,12 +34,12 @@ def count_flops(jaxpr) -> int:
 
 
 def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:
-    """The most that values of `jaxpr` take at once when it runs in its order, each from its making to its last use.
+    """Estimate the peak memory of the intermediate values of `jaxpr`, run in its order, in bytes.
 
-    Its inputs and outputs are not counted. skip: (N, M) of matrices [B, heads, N, M] with more than one head that are
-    not counted, as a fused kernel of attention makes none. An estimate: XLA fuses, reorders and keeps workspace. On
-    a CPU it allocates about four fifths of this for a small step without remat; remat it undoes there, so that with it
-    nothing was compared.
+    Inputs and outputs are not counted. skip: (N, M) of attention matrices [B, heads, N, M] with more than one head that
+    are not counted, since a fused kernel does not store them. XLA fuses, reorders and needs workspace: on a CPU it
+    allocates about 80% of the estimate for a small step without remat. CPU compilation undoes remat, so that the
+    estimate with remat has not been compared.
     """
 
     def size(v) -> int:
@@ -52,21 +52,21 @@ def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:
     last = {v: number for number, equation in enumerate(jaxpr.eqns) for v in variables(equation.invars)}
     outputs = variables(jaxpr.outvars)
     live: dict[Var, int] = {}
-    now = most = 0
+    now = peak = 0
     for number, equation in enumerate(jaxpr.eqns):
         made = {v: size(v) for v in variables(equation.outvars) - outputs}
         live |= made
         now += sum(made.values())
         inner = [sub for value in equation.params.values() for sub in _jaxprs(value)]
-        most = max(most, now + max((peak_bytes(sub, skip) for sub in inner), default=0))
+        peak = max(peak, now + max((peak_bytes(sub, skip) for sub in inner), default=0))
         for v in variables([*equation.invars, *equation.outvars]) & live.keys():
             if last.get(v, number) <= number:
                 now -= live.pop(v)
-    return most
+    return peak
 
 
 def _jaxprs(value) -> list:
-    """The programs within a parameter of an equation."""
+    """Return the jaxprs in a parameter of an equation."""
     if isinstance(value, tuple | list):
         return [sub for each in value for sub in _jaxprs(each)]
     if hasattr(value, "jaxpr"):

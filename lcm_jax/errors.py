@@ -1,4 +1,4 @@
-"""Errors that every long run can meet, as one line: memory, disks, Ctrl-C and devices. No reader of it loads jax."""
+"""One-line errors for failures of any long run: memory, disks, Ctrl-C and devices. Importing it does not load jax."""
 
 import errno
 import os
@@ -14,14 +14,15 @@ FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EF
 
 
 class RunError(RuntimeError):
-    """A run that cannot start or continue; its text is one or two lines for the person who started it."""
+    """A run that cannot start or resume; its message is one or two lines for the person who started it."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; its text says during what, and what is kept."""
+    """Ctrl-C; its message names the phase that was interrupted and the remedy."""
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message, at most 200 characters, or else its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -32,9 +33,9 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def memory_shortage(error: BaseException) -> str | None:
-    """Return what an error says of memory that cannot be allocated, such as "64.0GiB"; None for any other error.
+    """Return the size that could not be allocated, such as "64.0GiB", or None if the error has another cause.
 
-    The text is the error's first line if it contains no size.
+    If an out-of-memory error contains no size, its first line is returned.
     """
     text = first_line(error)
     if disk_is_full(error) or not (
@@ -49,11 +50,11 @@ def memory_shortage(error: BaseException) -> str | None:
 
 @contextmanager
 def phase(doing: str, *, memory: str, kept: str | Callable[[], str]) -> Iterator[None]:
-    """Turn what can happen at any moment of a long phase of a run into an error of one line.
+    """Turn a memory shortage, a full disk or Ctrl-C in the block into a one-line error.
 
-    doing: the phase, as in "while encoding images". memory: the remedy if there is too little, in the imperative.
-    kept: what of the run is left, and how it continues. An error of an inner phase passes unchanged.
-    Raises RunError for memory that cannot be allocated and for a full disk, Interrupted for Ctrl-C.
+    doing: the phase, as in "while encoding images". memory: the remedy for a memory shortage, in the imperative.
+    kept: a clause that states what is saved and how to resume. Errors of an inner phase pass unchanged.
+    Raises RunError for a memory shortage and a full disk, Interrupted for Ctrl-C.
     """
     left = lambda: kept if isinstance(kept, str) else kept()  # noqa: E731
     try:
@@ -83,21 +84,21 @@ def _interrupt_again(before: Callable, unraisable) -> None:
 
 
 def keep_interrupts() -> None:
-    """From now on, a Ctrl-C that arrives in a callback, where Python ignores exceptions, is raised a moment later.
+    """Raise a Ctrl-C that arrives in a callback, where Python ignores exceptions, a moment later, from now on.
 
-    JAX has a callback in every garbage collection, and there are many while a program is traced.
+    JAX runs a callback in every garbage collection, of which tracing a program causes many.
     """
     if getattr(sys.unraisablehook, "func", None) is not _interrupt_again:
         sys.unraisablehook = partial(_interrupt_again, sys.unraisablehook)
 
 
 def check_devices() -> None:
-    """Raise RunError if JAX_PLATFORMS names devices that this machine or this installation of JAX does not have."""
+    """Raise RunError if JAX_PLATFORMS names devices that this machine or this installation of JAX lacks."""
     import jax
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that there is a card before it looks for one
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that there is a GPU before it looks for one
         asked = os.environ.get("JAX_PLATFORMS")
         if not asked:
             raise
@@ -105,6 +106,6 @@ def check_devices() -> None:
         there = ", ".join(sorted({device.platform for device in jax.devices()}))
         reason = f" ({first_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
         raise RunError(
-            f"JAX_PLATFORMS={asked} names devices that JAX does not find{reason}; found: {there}. "
-            f"Unset JAX_PLATFORMS, or install lcm_jax[gpu] or lcm_jax[tpu] on a machine that has one"
+            f"JAX_PLATFORMS={asked} names devices that JAX does not find{reason}; found: {there}; "
+            "unset JAX_PLATFORMS, or install lcm_jax[gpu] or lcm_jax[tpu] on a machine with such a device"
         ) from error

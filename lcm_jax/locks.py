@@ -1,4 +1,4 @@
-"""Locks on files, which the system releases when the process that holds them ends in whatever way."""
+"""File locks, which the operating system releases when the process that holds them ends."""
 
 import errno
 import fcntl
@@ -15,15 +15,15 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Locked(Exception):
-    """Another process holds the lock; the text names it."""
+    """Another process holds the lock; the message names it."""
 
 
 @contextmanager
 def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock of `path`, a file beside what it protects; it stays there afterwards, unlocked.
+    """Hold an exclusive lock on the file `path`, which is created if necessary and not deleted afterwards.
 
-    wait: is called with the holder's name if there is one, and the lock is then waited for. Raises Locked if there
-    is a holder and no `wait`.
+    wait: called with the holder's name if another process holds the lock, before waiting for it. Raises Locked if
+    another process holds the lock and `wait` is None.
     """
     with path.open("a+") as file:  # closing it, or the end of the process, releases the lock
         try:
@@ -42,7 +42,7 @@ def check(path: Path) -> None:
     """Raise Locked if another process holds the lock of `path`. Writes nothing."""
     if not path.exists():
         return
-    with path.open("r+") as file:  # network file systems lock only what is open for writing
+    with path.open("r+") as file:  # network file systems lock only files that are open for writing
         try:
             _acquire(file, path, None)
         except OSError as error:
@@ -64,5 +64,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # between its lock and its line
+    except (ValueError, KeyError, TypeError):  # the holder has not written its line yet
         return "another process"

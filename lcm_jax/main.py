@@ -1,11 +1,11 @@
-"""Train by a config file: distil, fine-tune, or train a model from scratch.
+"""Train a model from a config file: distill, fine-tune or train from scratch.
 
     python -m lcm_jax.main --config=shapes --workdir=runs/shapes
     python -m lcm_jax.main --config=shapes --workdir=runs/long --config.train.steps=4000
     python -m lcm_jax.main --config=lcd:sd15 --dry_run
 
---list_configs lists the bundled configs; --config also takes a file, such as configs/shapes.py. Every key of the config
-can be set by --config.group.key=value. The same command in the same workdir goes on where a stopped run left off.
+--list_configs lists the bundled configs; --config also accepts a file, such as configs/shapes.py. Any config key can be
+overridden by --config.group.key=value. The same command in the same workdir resumes an interrupted run.
 """
 
 import sys
@@ -16,17 +16,17 @@ from ml_collections import config_flags
 
 from lcm_jax import config_files
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A bundled config or a file; an argument follows a colon.")
-LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "Only list the bundled configs.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, metrics, report, export.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would take: memory, work, time. Needs no weights.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Bundled config or file, with an optional argument: lcd:sdxl.")
+LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the bundled configs, then exit.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, metrics, report, export.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.")
 
 
 def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # libraries speak at INFO
+    logging.set_verbosity(logging.WARNING)  # libraries log at INFO
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    # Imported late, so that --help and a mistyped option answer at once.
+    # Imported late, so that --help and a mistyped option return immediately.
     from lcm_jax.errors import RunError, check_devices, keep_interrupts, phase
 
     try:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; a mistake in them is an error of one line that names the nearest right word."""
+    """Parse the flags and return the remaining arguments; exit with a one-line error if they are wrong."""
     try:
         rest = flags.FLAGS(config_files.by_file(argv))
         if LIST_CONFIGS.value:
@@ -63,9 +63,9 @@ def parse(argv: list[str]) -> list[str]:
             sys.exit(0)
         if CONFIG.value is None:
             raise flags.ValidationError("--config is missing; use a file, or a name from --list_configs")
-        CONFIG.value.to_dict()  # reports a config file that did not load
+        CONFIG.value.to_dict()  # raises the error of a config file that cannot be loaded
         if not (DRY_RUN.value or WORKDIR.value):
-            raise flags.ValidationError("--workdir is missing; name the folder of the run")
+            raise flags.ValidationError("--workdir is missing; use the folder of a run")
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
         sys.exit(f"error: {config_files.explain(error, argv)}")

@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their reader: a closed pipe or terminal does not end a run."""
+"""Standard output and error that survive a closed pipe or terminal, so that it does not end a run."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Outliving:
-    """A text stream that goes on into other file descriptors, in order, once it cannot be written to."""
+    """A text stream that continues in other file descriptors, in order, when it cannot be written to."""
 
     def __init__(self, stream, instead: list[int]):
         self._stream, self._instead = stream, instead
@@ -29,34 +29,34 @@ class Outliving:
         except OSError:  # a closed pipe, a terminal that is gone, a full disk behind a redirection
             if not self._instead:
                 return
-            # The descriptor itself is replaced: what the stream still holds goes there too, also when Python ends.
+            # Replacing the descriptor itself redirects the stream's buffer too, also when Python exits.
             os.dup2(self._instead.pop(0), self._stream.fileno())
             self.flush()
 
 
 @contextmanager
 def outliving(stderr_instead: bool = True) -> Iterator[None]:
-    """Until the end of the block, what standard output and error refuse is printed elsewhere, or else nowhere.
+    """Redirect standard output and error within the block if they cannot be written to.
 
-    stderr_instead: standard error is where else, for output that must be seen. Streams without a file descriptor
-    (notebooks, tests) are left as they are. Lines appear as they are printed, and characters that the encoding lacks
-    as their escapes.
+    stderr_instead: redirect standard output to standard error, for output that must be seen, before discarding it.
+    Streams without a file descriptor (notebooks, tests) are left unchanged. Output is line-buffered, and characters
+    that the encoding lacks are printed as escapes.
     """
     before = sys.stdout, sys.stderr
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        instead = [*([before[1].fileno()] if stderr_instead else []), nowhere]
+        instead = [*([before[1].fileno()] if stderr_instead else []), devnull]
         before[0].fileno()
     except (OSError, AttributeError, ValueError):
-        os.close(nowhere)
+        os.close(devnull)
         yield
         return
     try:
         if isinstance(before[0], io.TextIOWrapper):
             before[0].reconfigure(line_buffering=True, errors="backslashreplace")
-        sys.stdout, sys.stderr = Outliving(before[0], instead), Outliving(before[1], [nowhere])
+        sys.stdout, sys.stderr = Outliving(before[0], instead), Outliving(before[1], [devnull])
         yield
     finally:
         sys.stdout.flush()
         sys.stdout, sys.stderr = before
-        os.close(nowhere)
+        os.close(devnull)

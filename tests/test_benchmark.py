@@ -61,7 +61,7 @@ def test_a_row_that_fails_contains_its_reason(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sample, 4 steps, batch 1, lcm_jax: failed: " in done.stdout and "AutoencoderKL config" in done.stdout
     late = benchmark(f"--model={model}", "--suite=sample", "--batch=1", "--repeats=1", "--row_limit=0.1")
-    assert late.returncode == 1 and "it took longer than the time limit; raise --row_limit or --limit" in late.stdout
+    assert late.returncode == 1 and "the time limit was exceeded; raise --row_limit or --limit" in late.stdout
 
 
 def test_the_cases_of_each_model():
@@ -90,7 +90,7 @@ def test_the_cases_of_each_model():
         ((["sampel"], "sd15", [], [], None), "--suite 'sampel' is not supported; use sample, train"),
         ((["train"], "sd3", [], [], None), "--model 'sd3' is not supported; use sd15, shapes-lcm, or a model folder"),
         ((["train"], "sd15", [], [], "int8"), "--dtype 'int8' is not supported; use float32, bfloat16, float16"),
-        ((["train"], "sd15", [0], [], None), "--batch and --steps must be 1 or more"),
+        ((["train"], "sd15", [0], [], None), "--batch and --steps below 1 are not supported"),
     ],
 )
 def test_what_is_not_supported(arguments, message):
@@ -100,4 +100,4 @@ def test_what_is_not_supported(arguments, message):
 
 def test_a_mistake_is_one_line():
     done = benchmark("--batch=8,x")
-    assert done.returncode == 1 and done.stderr == "error: --batch 'x' is not a whole number\n"
+    assert done.returncode == 1 and done.stderr == "error: --batch 'x' is not a whole number; use numbers such as 1,8\n"

@@ -210,5 +210,5 @@ def test_the_boilerplate_of_this_transformers_is_tolerated():
 
 
 def test_too_many_tokens_are_refused():
-    with pytest.raises(ValueError, match="17 tokens but max_position_embeddings 16"):
+    with pytest.raises(ValueError, match="17 tokens exceed max_position_embeddings 16"):
         CLIPTextModel.from_config(BASE).init(jax.random.key(0), jnp.zeros((1, 17), jnp.int32))

@@ -90,7 +90,7 @@ def test_devices_that_are_not_there_are_one_line(platform):
         done.stdout.startswith(f"JAX_PLATFORMS={platform} names devices that JAX does not find")
         and done.stdout.count("\n") == 1
     )
-    assert "found: cpu. Unset JAX_PLATFORMS, or install lcm_jax[gpu]" in done.stdout
+    assert "found: cpu; unset JAX_PLATFORMS, or install lcm_jax[gpu]" in done.stdout
 
 
 def test_a_closed_pipe_or_terminal_does_not_end_a_run():

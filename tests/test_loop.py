@@ -56,7 +56,7 @@ def line(draw=lambda rng, latents: None, loss=squared_error, **more) -> TrainTas
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
     points = iter([{"x": X, "y": 3 * X}, {"x": X, "y": np.nan * X}])
     task = line(make_batches=lambda frozen, step: points)
-    with pytest.raises(RunError, match=r"^step 2: .*loss is nan; checkpoint 1 in .* is kept; start in another"):
+    with pytest.raises(RunError, match=r"^step 2: .*loss is nan; checkpoint 1 in .* is kept; use another"):
         train(task, config_of(**{"train.steps": 30}), tmp_path)
     assert checkpoints_of(tmp_path) == [1]
 
@@ -147,7 +147,7 @@ def test_a_finished_run_knows_its_seconds_and_what_it_began_from(tmp_path):
     for _ in range(2):
         assert train(task, config_of(), tmp_path)
     assert taken[0] >= 2 and taken[1] >= 2, "what earlier processes of the run have taken counts"
-    with pytest.raises(RunError, match="was begun with other weights: teacher changed since"):
+    with pytest.raises(RunError, match="was created with different weights: teacher changed since"):
         train(replace(task, weight_digests=lambda: {"teacher": "0" * 64}), config_of(), tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_says_otherwise(tmp_p
 
 
 def test_progress_tells_speed_loss_and_time_left(capsys):
-    progress = ProgressReport(total=100, done=0, batch_size=8, title="lcd")
-    progress.update(40, {"loss": 0.25, "steps_per_second": 0.5})
+    progress = ProgressReport(total=100, done=0, title="lcd")
+    progress.update(40, {"loss": 0.25, "steps_per_second": 0.5, "images_per_second": 4.0})
     progress.close()
-    assert capsys.readouterr().out == "lcd 40/100  loss 0.25  0.50 steps/s  4 pictures/s  2:00 left\n"
+    assert capsys.readouterr().out == "lcd 40/100  loss 0.25  0.50 steps/s  4 images/s  2:00 left\n"

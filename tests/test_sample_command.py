@@ -155,7 +155,7 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     command = [sys.executable, "-m", "lcm_jax.sample", "--prompt=a", f"--output={tmp_path / 'new'}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "tpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    fails(result, "error: JAX_PLATFORMS=tpu names devices that JAX does not find", "found: cpu. Unset JAX_PLATFORMS")
+    fails(result, "error: JAX_PLATFORMS=tpu names devices that JAX does not find", "found: cpu; unset JAX_PLATFORMS")
 
 
 def test_commands_can_be_imported_in_one_process():

@@ -58,7 +58,7 @@ def test_a_silent_config_has_the_defaults_of_its_class(name):
         ({"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\] is not supported; use 'linear'"),
         ({"prediction_type": "flow"}, "prediction_type 'flow' is not supported; use 'epsilon' or 'sample' or 'v_pre"),
         ({"prediction_type": None}, "prediction_type None is not supported; use 'epsilon'"),
-        ({"rescale_betas_zero_snr": True}, "'epsilon', which says nothing .* choose sample or v_prediction"),
+        ({"rescale_betas_zero_snr": True}, "'epsilon', which does not determine .* choose sample or v_prediction"),
         ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr 'yes' is not supported; use true or false"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not supported; use a whole number from 2 to"),
         ({"num_train_timesteps": None}, "num_train_timesteps None is not supported; use a whole number"),
@@ -76,7 +76,7 @@ def test_a_silent_config_has_the_defaults_of_its_class(name):
             r"trained_betas \['0.1', .*\.\.\.\] is not supported; use a list of numbers",
         ),
         ({"trained_betas": [[0.1], [0.1, 0.2]]}, "trained_betas .* is not supported; use a list of numbers"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers and num_train_timesteps is 1000; use as many"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers and num_train_timesteps is 1000; use"),
     ],
 )
 def test_a_config_that_is_not_supported_is_an_error_of_one_line(options, message):

@@ -99,7 +99,7 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     tokenizer.rename(teacher / "tokenizer")
     refused = main("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) <= 2
-    assert "belongs to a run with another config; different: data.cache" in refused.stderr
+    assert "was created with a different config: data.cache" in refused.stderr
 
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

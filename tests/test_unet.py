@@ -254,11 +254,11 @@ def test_sizes_and_the_pooled_prompt_go_where_there_is_an_input_for_them():
         return jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments))
 
     z, t, context, _, pooled, time_ids = inputs(TWO | XL)
-    with pytest.raises(ValueError, match="takes no pooled and time_ids"):
+    with pytest.raises(ValueError, match="does not support pooled and time_ids"):
         output(TWO, z, t, context, None, pooled, time_ids)
-    with pytest.raises(ValueError, match="needs pooled and time_ids: its addition_embed_type is 'text_time'"):
+    with pytest.raises(ValueError, match="requires pooled and time_ids, since its addition_embed_type is 'text_time'"):
         output(TWO | XL, z, t, context)
-    with pytest.raises(ValueError, match="together 40, but projection_class_embeddings_input_dim is 46"):
+    with pytest.raises(ValueError, match="have 40 features, and projection_class_embeddings_input_dim is 46"):
         output(TWO | XL, z, t, context, None, pooled, time_ids[:, :5])
 
 

@@ -1,4 +1,4 @@
-"""The cases of the benchmark, as data that both sides read."""
+"""The cases of the benchmark, shared by both sides."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 
 SUITES = ("sample", "train")
 DTYPES = ("float32", "bfloat16", "float16")
-RANDOM = ("sd15",)  # full size with random weights, made where the case runs
-SHIPPED = {"shapes-lcm": "shapes"}  # a student, and the teacher that training distills
+RANDOM = ("sd15",)  # full size with random weights
+SHIPPED = {"shapes-lcm": "shapes"}  # student -> teacher
 PROMPT = "a photo of a red circle above a blue square"
-# The settings of a training step that change its work. Latents are encoded beforehand.
+# Settings of the training step that affect its work. Latents are encoded beforehand.
 DDIM_STEPS, HUBER_C, EMA_RATE, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM, W = 50, 1e-3, 0.95, 1e-6, 1e-2, 1.0, (5.0, 15.0)
 
 
@@ -19,8 +19,8 @@ class Case:
     """One row of the benchmark.
 
     suite: "matmul", "sample" or "train". model: "sd15", "shapes-lcm", or a diffusers folder. batch: images per call
-    or examples per step. steps: of the sampler, 0 elsewhere. size: of an image's side in pixels, and of the matrix's
-    in the suite "matmul". dtype: of the computation. remat: blocks are recomputed in the backward pass.
+    or examples per step. steps: sampling steps, otherwise 0. size: side of the image in pixels (0: the model's own), or
+    of the matrix. dtype: compute dtype. remat: recompute blocks in the backward pass.
     """
 
     suite: str
@@ -44,14 +44,14 @@ class Case:
 
 
 def check(suites: Sequence[str], model: str, batches: Sequence[int], steps: Sequence[int], dtype: str | None) -> None:
-    """Raise ValueError for what is not supported; the arguments are those of `plan`."""
+    """Raise ValueError for an argument of `plan` that is not supported."""
     for suite in suites:
         if suite not in SUITES:
             raise ValueError(f"--suite {suite!r} is not supported; use {', '.join(SUITES)}")
     if model not in (*RANDOM, *SHIPPED) and not (Path(model) / "model_index.json").exists():
         raise ValueError(f"--model {model!r} is not supported; use {', '.join((*RANDOM, *SHIPPED))}, or a model folder")
     if any(value < 1 for value in (*batches, *steps)):
-        raise ValueError("--batch and --steps must be 1 or more")
+        raise ValueError("--batch and --steps below 1 are not supported; use positive numbers")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype!r} is not supported; use {', '.join(DTYPES)}")
 
@@ -64,9 +64,9 @@ def plan(
     dtype: str | None,
     accelerator: bool,
 ) -> list[Case]:
-    """Return the cases of these suites, after the matrix product that they are compared with.
+    """Return the cases of `suites`, preceded by the matrix product that they are compared with.
 
-    batches, steps, dtype: empty or None for the model's own. accelerator: the device is not a CPU.
+    batches, steps, dtype: empty or None for the defaults. accelerator: True if the device is not a CPU.
     """
     full = model in RANDOM
     dtype = dtype or ("bfloat16" if full and accelerator else "float32")

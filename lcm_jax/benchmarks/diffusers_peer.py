@@ -1,9 +1,9 @@
-"""The peer's side of the benchmark: diffusers and PyTorch, as their users run them for speed.
+"""The peer's side of the benchmark: diffusers and PyTorch with their usual optimizations.
 
     python -m lcm_jax.benchmarks.diffusers_peer '{"suite": "sample", "model": "shapes-lcm", "batch": 1, ...}'
 
 On a GPU: scaled-dot-product attention, channels_last, torch.compile for sampling, autocast, fused AdamW and a foreach
-average for training. On a CPU: eager, where channels_last and torch.compile bring nothing or cost time.
+average for training. On a CPU: eager, since channels_last and torch.compile do not save time there.
 """
 
 # diffusers declares its classes by lazy imports, and both libraries are optional.
@@ -84,7 +84,7 @@ def prepare_matmul(case: Case):
 
 
 def prepare_sample(case: Case):
-    """A call of the pipeline, from text to float pixels on the host."""
+    """Prepare a call of the pipeline, from prompts to pixels on the host."""
     pipe = open_pipeline(case, student=True)
     pipe.set_progress_bar_config(disable=True)
     if CUDA:
@@ -104,7 +104,7 @@ def prepare_sample(case: Case):
 
 
 def prepare_train(case: Case):
-    """A step of latent consistency distillation, from moments and tokens to the updated target network."""
+    """Prepare a step of latent consistency distillation, from moments and tokens to the updated target network."""
     pipe = open_pipeline(case, student=False)
     teacher, text_encoder = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
     config = without_notes(dict(teacher.config, time_cond_proj_dim=256))
@@ -137,7 +137,7 @@ def prepare_train(case: Case):
         return x.reshape(-1, 1, 1, 1)
 
     def origin_and_noise(output, z, t):
-        """Return x0 and the noise that the network's output implies at z_t."""
+        """Return x0 and the noise implied by the network's output at z_t."""
         alpha, sigma = broadcast(abar[t].sqrt()), broadcast((1 - abar[t]).sqrt())
         if prediction_type == "epsilon":
             return (z - sigma * output) / alpha, output

@@ -1,4 +1,4 @@
-"""This project's side of the benchmark: what a person calls, with nothing left out.
+"""This project's side of the benchmark: complete calls, as users make them.
 
 python -m lcm_jax.benchmarks.ours '{"suite": "sample", "model": "shapes-lcm", "batch": 1, ...}'
 """
@@ -54,14 +54,14 @@ def prepare(case: Case) -> Prepared:
 
 
 def flops_of(function, *arguments) -> int:
-    """Return the work of a function of arrays or shapes."""
+    """Return the FLOPs of a function of arrays or shapes."""
     return cost.count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def random_model(configs: Mapping[str, Mapping[str, Any]], dtype: str, tokenizer: Path) -> StoredModel:
-    """Return a model of random weights of unit gain, in the dtype of the computation, as half-precision files are.
+    """Return a model with random weights of unit gain in the compute dtype.
 
-    Drawn once and repeated: a billion numbers of their own would take longer than what is timed.
+    A pool of random numbers is repeated, since a billion distinct ones would take longer than the benchmark.
     """
     pool = np.random.default_rng(0).standard_normal(2**22, np.float32)
     scaled = cache(lambda fan_in: (pool * fan_in**-0.5).astype(dtype))
@@ -84,12 +84,12 @@ def random_model(configs: Mapping[str, Mapping[str, Any]], dtype: str, tokenizer
 
 
 def latent_side(case: Case, pipe: Pipeline) -> int:
-    """Return the latents along one axis of the case's images."""
+    """Return the side of the latents of the case's images."""
     return case.size // pipe.model.downscale if case.size else pipe.configs["unet"]["sample_size"]
 
 
 def open_pipeline(case: Case, student: bool) -> Pipeline:
-    """Return the pipeline of the case's model, the student or the teacher of it."""
+    """Return the pipeline of the case's model, or of its teacher."""
     if case.model in cases.SHIPPED:
         return Pipeline.from_pretrained(case.model if student else cases.SHIPPED[case.model], case.dtype)
     if case.model not in cases.RANDOM:
@@ -102,14 +102,14 @@ def open_pipeline(case: Case, student: bool) -> Pipeline:
 
 
 def prepare_matmul(case: Case):
-    """The square matrix product by which the device's peak is measured."""
+    """Prepare the square matrix product that measures the device's peak."""
     x = jax.random.normal(jax.random.key(0), (case.size, case.size), case.dtype)
     product = jax.jit(lambda x: x @ x)
     return lambda: jax.block_until_ready(product(x)), 2 * case.size**3
 
 
 def prepare_sample(case: Case):
-    """A call of the pipeline, from text to uint8 pixels on the host."""
+    """Prepare a call of the pipeline, from prompts to pixels on the host."""
     pipe = open_pipeline(case, student=True)
     model, params = pipe.model, pipe.params
     size = case.size or None
@@ -131,7 +131,7 @@ def prepare_sample(case: Case):
 
 
 def prepare_train(case: Case):
-    """A step of latent consistency distillation, from moments and tokens to the updated target network."""
+    """Prepare a step of latent consistency distillation, from moments and tokens to the updated target network."""
     pipe = open_pipeline(case, student=False)
     if pipe.model.guidance_embedding_dim is not None:
         raise ValueError(f"--model {case.model!r} is a latent consistency model; pass its teacher to time training")

@@ -1,4 +1,4 @@
-"""Run the cases of the benchmark: two processes per row that take turns, and a table of what they measured."""
+"""Run the cases of the benchmark in one process per side, and print the results as a table."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from lcm_jax.benchmarks import cases
 from lcm_jax.benchmarks.cases import Case
 
 SIDES = {"lcm_jax": "lcm_jax.benchmarks.ours", "diffusers": "lcm_jax.benchmarks.diffusers_peer"}
-SHARED_MEMORY = "0.45"  # of a GPU, for JAX while the peer's process uses the rest
+SHARED_MEMORY = "0.45"  # share of a GPU for JAX if the peer's process uses the rest
 
 
 class SideError(RuntimeError):
-    """A side could not run its case; the text is the reason."""
+    """A side could not run its case; the message is the reason."""
 
 
 class Side:
@@ -55,7 +55,7 @@ class Side:
         try:
             line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.01))
         except queue.Empty:
-            raise SideError("it took longer than the time limit; raise --row_limit or --limit") from None
+            raise SideError("the time limit was exceeded; raise --row_limit or --limit") from None
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
@@ -68,7 +68,7 @@ class Side:
         try:
             self._requests.write(request + "\n")
             self._requests.flush()
-        except OSError:  # it has ended, and `receive` finds out why
+        except OSError:  # the process has ended; `receive` raises the reason
             pass
         return self.receive(deadline)
 
@@ -79,9 +79,9 @@ class Side:
 
 
 def has_accelerator() -> bool:
-    """Return True if JAX computes on something other than a CPU; a process of its own asks, and gives it back.
+    """Return True if JAX's default device is not a CPU. A separate process asks, so that the device stays free.
 
-    Raises ValueError with JAX's reason if it has no device at all.
+    Raises ValueError with JAX's reason if there is no device.
     """
     done = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
@@ -104,9 +104,9 @@ def run(
     limit: float,
     json_file: str | None,
 ) -> dict[str, Any]:
-    """Run every case and return {"rows": [...]} and what they were measured with; see `run_case` for a row.
+    """Run every case and return {"rows": [...]} and the settings; see `run_case` for a row.
 
-    row_limit, limit: in seconds, for a case and for all. json_file: gets the result after each case. Raises ValueError
+    row_limit, limit: in seconds, for a case and for all cases. json_file: rewritten after each case. Raises ValueError
     for a case that is not supported, and OSError if json_file cannot be written.
     """
     cases.check(suites, model, batches, steps, dtype)
@@ -137,11 +137,11 @@ def run(
 
 
 def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) -> list[dict[str, Any]]:
-    """Return a row for each side: "error", or these figures, all of the timed runs after the first.
+    """Return a row for each side: "error", or these figures of the timed runs after the first.
 
-    first_s: seconds of the first run; saved_s: of compiling, saved by the compilation cache. ms, ms_min, ms_max: the
-    median and the range. images_per_s: by the median. tflops: matrix work / median. peak_gb: memory in use at most.
-    ratio (of the second side): the median of its time / the first side's, turn by turn.
+    first_s: seconds of the first run; saved_s: seconds of compilation saved by the cache. ms, ms_min, ms_max: median
+    and range. images_per_s: batch / median. tflops: matrix work / median. peak_gb: peak memory.
+    ratio (second side only): the median over the turns of its time / the first side's.
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": SHARED_MEMORY} if len(names) > 1 else {}
     sides: dict[str, Side] = {}
@@ -162,14 +162,14 @@ def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) ->
 
             def prepare(name=name):
                 rows[name] |= sides[name].receive(deadline)["facts"]
-                sides[name].ask("run", deadline)  # a second run that is not counted: caches and clocks settle
+                sides[name].ask("run", deadline)  # a second warm-up run: caches and clocks settle
                 seconds[name] = []
 
             attempt(name, prepare)
         for turn in range(repeats):
             for name in list(sides):
                 if turn and time.monotonic() + 2 * seconds[name][-1] > deadline:
-                    continue  # what was measured in time counts
+                    continue  # earlier turns count
                 attempt(name, lambda name=name: seconds[name].append(sides[name].ask("run", deadline)["seconds"]))
         for name in list(sides):
             attempt(name, lambda name=name: rows[name].update(sides[name].ask("stop", deadline + 10)))
@@ -187,7 +187,7 @@ def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) ->
 
 
 def add_figures(row: dict[str, Any], case: Case, seconds: Sequence[float], flops: int | None) -> None:
-    """Add to a row the figures that `run_case` lists; flops: of one run, if a side counted them."""
+    """Add the figures that `run_case` lists to a row. flops: of one run, if a side counted them."""
     median = statistics.median(seconds)
     row |= {
         name: round(1e3 * f(seconds), 3) for name, f in [("ms", statistics.median), ("ms_min", min), ("ms_max", max)]
@@ -202,12 +202,12 @@ def add_figures(row: dict[str, Any], case: Case, seconds: Sequence[float], flops
 
 
 def is_cached(row: Mapping[str, Any]) -> bool:
-    """Return True if the first run compiled nothing that takes a second: the compilation cache had it."""
+    """Return True if the compilation cache saved more than a second of the first run."""
     return row.get("saved_s", 0) > 1
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """Return a row in a few words."""
+    """Return a short description of a row."""
     if "error" in row:
         return f"failed: {row['error']}"
     images = f", {row['images_per_s']:.2f} images/s" if "images_per_s" in row else ""
@@ -215,7 +215,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Print the table of the results."""
+    """Print the results as a table."""
     devices = " and ".join(dict.fromkeys(row["device"] for row in results["rows"] if "device" in row))
     versions = {k: v for row in results["rows"] for k, v in row.get("versions", {}).items()}
     title = f"{results['model']}, {results['dtype']}; {devices}; {', '.join(f'{k} {v}' for k, v in versions.items())}"

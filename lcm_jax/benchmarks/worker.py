@@ -1,8 +1,7 @@
-"""A process that prepares one case and times it each time it is asked to: the protocol of both sides.
+"""The protocol of both sides: a process that prepares one case and times it on request.
 
-The parent reads one JSON object per line: {"facts": ...} when the case has run once, then {"seconds": ...} for each
-line "run" that it writes, and {"peak_bytes": ...} for the line "stop". Everything else that the process or its
-libraries print goes to stderr.
+It writes one JSON object per line: {"facts": ...} after the first run of the case, {"seconds": ...} for each line "run"
+that it reads, and {"peak_bytes": ...} for the line "stop". All other output of the process goes to stderr.
 """
 
 import json
@@ -19,18 +18,18 @@ from lcm_jax.benchmarks.cases import Case
 class Prepared(NamedTuple):
     """A case that is ready to run."""
 
-    run: Callable[[], Any]  # runs the case once and returns when its result is complete
+    run: Callable[[], Any]  # runs the case once, until its result is complete
     facts: dict[str, Any]  # device, versions, and "flops" of one run if this side counts them
-    peak_bytes: Callable[[], int | None]  # device memory in use at most; None if the device does not record it
+    peak_bytes: Callable[[], int | None]  # peak device memory; None if the device does not record it
 
 
 def host_peak_bytes() -> int:
-    """Return the largest resident memory that this process had."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(prepare: Callable[[Case], Prepared]) -> None:
-    """Prepare the case given as JSON on the command line, run it once, and answer the parent until it says stop."""
+    """Prepare the case given as JSON on the command line, run it once, and answer requests until "stop"."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

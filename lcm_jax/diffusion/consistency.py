@@ -10,22 +10,25 @@ from lcm_jax.diffusion.schedule import Schedule, like, predict_x0
 def boundary_scalings(
     t: jax.Array, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[jax.Array, jax.Array]:
-    """(c_skip, c_out) = (d^2 / (u^2 + d^2), u / sqrt(u^2 + d^2)) with u = 10 t: (1, 0) at t = 0, so f(z, 0) = z."""
+    """Return (c_skip, c_out) = (d^2 / (u^2 + d^2), u / sqrt(u^2 + d^2)), float32 of t's shape, with u = 10 t.
+
+    At t = 0 they are (1, 0), so that f(z, 0) = z.
+    """
     u = jnp.asarray(t, jnp.float32) * timestep_scaling
     return sigma_data**2 / (u**2 + sigma_data**2), u / jnp.sqrt(u**2 + sigma_data**2)
 
 
 def consistency_function(schedule: Schedule, output: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
-    """f(z, t): float32[B, h, w, c], from the network's output at z: [B, h, w, c] and t: int32[B]."""
+    """Return f(z, t), float32[B, h, w, c], from the network's output at z: [B, h, w, c] and t: int32[B]."""
     c_skip, c_out = boundary_scalings(t)
     return like(c_skip, z) * z + like(c_out, z) * predict_x0(schedule, output, z, t)
 
 
 def guidance_embedding(w: jax.Array, dim: int = 256) -> jax.Array:
-    """[sin, cos] of 1000 w exp(-j ln(10^4) / (dim/2 - 1)), j < dim/2: float32[B, dim].
+    """Return [sin, cos] of 1000 w exp(-j ln(10^4) / (dim/2 - 1)), j < dim/2, float32[B, dim].
 
-    w: float32[B], the paper's weight (guidance_scale - 1). Always in float32: in half precision 1000 w alone is off by
-    more than a turn.
+    w: float32[B], the paper's weight (guidance_scale - 1). Computed in float32: in half precision the rounding error of
+    1000 w exceeds a full turn.
     """
     half = dim // 2
     frequencies = np.exp(-np.arange(half) * np.log(10000.0) / (half - 1)).astype(np.float32)

@@ -9,9 +9,10 @@ SPACINGS = ("leading", "trailing", "linspace")
 def lcm_timesteps(
     num_inference_steps: int, strength: float = 1.0, original_steps: int = 50, num_train_timesteps: int = 1000
 ) -> np.ndarray:
-    """The n timesteps of the few-step sampler, descending int32[n], out of the grid that distillation used.
+    """Return the n timesteps of the few-step sampler, descending int32[n], a subset of the grid of distillation.
 
-    strength < 1 begins further down, for image to image. Raises ValueError when n is not in 1..int(50 strength).
+    strength: below 1 for image-to-image, which skips the noisiest part of the grid. Raises ValueError if n is not in
+    [1, int(original_steps * strength)].
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; choose a number above 0 and at most 1")
@@ -26,10 +27,10 @@ def lcm_timesteps(
 
 
 def spaced(n: int, spacing: str, steps_offset: int, num_train_timesteps: int, skip_last: bool = False) -> np.ndarray:
-    """n timesteps of one of SPACINGS, descending float64[n]; those of `linspace` are not rounded.
+    """Return n timesteps of one of SPACINGS, descending float64[n]; `linspace` timesteps are not rounded.
 
-    skip_last: one step more is made and left out, as DPM-Solver's grids are, unless the spacing is trailing.
-    Raises ValueError if there are not so many timesteps.
+    skip_last: drop the last of n + 1 timesteps unless the spacing is trailing, as DPM-Solver does.
+    Raises ValueError if the schedule does not have this many timesteps.
     """
     total = num_train_timesteps
     points = n + (skip_last and spacing != "trailing")
@@ -43,7 +44,7 @@ def spaced(n: int, spacing: str, steps_offset: int, num_train_timesteps: int, sk
     if grid[0] >= total:
         raise ValueError(
             f"num_inference_steps is {n}, whose first timestep is {grid[0]:g} with steps_offset {steps_offset}; "
-            f"use fewer, so that it is below {total}"
+            f"use fewer steps, so that it is below {total}"
         )
     return grid
 
@@ -55,10 +56,10 @@ def solver_timesteps(
     num_train_timesteps: int = 1000,
     strength: float = 1.0,
 ) -> np.ndarray:
-    """The n timesteps of a many-step solver, descending int32[n], at diffusers' DDIM spacing, one of SPACINGS.
+    """Return the timesteps of a many-step solver, descending int32, with diffusers' DDIM spacing, one of SPACINGS.
 
-    strength < 1 keeps the last int(n strength) of them, for image to image.
-    Raises ValueError when n is not in 1..num_train_timesteps, or strength leaves no step.
+    strength: below 1 for image-to-image, which keeps the last int(n * strength) of the n timesteps.
+    Raises ValueError if n is not in [1, num_train_timesteps] or strength leaves no timestep.
     """
     n = num_inference_steps
     grid = np.round(spaced(n, spacing, steps_offset, num_train_timesteps))
@@ -71,15 +72,15 @@ def solver_timesteps(
 
 
 def karras_sigmas(high: float, low: float, n: int) -> np.ndarray:
-    """Evenly spaced in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
+    """Return noise levels evenly spaced in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
     return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
 
 
 def exponential_sigmas(high: float, low: float, n: int) -> np.ndarray:
-    """Evenly spaced in log sigma."""
+    """Return noise levels evenly spaced in log sigma."""
     return np.exp(np.linspace(np.log(high), np.log(low), n))
 
 
 def beta_sigmas(high: float, low: float, n: int) -> np.ndarray:
-    """Spaced as the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173)."""
+    """Return noise levels spaced as the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173)."""
     return low + betaincinv(0.6, 0.6, np.linspace(1, 0, n)) * (high - low)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def classifier_free(uncond, cond, w):
-    """cond + w (cond - uncond) with the paper's w = guidance_scale - 1 of diffusers."""
+    """Return cond + w (cond - uncond), with w = guidance_scale - 1 of diffusers."""
     return cond + w * (cond - uncond)
 
 

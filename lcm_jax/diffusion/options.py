@@ -1,7 +1,7 @@
-"""Options of a scheduler_config.json, checked where they are used: an option that nothing uses refuses no model.
+"""Options of a scheduler_config.json, checked only where they are used, so that an unused option rejects no model.
 
-Each function returns the option's value, or `default` (that of the scheduler's class in diffusers) if it is absent, and
-raises ValueError for a value that is not supported.
+Each function returns the option's value, or `default` (the scheduler class's in diffusers) if it is absent, and raises
+ValueError for a value that is not supported.
 """
 
 import math
@@ -13,11 +13,12 @@ Config = Mapping[str, Any]
 
 
 def unsupported(name: str, value: Any, remedy: str) -> ValueError:
+    """Build the error for a value of the option `name`; remedy: the values that are supported."""
     return ValueError(f"scheduler/scheduler_config.json: {name} {reprlib.repr(value)} is not supported; use {remedy}")
 
 
 def choice(config: Config, name: str, default: Any, choices: Sequence) -> Any:
-    """One of `choices`; the default may be a value that is not among them, and is then not supported either."""
+    """Return one of `choices`. The default is checked as well, since diffusers' may not be supported."""
     value = config.get(name, default)
     if value not in choices:
         raise unsupported(name, value, " or ".join(repr(each) for each in choices))
@@ -25,7 +26,7 @@ def choice(config: Config, name: str, default: Any, choices: Sequence) -> Any:
 
 
 def flag(config: Config, name: str, default: bool = False) -> bool:
-    """A bool; null counts as false, as in diffusers."""
+    """Return a bool; null means false, as in diffusers."""
     value = config.get(name, default)
     if value not in (True, False, None):
         raise unsupported(name, value, "true or false")
@@ -37,7 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def number(config: Config, name: str, default: float | None, low: float, high: float = math.inf) -> float | None:
-    """A number between `low` and `high`, both excluded, or the default."""
+    """Return a number in the open interval (low, high), or the default."""
     value = config.get(name, default)
     if value != default and not (is_number(value) and low < value < high):
         raise unsupported(name, value, f"a number between {low:g} and {high:g}")
@@ -45,7 +46,7 @@ def number(config: Config, name: str, default: float | None, low: float, high: f
 
 
 def whole(config: Config, name: str, default: int, low: int, high: int) -> int:
-    """A whole number from `low` to `high`."""
+    """Return an integer in [low, high]."""
     value = config.get(name, default)
     if not (is_number(value) and isinstance(value, int) and low <= value <= high):
         raise unsupported(name, value, f"a whole number from {low} to {high}")

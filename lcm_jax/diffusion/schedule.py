@@ -18,7 +18,10 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """alphas_cumprod: float32[T], abar_t of every training step. prediction_type: what the network's output means."""
+    """alphas_cumprod: float32[T], abar_t of every training step. prediction_type: the network's output.
+
+    Raises ValueError for a prediction type that is not supported, or epsilon with a last abar of 0.
+    """
 
     alphas_cumprod: np.ndarray
     prediction_type: str
@@ -28,13 +31,13 @@ class Schedule:
             raise unsupported("prediction_type", self.prediction_type, " or ".join(map(repr, PREDICTION_TYPES)))
         if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] <= 0:
             raise ValueError(
-                "prediction_type is 'epsilon', which says nothing of the picture at the last step of a zero-SNR table "
-                "(rescale_betas_zero_snr); choose sample or v_prediction"
+                "prediction_type is 'epsilon', which does not determine the image at the last step of a zero-SNR "
+                "schedule (rescale_betas_zero_snr); choose sample or v_prediction"
             )
 
 
 def read_betas(config: Config) -> dict[str, Any]:
-    """The options that make the betas, with the defaults of the config's class. Raises ValueError."""
+    """Return the options that define the betas, with the defaults of the config's class. Raises ValueError."""
     lcm = config.get("_class_name") == "LCMScheduler"
     return {
         "num_train_timesteps": whole(config, "num_train_timesteps", 1000, 2, 1_000_000),
@@ -45,17 +48,17 @@ def read_betas(config: Config) -> dict[str, Any]:
 
 
 def make_schedule(config: Config) -> Schedule:
-    """The schedule of a diffusers scheduler_config.json. Raises ValueError that names an unsupported value."""
+    """Build the schedule of a diffusers scheduler_config.json. Raises ValueError that names an unsupported value."""
     steps, start, end, kind = read_betas(config).values()
     trained = config.get("trained_betas")
-    # float32 throughout, as the published tables were made: the cumulative product would differ in its last digits.
+    # The published tables were computed in float32: a float64 cumulative product differs in the last digits.
     if trained is not None:
         if not isinstance(trained, list | tuple) or not all(is_number(each) and 0 < each < 1 for each in trained):
             raise unsupported("trained_betas", trained, "a list of numbers between 0 and 1")
         if len(trained) != steps:
             raise ValueError(
                 f"scheduler/scheduler_config.json: trained_betas has {len(trained)} numbers and num_train_timesteps is "
-                f"{steps}; use as many"
+                f"{steps}; use the same number"
             )
         betas = np.asarray(trained, np.float32)
     elif kind == "linear":
@@ -76,13 +79,13 @@ def make_schedule(config: Config) -> Schedule:
 
 
 def alpha_sigma(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """t: int32[...] -> (alpha, sigma), float32[...]."""
+    """Return (alpha_t, sigma_t), float32[...], for t: int32[...]."""
     bar = jnp.asarray(schedule.alphas_cumprod)[t]
     return jnp.sqrt(bar), jnp.sqrt(1.0 - bar)
 
 
 def like(x: jax.Array, z: jax.Array) -> jax.Array:
-    """x: [B] or a scalar -> shaped to broadcast over z: [B, ...]."""
+    """Reshape x: [B] or a scalar to broadcast over z: [B, ...]."""
     return x.reshape(x.shape + (1,) * (z.ndim - x.ndim)) if x.ndim else x
 
 
@@ -92,26 +95,26 @@ def _coefficients(schedule: Schedule, z: jax.Array, t: jax.Array) -> tuple[jax.A
 
 
 def add_noise(schedule: Schedule, z: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """z_t = alpha_t z + sigma_t e: float32[B, h, w, c] from z and noise of that shape and t: int32[B]."""
+    """Return z_t = alpha_t z + sigma_t e, float32[B, h, w, c], from z and noise of this shape and t: int32[B]."""
     alpha, sigma = _coefficients(schedule, z, t)
     return alpha * z + sigma * noise
 
 
 def velocity(schedule: Schedule, z: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """v = alpha_t e - sigma_t x0 (arXiv 2202.00512)."""
+    """Return v = alpha_t e - sigma_t x0 (arXiv 2202.00512); the arguments are those of `add_noise`."""
     alpha, sigma = _coefficients(schedule, z, t)
     return alpha * noise - sigma * z
 
 
 def training_target(schedule: Schedule, z: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """What the network should output at (add_noise(z, noise, t), t)."""
+    """Return the output that minimizes the diffusion loss at (add_noise(z, noise, t), t), float32[B, h, w, c]."""
     if schedule.prediction_type == "epsilon":
         return noise
     return z if schedule.prediction_type == "sample" else velocity(schedule, z, noise, t)
 
 
 def output_to_x0(prediction_type: str, output: jax.Array, z: jax.Array, alpha, sigma) -> jax.Array:
-    """The clean latent that the network's output means at z = alpha x0 + sigma e: float32[B, h, w, c].
+    """Return the clean latent implied by the network's output at z = alpha x0 + sigma e, float32[B, h, w, c].
 
     alpha, sigma: float32[] or of a shape that broadcasts over z.
     """
@@ -122,7 +125,7 @@ def output_to_x0(prediction_type: str, output: jax.Array, z: jax.Array, alpha, s
 
 
 def output_to_noise(prediction_type: str, output: jax.Array, z: jax.Array, alpha, sigma) -> jax.Array:
-    """The noise that the network's output means at z: float32[B, h, w, c]; alpha, sigma as in `output_to_x0`."""
+    """Return the noise implied by the network's output at z, float32[B, h, w, c]; see `output_to_x0`."""
     output = output.astype(jnp.float32)
     if prediction_type == "epsilon":
         return output
@@ -130,21 +133,22 @@ def output_to_noise(prediction_type: str, output: jax.Array, z: jax.Array, alpha
 
 
 def predict_x0(schedule: Schedule, output: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
-    """The clean latent that the network's output means at z_t: float32[B, h, w, c]. t: int32[B]."""
+    """Return the clean latent implied by the network's output at z_t, float32[B, h, w, c]. t: int32[B]."""
     return output_to_x0(schedule.prediction_type, output, z, *_coefficients(schedule, z, t))
 
 
 def predict_noise(schedule: Schedule, output: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
-    """The noise that the network's output means at z_t: float32[B, h, w, c]. t: int32[B]."""
+    """Return the noise implied by the network's output at z_t, float32[B, h, w, c]. t: int32[B]."""
     return output_to_noise(schedule.prediction_type, output, z, *_coefficients(schedule, z, t))
 
 
 def skipping_steps(
     index: jax.Array, num_ddim_steps: int = 50, num_train_timesteps: int = 1000
 ) -> tuple[jax.Array, jax.Array]:
-    """index: int32[B] in 0..num_ddim_steps-1 -> (s, t): s = (index + 1) k - 1 and t = max(s - k, 0), k = 1000 / 50.
+    """Return the timesteps (s, t), int32[B]: s = (index + 1) k - 1 and t = max(s - k, 0), k = 1000 / 50 by default.
 
-    Raises ValueError unless num_ddim_steps divides num_train_timesteps: the last step would miss the table's end.
+    index: int32[B] in [0, num_ddim_steps - 1]. Raises ValueError if num_ddim_steps does not divide
+    num_train_timesteps, since the last step would not reach the end of the schedule.
     """
     if num_ddim_steps < 1 or num_train_timesteps % num_ddim_steps:
         raise ValueError(

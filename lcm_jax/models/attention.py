@@ -1,7 +1,7 @@
 """Multi-head attention, and the choice of the kernel that computes it.
 
-The choice depends on the device, the dtype and the shapes alone, so that it is made while a program is traced, and a
-kernel is chosen only if it supports both directions: a program that is traced forward may be differentiated later.
+The choice depends only on the device, the dtype and the shapes, so that it is made during tracing. A kernel is chosen
+only if it supports both directions, since a program that is traced forward may be differentiated later.
 `docs/performance.md` lists the choice for every attention of the supported models.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lcm_jax.models.layers import Dtype
 
-# Below this many keys the matrix of logits is small, and a fused kernel saves next to nothing.
+# With fewer keys the matrix of logits is small, and a fused kernel saves almost nothing.
 MIN_FUSED_KEYS = 1024
 
 
@@ -47,11 +47,11 @@ def current_device() -> Device:
 
 
 def cudnn_refusal(device: Device, shape: Shape, backward: bool) -> str | None:
-    """Return why cuDNN's fused kernel cannot compute this attention, or None if it can.
+    """Return the reason that cuDNN's fused kernel cannot compute this attention, or None if it can.
 
     backward: the gradient is needed too. The rules are those of `check_is_flash_attention` in JAX 0.10, 0.11 and 0.12,
-    the absence of a bias excepted: JAX passes a placeholder in its place, so that its check for odd lengths, meant
-    for a bias, always applies to the gradient.
+    except for the bias: JAX passes a placeholder for an absent one, so that its check for odd lengths, meant for a
+    bias, always applies to the gradient.
     """
     largest = 256 if device.capability >= (9, 0) else 128
     if device.platform != "cuda":
@@ -61,7 +61,7 @@ def cudnn_refusal(device: Device, shape: Shape, backward: bool) -> str | None:
     if shape.dtype not in (jnp.bfloat16, jnp.float16):
         return "it needs bfloat16 or float16"
     if shape.masked:
-        return "it takes no mask"
+        return "it does not support masks"
     if shape.head_dim % 8 or shape.head_dim > largest:
         return f"it needs a head size that is a multiple of 8 up to {largest}"
     if backward and (shape.queries % 2 or shape.keys % 2):
@@ -72,7 +72,7 @@ def cudnn_refusal(device: Device, shape: Shape, backward: bool) -> str | None:
 def choose_kernel(device: Device, shape: Shape) -> str:
     """Return "cudnn" or "xla", the kernel for an attention of this shape on this device.
 
-    On a TPU this is "xla" too: a Pallas kernel cannot be partitioned by the compiler, so that it fails on a mesh.
+    On a TPU this is "xla" too, since the compiler cannot partition a Pallas kernel over a mesh.
     """
     if shape.keys >= MIN_FUSED_KEYS and cudnn_refusal(device, shape, backward=True) is None:
         return "cudnn"
@@ -80,10 +80,10 @@ def choose_kernel(device: Device, shape: Shape) -> str:
 
 
 def attention(query, key, value, mask=None):
-    """Return softmax(q k^T / sqrt(d)) v with the softmax in float32, of query's shape and dtype.
+    """Return softmax(q k^T / sqrt(d)) v in query's shape and dtype; the softmax is in float32.
 
     query: [B, N, heads, d]; key, value: [B, M, heads, d]; mask: bool broadcastable to [B, heads, N, M], True where a
-    query sees a key.
+    query attends to a key.
     """
     queries, keys, head_dim = query.shape[1], key.shape[1], query.shape[-1]
     shape = Shape(queries, keys, head_dim, jnp.dtype(query.dtype), mask is not None)
@@ -97,7 +97,7 @@ def attention(query, key, value, mask=None):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x: [B, N, C] to context: [B, M, D], or to itself."""
+    """Multi-head attention of x: [B, N, C] to context: [B, M, D], or to x if there is none."""
 
     heads: int
     head_dim: int

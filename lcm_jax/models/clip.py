@@ -1,6 +1,7 @@
 """CLIP's text encoder (arXiv 2103.00020, section 2.4): a causal pre-norm transformer over byte-pair tokens.
 
-The same network with other numbers is OpenCLIP's: ViT-H in Stable Diffusion 2, ViT-bigG in XL, that with a projection.
+OpenCLIP's encoders are the same network with other sizes: ViT-H in Stable Diffusion 2, ViT-bigG (with a projection) in
+XL.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from lcm_jax.models.attention import attention
 from lcm_jax.models.layers import SIZE, Between, check_config
 
-# What transformers writes beside a model's own options, with no effect on the numbers of this network.
+# Options that transformers adds to a config.json and that do not affect the output of this network.
 BOILERPLATE = frozenset(
     """
     _name_or_path _commit_hash _attn_implementation_autoset bad_words_ids begin_suppress_tokens bos_token_id
@@ -31,7 +32,7 @@ BOILERPLATE = frozenset(
 
 PROJECTING = "CLIPTextModelWithProjection"
 
-# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
+# Supported values of every option in the published config.json files (see `supports` in layers.py).
 SUPPORTED = dict.fromkeys(BOILERPLATE) | {
     "vocab_size": (range(1, 2**24),),
     "hidden_size": (SIZE,),
@@ -58,7 +59,7 @@ SUPPORTED = dict.fromkeys(BOILERPLATE) | {
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The options of config.json that shape the network; the defaults are those of transformers."""
+    """The options of config.json that determine the network, with the defaults of transformers."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -72,19 +73,19 @@ class TextConfig:
     projection_dim: int = 512
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
-    projects: bool = False  # the architecture is CLIPTextModelWithProjection: `pooled` goes through a matrix
+    projects: bool = False  # CLIPTextModelWithProjection: `pooled` is projected
 
 
 class TextOutput(NamedTuple):
-    """All in the compute dtype."""
+    """The outputs of the text encoder, in the compute dtype."""
 
-    last_hidden_state: jax.Array  # [B, L, D], the last layer that is not skipped, after the final norm
-    pooled: jax.Array  # [B, D], the last layer after the norm, at the end-of-text token; [B, P] where it is projected
+    last_hidden_state: jax.Array  # [B, L, D], last layer that is not skipped, after the final norm
+    pooled: jax.Array  # [B, D], last layer after the norm, at the end-of-text token; [B, P] if projected
     hidden_states: tuple[jax.Array, ...]  # the embeddings, then each layer, [B, L, D] before the final norm
 
 
 def read_config(config: Mapping[str, Any]) -> TextConfig:
-    """A published config.json as it stands -> TextConfig. Raises ValueError on an option that is not supported."""
+    """Read a published config.json. Raises ValueError that names the unsupported options."""
     check_config("CLIPTextModel", config, SUPPORTED)
     own = {field.name for field in fields(TextConfig)} - {"projects"}
     projects = config.get("architectures") == [PROJECTING]
@@ -98,7 +99,7 @@ def read_config(config: Mapping[str, Any]) -> TextConfig:
 
 
 def activation(name: str, x: jax.Array) -> jax.Array:
-    """quick_gelu: x sigmoid(1.702 x). gelu: x Phi(x), by the error function."""
+    """Return x sigmoid(1.702 x) for quick_gelu, x Phi(x) with the error function for gelu."""
     return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, approximate=False)
 
 
@@ -106,8 +107,8 @@ def normal(stddev: float):
     return nn.initializers.normal(stddev)
 
 
-# Initialisation is CLIP's: tables at 0.02 and 0.01, inputs of a block at 1/sqrt(width), and the two projections that
-# write into the residual stream smaller by sqrt(2 layers), so that its variance does not grow with depth.
+# CLIP's initialization: tables at 0.02 and 0.01, the inputs of a block at 1/sqrt(width), and the two projections into
+# the residual stream smaller by sqrt(2 layers), so that its variance does not grow with depth.
 
 
 class Embeddings(nn.Module):
@@ -199,14 +200,17 @@ class TextTransformer(nn.Module):
         states = Encoder(c, self.dtype, name="encoder")(Embeddings(c, self.dtype, name="embeddings")(token_ids))
         norm = layer_norm(c, self.dtype, "final_layer_norm")
         last = norm(states[-1])
-        # Configs published before 2023 carry eos_token_id 2, which is no end of text: there it is the largest id.
+        # Configs published before 2023 have eos_token_id 2, which is not the end of text; the largest id is.
         is_end = token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id
         pooled = jnp.take_along_axis(last, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
         return TextOutput(norm(states[-1 - skip]) if skip else last, pooled, states)
 
 
 class CLIPTextModel(nn.Module):
-    """token_ids int32[B, L] -> TextOutput. Parameters, softmax and norm statistics float32, the rest in `dtype`."""
+    """Text encoder: token_ids int32[B, L] -> TextOutput.
+
+    Parameters, softmax and norm statistics are float32; the rest is computed in `dtype`.
+    """
 
     config: TextConfig
     dtype: Any = jnp.float32
@@ -217,13 +221,13 @@ class CLIPTextModel(nn.Module):
 
     @nn.compact
     def __call__(self, token_ids: jax.Array, skip: int = 0) -> TextOutput:
-        """skip: how many of the last layers last_hidden_state leaves out.
+        """Encode token_ids: int32[B, L]. skip: the number of last layers that `last_hidden_state` leaves out.
 
-        Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary gives NaN.
+        Raises ValueError if L exceeds max_position_embeddings. A token id outside the vocabulary yields NaN.
         """
         length, limit = token_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
-            raise ValueError(f"CLIP text encoder: {length} tokens but max_position_embeddings {limit}; cut the prompt")
+            raise ValueError(f"CLIP text encoder: {length} tokens exceed max_position_embeddings {limit}; use fewer")
         output = TextTransformer(self.config, self.dtype, name="text_model")(token_ids, skip)
         if not self.config.projects:
             return output

@@ -1,6 +1,6 @@
 """The published latent diffusion models as data: the config.json of each component, as its authors ship it.
 
-A value is left out where it is the default of the class. `FAMILIES[name]` is what `StableDiffusion.from_configs` takes.
+Values that equal the defaults of the class are omitted. `StableDiffusion.from_configs` accepts `FAMILIES[name]`.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ VAE: Config = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
-# Its weights are scaled so that half precision holds every activation.
+# Rescaled weights, so that no activation overflows in half precision.
 VAE_XL_FP16_FIX = VAE_XL | {"force_upcast": False}
 TAESD: Config = {"_class_name": "AutoencoderTiny", "latent_channels": 4, "scaling_factor": 1.0}
 
@@ -34,7 +34,7 @@ CLIP_L: Config = {
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768, "bos_token_id": 0, "eos_token_id": 2,
     "pad_token_id": 1,
 }
-# OpenCLIP's ViT-H without its last layer, which Stable Diffusion 2 does not use.
+# OpenCLIP's ViT-H without the last layer, which Stable Diffusion 2 does not use.
 OPENCLIP_H = CLIP_L | {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
     "hidden_act": "gelu", "projection_dim": 512,
@@ -65,8 +65,8 @@ UNET_SSD1B = UNET_XL | {
     "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]],
     "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
 }
-GUIDED = {"time_cond_proj_dim": 256}  # a latent consistency model's input for the weight of guidance
-MASKED = {"in_channels": 9}  # latents, mask, latents of the masked picture
+GUIDED = {"time_cond_proj_dim": 256}  # the guidance weight input of a latent consistency model
+MASKED = {"in_channels": 9}  # latents, mask, latents of the masked image
 
 SD1 = {"unet": UNET_SD1, "vae": VAE, "text_encoder": CLIP_L, "scheduler": DDIM}
 SD2 = {"unet": UNET_SD2, "vae": VAE, "text_encoder": OPENCLIP_H, "scheduler": DDIM}
@@ -74,7 +74,7 @@ XL = {"unet": UNET_XL, "vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": 
 TURBO_XL = {"model_index": {"force_zeros_for_empty_prompt": True}, "scheduler": TURBO}
 
 FAMILIES: dict[str, dict[str, Config]] = {
-    "sd15": SD1,  # 1.4, 1.5, and what was fine-tuned from them
+    "sd15": SD1,  # 1.4, 1.5 and models fine-tuned from them
     "sd15-inpainting": SD1 | {"unet": UNET_SD1 | MASKED},
     "lcm-dreamshaper": SD1 | {"unet": UNET_SD1 | GUIDED, "scheduler": LCM},
     "sd21": SD2,  # 2.0 and 2.1 base, 512 pixels

@@ -1,4 +1,4 @@
-"""The blocks that the autoencoder and the UNet share. NHWC; submodule names follow the keys of diffusers' weights."""
+"""Blocks shared by the autoencoders and the UNet. NHWC; submodule names follow the keys of diffusers' weights."""
 
 import reprlib
 from collections.abc import Mapping
@@ -21,26 +21,26 @@ ACTIVATIONS = {
 
 
 class Between(NamedTuple):
-    """In a table of supported values: any number from `low` to `high`."""
+    """Any number in [low, high], in a table of supported values."""
 
     low: float
     high: float
 
 
-# In such a table, beside the values themselves: a range is any integer of it, [kinds] a list of what is one of them.
+# Such tables hold single values, a range for any of its integers, and [kinds] for a list of values of these kinds.
 SIZE = range(1, 2**16 + 1)  # channels, tokens, pixels
 COUNT = range(1, 65)  # of layers, levels, heads
-LONGEST = 64  # list
+MAX_LIST_LENGTH = 64
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxtuple, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 12, 12, 60, 60, 30
 
 
 def supports(kind: Any, value: Any) -> bool:
-    """Return True if a value of a config.json is `kind`: a value, a range, Between, or [kinds]. true is not 1."""
+    """Return True if a config.json value is of `kind`: a value, a range, Between, or [kinds]. true does not equal 1."""
     if isinstance(kind, list):
         return (
             isinstance(value, list | tuple)
-            and len(value) <= LONGEST
+            and len(value) <= MAX_LIST_LENGTH
             and all(any(supports(one, each) for one in kind) for each in value)
         )
     if isinstance(kind, range):
@@ -50,20 +50,20 @@ def supports(kind: Any, value: Any) -> bool:
     return isinstance(value, bool) == isinstance(kind, bool) and value == kind
 
 
-def name_of(kind: Any) -> str:
+def describe(kind: Any) -> str:
     if isinstance(kind, list):
-        return "a list of " + " or ".join(map(name_of, kind))
+        return "a list of " + " or ".join(map(describe, kind))
     if isinstance(kind, range):
         return f"an integer in {kind.start}..{kind.stop - 1}"
     return f"a number in [{kind.low:g}, {kind.high:g}]" if isinstance(kind, Between) else repr(kind)
 
 
 def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str, tuple | None]) -> None:
-    """Check a published config.json against what is implemented.
+    """Check a published config.json against the implemented options.
 
-    supported: option -> tuple of the values that work and of kinds of values (see `supports`), or None for an option
-    that changes nothing here. Keys that begin with an underscore are notes. Raises ValueError that names every option
-    which is unknown or has a value that is not supported.
+    supported: option -> tuple of supported values and kinds of values (see `supports`), or None for an option that has
+    no effect here. Keys that begin with an underscore are ignored. Raises ValueError that names every option that is
+    unknown or has an unsupported value.
     """
     wrong = []
     for option, value in config.items():
@@ -74,14 +74,14 @@ def check_config(network: str, config: Mapping[str, Any], supported: Mapping[str
         if option not in supported:
             wrong.append(f"{shown} (unknown option)")
         elif kinds is not None and not any(supports(kind, value) for kind in kinds):
-            wrong.append(f"{shown} (supported: {', '.join(map(name_of, kinds))})")
+            wrong.append(f"{shown} (supported: {', '.join(map(describe, kinds))})")
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{network} config has options that are not supported: {'; '.join(wrong[:8])}{more}")
 
 
 def check_groups(network: str, config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every width of `block_out_channels`, which must have one, is in whole groups of norms."""
+    """Raise ValueError unless each width in `block_out_channels`, at least one, is a multiple of `norm_num_groups`."""
     widths, groups = config["block_out_channels"], config["norm_num_groups"]
     if not widths or any(width % groups for width in widths):
         raise ValueError(
@@ -91,21 +91,21 @@ def check_groups(network: str, config: Mapping[str, Any]) -> None:
 
 
 def freeze(value: Any) -> Any:
-    """Lists become tuples and dicts frozen dicts, so that a config can be a hashable attribute of a module."""
+    """Convert lists to tuples and dicts to frozen dicts, so that a config is a hashable attribute of a module."""
     if isinstance(value, Mapping):
         return FrozenDict({name: freeze(v) for name, v in value.items()})
     return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def activation(name: str):
-    """Raises ValueError for a name that is not in ACTIVATIONS."""
+    """Return the function of a name in ACTIVATIONS. Raises ValueError for any other name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported; choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over x: [B, ..., C], with statistics in float32 whatever the compute dtype."""
+    """Group normalization of x: [B, ..., C]; the statistics are in float32 for any compute dtype."""
 
     groups: int
     epsilon: float
@@ -119,14 +119,14 @@ class GroupNorm(nn.Module):
         grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
         mean = grouped.mean((1, 3), keepdims=True)
         variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        # Folded to one multiply-add per element: y = x a + b, with a and b per example and channel.
+        # Folded into one multiply-add per element: y = x a + b, with a and b per example and channel.
         a = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.groups, -1)
         b = bias.reshape(1, 1, self.groups, -1) - mean * a
         return (grouped * a + b).reshape(x.shape).astype(self.dtype)
 
 
 class Conv(nn.Module):
-    """A convolution with PyTorch's explicit symmetric padding, or `padding` per side. x: [B, H, W, C]."""
+    """Convolution of x: [B, H, W, C] with PyTorch's symmetric padding, or `padding` per side."""
 
     features: int
     size: int = 3
@@ -144,7 +144,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.size == 1:  # a matrix product: its gradient is several times faster than a convolution's on a CPU
+        if self.size == 1:  # the gradient of a matrix product is several times faster than a convolution's on a CPU
             y = jnp.tensordot(x, kernel[0, 0], 1)
         else:
             y = jax.lax.conv_general_dilated(
@@ -156,7 +156,7 @@ class Conv(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x))) + time))), with a 1x1 shortcut where the channels change.
+    """x + conv(act(norm(conv(act(norm(x))) + time))), with a 1x1 shortcut if the number of channels changes.
 
     x: [B, H, W, C]; time: [B, D] or None.
     """
@@ -175,7 +175,7 @@ class ResnetBlock(nn.Module):
         h = Conv(self.features, dtype=self.dtype, name="conv1")(act(norm("norm1")(x)))
         if time is not None:
             h = h + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(act(time))[:, None, None, :]
-        # A block that begins as the identity trains well from scratch at any depth.
+        # A block that starts as the identity trains well from scratch at any depth.
         h = Conv(self.features, dtype=self.dtype, zero=True, name="conv2")(act(norm("norm2")(h)))
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
@@ -183,7 +183,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2. padding: the UNet's 1 on every side; 0 pads right and below only (autoencoder)."""
+    """3x3 convolution with stride 2. padding: 1 on every side (UNet), or 0 to pad right and bottom (autoencoder)."""
 
     features: int
     padding: int = 1
@@ -196,13 +196,13 @@ class Downsample(nn.Module):
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C]."""
+    """Repeat each pixel of x: [B, H, W, C] twice along both axes, [B, 2H, 2W, C]."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the size, or to `size` (height, width), then a 3x3 convolution."""
+    """Nearest-neighbor upsampling to twice the size, or to `size` (height, width), then a 3x3 convolution."""
 
     features: int
     dtype: Dtype = jnp.float32
@@ -213,7 +213,7 @@ class Upsample(nn.Module):
         if size is None or size == (2 * h, 2 * w):
             x = upsample_nearest(x)
         else:
-            # PyTorch's rule, floor(i h / H); jax.image.resize takes pixel centres, which differ at odd sizes.
+            # PyTorch's rule, floor(i h / H); jax.image.resize uses pixel centers, which differ at odd sizes.
             rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
             x = x[:, rows[:, None], columns[None, :], :]
         return Conv(self.features, dtype=self.dtype, name="conv")(x)

@@ -1,6 +1,6 @@
 """The tiny autoencoder of TAESD and TAESDXL (diffusers' AutoencoderTiny): plain convolutions, in milliseconds.
 
-It has the methods of `models.vae.AutoencoderKL`, so that it can stand in its place.
+It has the methods of `models.vae.AutoencoderKL` and is interchangeable with it.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ DEFAULTS = {
     "shift_factor": 0.0,
 }
 
-# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
+# Supported values of every option in the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
     "in_channels": (SIZE,),
     "out_channels": (SIZE,),
@@ -51,15 +51,15 @@ SUPPORTED = {
     "upsampling_scaling_factor": (2,),
     "force_upcast": (True, False),
     "latent_magnitude": None,
-    "latent_shift": None,  # of a storage as bytes, not used
+    "latent_shift": None,  # only for storing latents as bytes
     "block_out_channels": None,
 }
 
-LOG_VARIANCE = -30.0  # of the latents: it has no posterior, and exp(-15) is below what float32 latents resolve
+LOG_VARIANCE = -30.0  # stands for no posterior: exp(-15) is below the resolution of float32 latents
 
 
 class TinyBlock(nn.Module):
-    """relu(x + three convolutions of x). x: [B, H, W, C]."""
+    """relu(x + three convolutions of x), for x: [B, H, W, C]."""
 
     act: str
     dtype: Dtype
@@ -67,20 +67,20 @@ class TinyBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         act, y = activation(self.act), x
-        for i in (0, 2, 4):  # the numbers between are activations
+        for i in (0, 2, 4):  # odd numbers are activations
             y = Conv(x.shape[-1], dtype=self.dtype, name=f"conv_{i}")(y if i == 0 else act(y))
         return nn.relu(x + y)
 
 
 class Stack(nn.Module):
-    """A numbered list of layers, as the weights' keys count them."""
+    """Layers numbered as in the keys of the weights, where activations and upsampling count as well."""
 
     config: Mapping[str, Any]
     dtype: Dtype
 
     @nn.compact
     def encode(self, x):
-        """images in 0..1 [B, H, W, 3] -> (the features before the last layer, latents [B, h, w, c])."""
+        """Return (features before the last layer, latents [B, h, w, c]) of images [B, H, W, 3] in [0, 1]."""
         c, count = self.config, 0
         for i, (width, blocks) in enumerate(zip(c["encoder_block_out_channels"], c["num_encoder_blocks"], strict=True)):
             x = Conv(width, stride=1 + (i > 0), bias=i == 0, dtype=self.dtype, name=f"layers_{count}")(x)
@@ -91,7 +91,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def decode(self, z):
-        """latents [B, h, w, c] -> images in 0..1 [B, H, W, 3]."""
+        """Return images [B, H, W, 3] in [0, 1] from latents [B, h, w, c]."""
         c, count = self.config, 2
         widths, numbers = c["decoder_block_out_channels"], c["num_decoder_blocks"]
         x = activation(c["act_fn"])(Conv(widths[0], dtype=self.dtype, name="layers_0")(z))
@@ -108,14 +108,14 @@ class Stack(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """Build it by `from_config`; call its methods by `vae.apply({"params": p}, x, method="encode")`."""
+    """Tiny autoencoder; build it with `from_config` and call `vae.apply({"params": p}, x, method="encode")`."""
 
     config: Mapping[str, Any]
     dtype: Dtype = jnp.float32
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> "AutoencoderTiny":
-        """config: a published config.json as it stands. Raises ValueError that names what is not supported."""
+        """Build the network of a published config.json. Raises ValueError that names the unsupported options."""
         check_config("AutoencoderTiny", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
         for side in ("encoder", "decoder"):
@@ -123,7 +123,7 @@ class AutoencoderTiny(nn.Module):
             if len(widths) != len(blocks) or len(set(widths)) != 1:
                 raise ValueError(
                     f"AutoencoderTiny config: {side}_block_out_channels={list(widths)!r} and num_{side}_blocks="
-                    f"{list(blocks)!r} are not supported; they must be of one length, the widths all alike"
+                    f"{list(blocks)!r} are not supported; use lists of equal length with equal widths"
                 )
         return cls(freeze(config), dtype)
 
@@ -132,22 +132,22 @@ class AutoencoderTiny(nn.Module):
         self.decoder = Stack(self.config, self.dtype)
 
     def encode(self, images):
-        """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]: the latents, and a log variance of -30.
+        """Return moments, float32[B, h, w, 2c], of images: float32[B, H, W, 3] in [-1, 1].
 
-        So that `sample_latents` takes them as it takes those of the KL autoencoder, and adds next to nothing.
+        They are the latents and a log variance of -30, so that `sample_latents` returns the latents almost unchanged.
         """
         latents = self.encoder.encode(images * 0.5 + 0.5)[1].astype(jnp.float32)
         return jnp.concatenate([latents, jnp.full_like(latents, LOG_VARIANCE)], axis=-1)
 
     def features(self, images):
-        """images: float32[B, H, W, 3] in -1..1 -> float32[B, h, w, C], what the encoder knows before its last layer."""
+        """Return the features before the encoder's last layer, [B, h, w, C], of images: [B, H, W, 3] in [-1, 1]."""
         return self.encoder.encode(images * 0.5 + 0.5)[0].astype(jnp.float32)
 
     def decode(self, latents):
-        """latents: float32[B, h, w, c] -> images float32[B, H, W, 3], about -1..1."""
+        """Return images, float32[B, H, W, 3] near [-1, 1], from latents: float32[B, h, w, c]."""
         return self.decoder.decode(3.0 * jnp.tanh(latents / 3.0)).astype(jnp.float32) * 2.0 - 1.0
 
     def __call__(self, images, noise):
-        """As the KL autoencoder's, with noise float32[B, h, w, c] that is not used: (reconstruction, moments)."""
+        """Return (reconstruction, moments) like the KL autoencoder; noise: float32[B, h, w, c] is ignored."""
         moments = self.encode(images)
         return self.decode(jnp.split(moments, 2, axis=-1)[0]), moments

@@ -26,7 +26,7 @@ from lcm_jax.models.layers import (
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # the second is one resnet, as SSD-1B has it
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # the second is a single resnet, as in SSD-1B
 
 DEFAULTS = {
     "sample_size": None,
@@ -62,8 +62,8 @@ DEFAULTS = {
     "projection_class_embeddings_input_dim": None,
 }
 
-DEPTH = range(65)  # transformer blocks; levels without attention may have 0
-# The values that are implemented, of every option that a published config.json may hold (see `supports` in layers.py).
+DEPTH = range(65)  # number of transformer blocks; 0 for levels without attention
+# Supported values of every option in the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
     "sample_size": (None, SIZE, [SIZE]),
     "in_channels": (SIZE,),
@@ -117,7 +117,7 @@ SUPPORTED = {
 
 
 def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
-    """t: int32 or float32[B] -> float32[B, dim], sinusoids of frequency exp(-ln(10000) j / (dim/2 - freq_shift))."""
+    """Return sinusoids of t: [B] with frequencies exp(-ln(10000) j / (dim/2 - freq_shift)), float32[B, dim]."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -126,7 +126,7 @@ def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
 
 
 class TimestepEmbedding(nn.Module):
-    """MLP(embedding + cond_proj(condition)): the guidance weight enters before the first layer (arXiv 2310.04378)."""
+    """MLP(embedding + cond_proj(condition)), where the condition is the guidance embedding (arXiv 2310.04378)."""
 
     features: int
     condition_dim: int | None
@@ -136,7 +136,7 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, embedding, condition=None):
         if self.condition_dim is not None:
-            # Zero at the start, so that a student that gains this input still equals its teacher for every weight.
+            # Zeros, so that a student that gains this input equals its teacher at first for every guidance weight.
             project = nn.Dense(embedding.shape[-1], use_bias=False, kernel_init=nn.initializers.zeros, name="cond_proj")
             if condition is None:
                 condition = jnp.zeros((embedding.shape[0], self.condition_dim), jnp.float32)
@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention to itself, to the text, and a feed-forward layer, each on a normed residual. x: [B, N, C]."""
+    """Self-attention, cross-attention and a feed-forward layer of x: [B, N, C], each with a norm and a residual."""
 
     heads: int
     dtype: Dtype
@@ -182,7 +182,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """Transformer blocks over the positions of x: [B, H, W, C], between two projections, on a residual."""
+    """Transformer blocks over the positions of x: [B, H, W, C], between two projections, with a residual connection."""
 
     heads: int
     depth: int
@@ -206,7 +206,7 @@ class Transformer2D(nn.Module):
 
 
 class Level(nn.Module):
-    """What the blocks of one resolution share: resnets, the i-th followed by depths[i] transformer blocks."""
+    """Base of the blocks of one resolution: resnets, the i-th followed by depths[i] transformer blocks."""
 
     config: Mapping[str, Any]
     features: int
@@ -239,7 +239,7 @@ class DownLevel(Level):
 
     @nn.compact
     def __call__(self, x, time, context):
-        """Returns x and every intermediate result that the way up concatenates."""
+        """Return x and the intermediate results that the way up concatenates."""
         skips = []
         for i in range(len(self.depths)):
             x = self.attend(i, self.resnet(i, x, time), context)
@@ -256,7 +256,7 @@ class UpLevel(Level):
 
     @nn.compact
     def __call__(self, x, skips, time, context):
-        """skips: innermost first."""
+        """Concatenate `skips` in their order, innermost first, before the resnets."""
         for i, skip in enumerate(skips):
             x = self.attend(i, self.resnet(i, jnp.concatenate([x, skip], axis=-1), time), context)
         return Upsample(self.features, self.dtype, name="upsamplers_0")(x, self.size) if self.upsample else x
@@ -280,7 +280,7 @@ class MidLevel(Level):
 
 
 def check_heads(config: Mapping[str, Any]) -> None:
-    """Raise ValueError where a level has more attention heads than channels, or a size is not (height, width)."""
+    """Raise ValueError if a level has more attention heads than channels, or sample_size is not (height, width)."""
     heads, size = config["num_attention_heads"] or config["attention_head_dim"], config["sample_size"]
     each = heads if isinstance(heads, list | tuple) else [heads] * len(config["block_out_channels"])
     if any(head > width for head, width in zip(each, config["block_out_channels"], strict=True)):
@@ -293,7 +293,7 @@ def check_heads(config: Mapping[str, Any]) -> None:
 
 
 def check_depths(config: Mapping[str, Any], levels: int) -> None:
-    """Raises ValueError for numbers of transformer blocks that are not one, one a level, or a list a level."""
+    """Raise ValueError unless the transformer blocks are one number, a number per level, or a list per level."""
     layers = config["layers_per_block"]
     layers = list(layers) if isinstance(layers, list | tuple) else [layers] * levels
     down, up = config["transformer_layers_per_block"], config["reverse_transformer_layers_per_block"]
@@ -305,28 +305,27 @@ def check_depths(config: Mapping[str, Any], levels: int) -> None:
         lists = [list(d) if isinstance(d, list | tuple) else [d] * n for d, n in zip(each, counts, strict=False)]
         if len(each) != levels or [len(d) for d in lists] != counts or any(type(d) is not int for d in sum(lists, [])):
             raise ValueError(
-                f"UNet2DConditionModel config: {option}={value!r} is not supported; give one number, or for each of "
-                f"the {levels} levels a number or a list of as many as it has resnets, which is {counts}"
+                f"UNet2DConditionModel config: {option}={value!r} is not supported; use a number, or for each of "
+                f"the {levels} levels a number or a list with one number per resnet (here {counts})"
             )
     if up is None and isinstance(down, list | tuple) and any(isinstance(d, list | tuple) for d in down):
         raise ValueError(
-            f"UNet2DConditionModel config: transformer_layers_per_block={down!r} holds a list, which needs "
+            f"UNet2DConditionModel config: transformer_layers_per_block={down!r} contains a list; set "
             "reverse_transformer_layers_per_block for the way up"
         )
 
 
-def depths_of(config: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, ...]]]:
-    """Transformer blocks after each resnet: of every level down, of the middle, and of every level up, in their order.
-
-    config: complete, with `transformer_layers_per_block` and its reverse one number, one a level, or a list a level.
-    """
+def transformer_depths(
+    config: Mapping[str, Any],
+) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, ...]]]:
+    """Return the transformer blocks after each resnet: per level down, in the middle, and per level up."""
     levels = len(config["block_out_channels"])
     per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
     layers, down = per_level(config["layers_per_block"]), per_level(config["transformer_layers_per_block"])
     reverse = config["reverse_transformer_layers_per_block"]
     up = down[::-1] if reverse is None else per_level(reverse)
 
-    def of(kind, depth, count):
+    def expand_depth(kind, depth, count):
         if "CrossAttn" not in kind:
             return (0,) * count
         return depth if isinstance(depth, tuple) else (depth,) * count
@@ -334,14 +333,14 @@ def depths_of(config: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], tuple[i
     kind = config["mid_block_type"] or ""
     last = down[-1][0] if isinstance(down[-1], tuple) else down[-1]
     return (
-        [of(k, d, n) for k, d, n in zip(config["down_block_types"], down, layers, strict=True)],
+        [expand_depth(k, d, n) for k, d, n in zip(config["down_block_types"], down, layers, strict=True)],
         (last,) if "CrossAttn" in kind else (),
-        [of(k, d, n + 1) for k, d, n in zip(config["up_block_types"], up, layers[::-1], strict=True)],
+        [expand_depth(k, d, n + 1) for k, d, n in zip(config["up_block_types"], up, layers[::-1], strict=True)],
     )
 
 
 class UNet2DCondition(nn.Module):
-    """Build it by `from_config`. Parameters are float32; `dtype` is what it computes in; the output is float32."""
+    """The UNet; build it with `from_config`. Parameters and output are float32; `dtype` is the compute dtype."""
 
     config: Mapping[str, Any]
     dtype: Dtype = jnp.float32
@@ -351,10 +350,10 @@ class UNet2DCondition(nn.Module):
     def from_config(
         cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: bool = False
     ) -> "UNet2DCondition":
-        """config: a published config.json as it stands; what it leaves out has diffusers' default.
+        """Build the network of a published config.json; absent options have diffusers' defaults.
 
         remat: recompute each block's activations in the backward pass (less memory, about a third more time).
-        Raises ValueError that names every option which is unknown or whose value is not supported.
+        Raises ValueError that names every option that is unknown or has an unsupported value.
         """
         check_config("UNet2DConditionModel", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
@@ -370,7 +369,7 @@ class UNet2DCondition(nn.Module):
         for option in ("attention_head_dim", "num_attention_heads", "layers_per_block", "cross_attention_dim"):
             value = config[option]
             if isinstance(value, list | tuple) and len(value) != levels:
-                raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} must be one value or {levels}")
+                raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} needs 1 or {levels} values")
         check_heads(config)
         check_depths(config, levels)
         if config["addition_embed_type"] and not (
@@ -378,32 +377,31 @@ class UNet2DCondition(nn.Module):
         ):
             raise ValueError(
                 "UNet2DConditionModel config: addition_embed_type='text_time' needs addition_time_embed_dim and "
-                "projection_class_embeddings_input_dim"
+                "projection_class_embeddings_input_dim; set both"
             )
         return cls(freeze(config), dtype, remat)
 
     @nn.compact
     def __call__(self, sample, timesteps, context, guidance_embedding=None, pooled=None, time_ids=None):
-        """sample: [B, h, w, in_channels]; timesteps: int32[B]; context: [B, L, cross_attention_dim];
-        guidance_embedding: float32[B, time_cond_proj_dim] or None. Where `addition_embed_type` is text_time (SDXL),
-        pooled: float32[B, P], the pooled prompt, and time_ids: float32[B, n], sizes in pixels, (height, width) each.
-        Returns float32[B, h, w, out_channels].
+        """Return the network's output, float32[B, h, w, out_channels].
 
-        Raises ValueError for an input that the network has no use for, or lacks.
+        sample: [B, h, w, in_channels]; timesteps: int32[B]; context: [B, L, cross_attention_dim]; guidance_embedding:
+        float32[B, time_cond_proj_dim] or None; for SDXL pooled: float32[B, P], the pooled prompt, and time_ids:
+        float32[B, n], sizes in pixels. Raises ValueError if an unused input is given, or one that is needed is None.
         """
         c, dtype = self.config, self.dtype
         if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
-            raise ValueError("this UNet takes no guidance embedding: its config has no time_cond_proj_dim")
+            raise ValueError("guidance_embedding is not supported without time_cond_proj_dim; pass None")
         wanted = c["addition_embed_type"] == "text_time"
         if (pooled is not None, time_ids is not None) != (wanted, wanted):
             raise ValueError(
-                f"this UNet {'needs' if wanted else 'takes no'} pooled and time_ids: its addition_embed_type is "
-                f"{c['addition_embed_type']!r}"
+                f"this UNet {'requires' if wanted else 'does not support'} pooled and time_ids, since its "
+                f"addition_embed_type is {c['addition_embed_type']!r}; pass {'both' if wanted else 'None'}"
             )
         widths, levels = c["block_out_channels"], len(c["block_out_channels"])
         per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
         heads = per_level(c["num_attention_heads"] or c["attention_head_dim"])
-        down_depths, mid_depths, up_depths = depths_of(c)
+        down_depths, mid_depths, up_depths = transformer_depths(c)
         block = (lambda kind: nn.remat(kind)) if self.remat else (lambda kind: kind)
 
         embedding = timestep_embedding(timesteps, widths[0], c["flip_sin_to_cos"], c["freq_shift"])
@@ -417,13 +415,12 @@ class UNet2DCondition(nn.Module):
                 time_ids.reshape(-1), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"]
             )
             added = jnp.concatenate([pooled.astype(jnp.float32), sizes.reshape(len(time_ids), -1)], axis=-1)
-            if added.shape[-1] != c["projection_class_embeddings_input_dim"]:
+            if added.shape[-1] != (dim := c["projection_class_embeddings_input_dim"]):
                 raise ValueError(
-                    f"pooled has width {pooled.shape[-1]} and time_ids {time_ids.shape[-1]} numbers: together "
-                    f"{added.shape[-1]}, but projection_class_embeddings_input_dim is "
-                    f"{c['projection_class_embeddings_input_dim']}"
+                    f"pooled [.., {pooled.shape[-1]}] and time_ids [.., {time_ids.shape[-1]}] have {added.shape[-1]} "
+                    f"features, and projection_class_embeddings_input_dim is {dim}; use inputs of this size"
                 )
-            # diffusers gives this MLP SiLU whatever act_fn is.
+            # diffusers' activation is SiLU here for any act_fn.
             time = time + TimestepEmbedding(time_dim, None, "silu", dtype, name="add_embedding")(added)
         context = context.astype(dtype)
 

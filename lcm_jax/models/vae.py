@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (diffusers' AutoencoderKL): pictures <-> a small grid of latents."""
+"""The KL autoencoder of latent diffusion (diffusers' AutoencoderKL): images <-> a small grid of latents."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ from lcm_jax.models.layers import (
 
 EPSILON = 1e-6
 
-# The values that are implemented, of every option of the published config.json files (see `supports` in layers.py).
+# Supported values of every option in the published config.json files (see `supports` in layers.py).
 SUPPORTED = {
     "in_channels": (SIZE,),
     "out_channels": (SIZE,),
@@ -45,7 +45,6 @@ SUPPORTED = {
     "down_block_types": (["DownEncoderBlock2D"],),
     "up_block_types": (["UpDecoderBlock2D"],),
 }
-
 
 DEFAULTS = {
     "in_channels": 3,
@@ -82,7 +81,7 @@ class MidBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions, with a residual connection."""
+    """Single-head attention over all positions, with a residual connection."""
 
     groups: int
     dtype: Dtype
@@ -92,12 +91,12 @@ class SpatialAttention(nn.Module):
         b, h, w, c = x.shape
         normed = GroupNorm(self.groups, EPSILON, self.dtype, name="group_norm")(x)
         attention = Attention(1, c, bias=True, dtype=self.dtype)
-        nn.share_scope(self, attention)  # in the weights the projections stand beside the norm
+        nn.share_scope(self, attention)  # the weights store the projections beside the norm
         return x + attention(normed.reshape(b, h * w, c)).reshape(x.shape)
 
 
 class ResnetStack(nn.Module):
-    """The resnets of one resolution, then a change of it: `resample` is None, "down" or "up"."""
+    """The resnets of one resolution, then an optional change of resolution: `resample` is None, "down" or "up"."""
 
     features: int
     layers: int
@@ -118,7 +117,7 @@ class ResnetStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images [B, H, W, 3] -> (the features before the head [B, h, w, C], moments [B, h, w, 2c])."""
+    """Images [B, H, W, 3] -> (features before the last layer [B, h, w, C], moments [B, h, w, 2c])."""
 
     config: Mapping[str, Any]
     dtype: Dtype
@@ -132,13 +131,13 @@ class Encoder(nn.Module):
             resample = "down" if i < len(widths) - 1 else None
             x = ResnetStack(width, c["layers_per_block"], groups, act, resample, self.dtype, name=f"down_blocks_{i}")(x)
         features = MidBlock(widths[-1], groups, act, c["mid_block_add_attention"], self.dtype, name="mid_block")(x)
-        # diffusers' last activation is SiLU whatever act_fn is, here and in the decoder.
+        # diffusers' last activation is SiLU for any act_fn, here and in the decoder.
         x = nn.silu(GroupNorm(groups, EPSILON, self.dtype, name="conv_norm_out")(features))
         return features, Conv(2 * c["latent_channels"], dtype=self.dtype, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
-    """latents [B, h, w, c] -> images [B, H, W, 3]."""
+    """Latents [B, h, w, c] -> images [B, H, W, 3]."""
 
     config: Mapping[str, Any]
     dtype: Dtype
@@ -158,14 +157,14 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Build it by `from_config`; call its methods by `vae.apply({"params": p}, x, method="encode")`."""
+    """KL autoencoder; build it with `from_config` and call `vae.apply({"params": p}, x, method="encode")`."""
 
     config: Mapping[str, Any]
     dtype: Dtype = jnp.float32
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> "AutoencoderKL":
-        """config: a published config.json as it stands. Raises ValueError that names what is not supported."""
+        """Build the network of a published config.json. Raises ValueError that names the unsupported options."""
         check_config("AutoencoderKL", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
         check_groups("AutoencoderKL", config)
@@ -188,32 +187,32 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = Conv(latent_channels, size=1, dtype=self.dtype)
 
     def encode(self, images):
-        """images: float32[B, H, W, 3] in -1..1 -> moments float32[B, h, w, 2c]: mean and log variance, not scaled."""
+        """Return mean and log variance, not scaled, float32[B, h, w, 2c], of images: float32[B, H, W, 3] in [-1, 1]."""
         moments = self.encoder(images)[1]
         if self.config["use_quant_conv"]:
             moments = self.quant_conv(moments)
         return moments.astype(jnp.float32)
 
     def features(self, images):
-        """images: float32[B, H, W, 3] in -1..1 -> float32[B, h, w, C], what the encoder knows before its last layer."""
+        """Return the features before the encoder's last layer, [B, h, w, C], of images: [B, H, W, 3] in [-1, 1]."""
         return self.encoder(images)[0].astype(jnp.float32)
 
     def decode(self, latents):
-        """latents: float32[B, h, w, c], not scaled -> images float32[B, H, W, 3], about -1..1."""
+        """Return images, float32[B, H, W, 3] near [-1, 1], from latents: float32[B, h, w, c], not scaled."""
         if self.config["use_post_quant_conv"]:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, images, noise):
-        """noise: float32[B, h, w, c] picks the latents from the posterior. Returns (reconstruction, moments)."""
+        """Return (reconstruction, moments). noise: float32[B, h, w, c] samples the latents from the posterior."""
         moments = self.encode(images)
         return self.decode(sample_latents(moments, noise, scaling_factor=1.0)), moments
 
 
 def sample_latents(moments, noise, scaling_factor: float, shift_factor: float | None = None):
-    """z = (mean + exp(logvar / 2) noise - shift) scaling_factor: float32[B, h, w, c] from moments [B, h, w, 2c].
+    """Return z = (mean + exp(logvar / 2) noise - shift) scaling_factor, float32[B, h, w, c].
 
-    The log variance is clipped to -30..20, as the published autoencoders were trained.
+    moments: float32[B, h, w, 2c]. The log variance is clipped to [-30, 20], as in the training of the published models.
     """
     mean, logvar = jnp.split(moments, 2, axis=-1)
     z = mean + jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0)) * noise
@@ -221,5 +220,5 @@ def sample_latents(moments, noise, scaling_factor: float, shift_factor: float | 
 
 
 def unscale_latents(z, scaling_factor: float, shift_factor: float | None = None):
-    """The inverse of the scaling in `sample_latents`: what `AutoencoderKL.decode` takes."""
+    """Invert the scaling of `sample_latents`; `AutoencoderKL.decode` expects the result."""
     return z / scaling_factor + (shift_factor or 0.0)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -16,17 +16,17 @@ from lcm_jax.errors import RunError, disk_is_full, first_line
 from lcm_jax.training.state import TrainState
 from lcm_jax.weights.orbax_tree import checksum, ignore_orphans
 
-STABLER = "start in another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)"
+STABLER = "use another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)"
 
 
 class CheckpointError(RunError):
-    """A checkpoint cannot be read or written, or none of a folder that has some can."""
+    """A checkpoint that cannot be read or written, or a folder without a readable one."""
 
 
 def checksums(state) -> dict[str, int]:
-    """The crc32 of each leaf's bytes, by its path: orbax returns flipped bits on a disk without a word.
+    """Return the crc32 of each leaf's bytes by its path, since orbax does not detect flipped bits.
 
-    A leaf of which this process does not hold every value (FSDP over several hosts) has none.
+    Leaves that are sharded over several processes are left out.
     """
     return {
         jax.tree_util.keystr(path): checksum(jax.device_get(leaf))
@@ -41,25 +41,25 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 def not_finite(state) -> list[str]:
-    """Return the paths of the arrays with a NaN or an infinity; one reduction on the device."""
+    """Return the paths of the arrays with a NaN or an infinity, found by one reduction on the device."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     finite = np.asarray(_all_finite([leaf for _, leaf in leaves]))
     return [jax.tree_util.keystr(path) for (path, _), good in zip(leaves, finite, strict=True) if not good]
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, one numbered subfolder each; the newest `keep` stay.
+    """The checkpoints in `folder`, a numbered subfolder each, of which the newest `keep` are kept.
 
-    A subfolder appears under its number only when it is complete, so that a run killed while writing leaves the one
-    before it untouched.
+    A subfolder is renamed to its number only when it is complete, so that a run that is killed while it writes leaves
+    the previous one intact.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._aside = self.folder.with_name(self.folder.name + "-unreadable")
-        # orbax logs its steps by absl, at level INFO, which absl commands print, and in hundreds of lines what its
-        # threads raise, which `save` and `wait` raise as well.
+        # orbax logs each step at level INFO, which absl commands print, and errors of its threads in hundreds of lines,
+        # which `save` and `wait` raise as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         ignore_orphans()
         self._manager = self._open()
@@ -69,15 +69,16 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState) -> None:
-        """Starts to write `state` in the background; returns once it is safe to donate the arrays.
+        """Start to write `state` in the background; return as soon as its arrays can be donated.
 
-        Raises CheckpointError if the state is not finite, also if its step is saved already, and as `wait` does.
+        A step that is already saved is not written again. Raises CheckpointError if the state is not finite, and as
+        `wait` does.
         """
         step = int(state.step)
         if bad := not_finite(state):
             more = f" and {len(bad) - 1} more arrays are" if len(bad) > 1 else " is"
             raise CheckpointError(
-                f"step {step}: {bad[0]}{more} not finite, which is not saved; {self.summary(resume=False)}; {STABLER}"
+                f"step {step}: {bad[0]}{more} not finite; not saved; {self.summary(resume=False)}; {STABLER}"
             )
         if step not in self._manager.all_steps():
             arguments = ocp.args.StandardSave(state)
@@ -85,9 +86,9 @@ class Checkpoints:
                 self._manager.save(step, args=arguments, custom_metadata={"crc32": checksums(state)})
 
     def wait(self) -> None:
-        """Returns when everything asked for is on disk.
+        """Wait until every checkpoint is on disk.
 
-        Raises CheckpointError for what went wrong in the background (a full disk, say).
+        Raises CheckpointError if one could not be written, such as for a full disk.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -100,54 +101,54 @@ class Checkpoints:
             if isinstance(error, MemoryError):
                 raise
             full = disk_is_full(error)
-            reason, remedy = ("the disk is full", "free some space") if full else (first_line(error), "mend that")
+            reason, remedy = ("the disk is full", "free some space") if full else (first_line(error), "fix this")
             raise CheckpointError(
-                f"no checkpoint can be written to {self.folder}: {reason}; {remedy}; {self.summary()}"
+                f"a checkpoint cannot be written to {self.folder}: {reason}; {remedy}; {self.summary()}"
             ) from error
 
     def summary(self, resume: bool = True) -> str:
-        """Return what is kept for the next process of this run, as a clause."""
-        with suppress(Exception):  # one that is being written counts if it succeeds
+        """Return a clause that names the checkpoint from which the run can resume."""
+        with suppress(Exception):  # a checkpoint that is being written counts if it succeeds
             self._manager.wait_until_finished()
         steps = self._manager.all_steps(read=True)
         if not steps:
             return f"there is no checkpoint in {self.folder} yet"
         return f"checkpoint {max(steps)} in {self.folder} is kept" + "; run the same command to resume there" * resume
 
-    def restore(self, abstract: TrainState, say=print) -> TrainState | None:
-        """The newest state that can be read, on the shardings of `abstract`, or None where no step was ever saved.
+    def restore(self, abstract: TrainState, log: Callable[[str], None] = print) -> TrainState | None:
+        """Return the latest readable state on the shardings of `abstract`, or None if there is no checkpoint.
 
-        A checkpoint that cannot be read, or whose values are not those that were saved, is moved aside to
-        `<folder>-unreadable/`, named, and the one before it is tried.
-        Raises CheckpointError when there were checkpoints and none could be read: starting over would bury them.
+        A checkpoint that cannot be read or whose checksums do not match is logged and moved to `<folder>-unreadable/`,
+        and the previous one is tried. Raises CheckpointError if there are checkpoints and none can be read, since
+        training from the beginning would replace them.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 state = cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
                 self._compare(step, state)
-            except Exception as error:  # orbax and tensorstore raise many kinds; every one of them is reported
+            except Exception as error:  # orbax and tensorstore raise many kinds; all are logged
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                    raise  # the checkpoint is not to blame
+                    raise  # the checkpoint may be intact
                 aside = self._set_aside(step)
                 reason = first_line(error)
-                say(f"checkpoint {step} cannot be read ({reason}); moved to {aside}, trying the one before it")
+                log(f"checkpoint {step} cannot be read ({reason}); moved to {aside}; trying the previous one")
                 continue
             return state
         if aside := sorted(path.name for path in self._aside.glob("*")):
             raise CheckpointError(
-                f"none of the checkpoints in {self.folder} could be read; {', '.join(aside)} are kept in "
-                f"{self._aside}: start in another --workdir to train from the beginning"
+                f"none of the checkpoints in {self.folder} can be read; {', '.join(aside)} are kept in {self._aside}; "
+                "use another --workdir to train from the beginning"
             )
         return None
 
     def _compare(self, step: int, state: TrainState) -> None:
-        """Raises CheckpointError where a leaf's checksum is not the one saved with it."""
+        """Raise CheckpointError if a leaf's checksum is not the saved one."""
         saved = (self._manager.metadata(step).custom_metadata or {}).get("crc32", {})
         found = checksums(state)
         changed = [name for name in saved if name in found and saved[name] != found[name]]
         if changed:
-            raise CheckpointError(f"{len(changed)} arrays are not what was saved, first {changed[0]}")
+            raise CheckpointError(f"checksum mismatch in {len(changed)} arrays, e.g. {changed[0]}")
 
     def _set_aside(self, step: int) -> Path:
         self._manager.close()

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar for people, `metrics.jsonl` and TensorBoard scalars for programs."""
+"""The records of a run: a progress bar, `metrics.jsonl` and TensorBoard scalars."""
 
 import json
 import math
@@ -19,28 +19,30 @@ from lcm_jax.files import write_text
 
 
 class Recorder:
-    """Scalars by step into `workdir/metrics.jsonl` and `workdir/tensorboard/`.
+    """Writer of scalars to `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
-    Opened at step N, it drops the lines after N that a killed run had written ahead of its last checkpoint, so that
-    nothing stands in the file twice, and a last line that was cut short. Other lines that are no records are dropped
-    and counted by `say`. `seconds`: how long the run had taken by N, as last written, or 0.
+    Opened at step N, it drops the lines after N, which a killed run wrote after its last checkpoint, and an incomplete
+    last line, so that no step is recorded twice. Other damaged lines are dropped and logged.
+    `seconds`: the duration of the run up to N, or 0.
     """
 
-    def __init__(self, workdir: Path, step: int, say: Callable[[str], None]):
+    def __init__(self, workdir: Path, step: int, log: Callable[[str], None]):
         self._path, self.seconds = Path(workdir) / "metrics.jsonl", 0.0
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             records = [_record(line) for line in lines]
             if damaged := records[:-1].count(None):
-                say(f"warning: {self._path} has {damaged} damaged lines, which are dropped")
+                log(f"warning: {self._path} has {damaged} damaged lines, which are dropped")
             kept = [(line, r) for line, r in zip(lines, records, strict=True) if r is not None and r["step"] <= step]
             write_text(self._path, "".join(line + "\n" for line, _ in kept))
             self.seconds = max((record.get("seconds", 0.0) for _, record in kept), default=0.0)
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # Not SummaryWriter, whose thread dies on a full disk: the run would then wait for it forever.
+        # The thread of SummaryWriter dies on a full disk, and the run would wait for it forever.
         self._board = EventsWriter(str(folder / "events"))
-        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))  # what follows replaces what is there
+        self._add(
+            step + 1, session_log=SessionLog(status=SessionLog.START)
+        )  # marks later steps of an earlier process as replaced
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()})
@@ -58,7 +60,7 @@ class Recorder:
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """Return the record of a line, or None if it is damaged, as by a process that was killed while it wrote."""
+    """Return the record of a line, or None if it is damaged."""
     try:
         record = json.loads(line)
         numbers = all(isinstance(record.get(name, 0), int | float) for name in ("step", "seconds"))
@@ -68,11 +70,11 @@ def _record(line: str) -> dict[str, float] | None:
 
 
 class ProgressReport:
-    """A live bar on a terminal; on anything else a line at most every few seconds."""
+    """A progress bar on a terminal; elsewhere a line at most every `every_seconds`."""
 
-    def __init__(self, total: int, done: int, batch_size: int, title: str, every_seconds: float = 10.0):
+    def __init__(self, total: int, done: int, title: str, every_seconds: float = 10.0):
         self.console = Console()
-        self._batch_size, self._title, self._total = batch_size, title, total
+        self._title, self._total = title, total
         self._every, self._last_line, self._clock = every_seconds, -math.inf, (time.monotonic(), done)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -88,17 +90,18 @@ class ProgressReport:
         self._bar.start()
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
-        """step: updates done. scalars: `loss` and `steps_per_second` at least."""
+        """Show step, the updates done, and of scalars `loss`, `steps_per_second` and `images_per_second`."""
         rate = scalars["steps_per_second"]
-        figures = f"loss {scalars['loss']:.4g}  {rate:.2f} steps/s  {rate * self._batch_size:.0f} pictures/s"
+        figures = f"loss {scalars['loss']:.4g}  {rate:.2f} steps/s  {scalars['images_per_second']:.0f} images/s"
         self._bar.update(self._task, completed=step, figures=figures)
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line >= self._every or step == self._total):
             self._last_line = now
             left = (self._total - step) / rate
-            self.say(f"{self._title} {step}/{self._total}  {figures}  {left // 60:.0f}:{left % 60:02.0f} left")
+            self.log(f"{self._title} {step}/{self._total}  {figures}  {left // 60:.0f}:{left % 60:02.0f} left")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:

@@ -179,12 +179,12 @@ def run_steps(
     due = lambda group: bool(group.every_steps) and step % group.every_steps == 0  # noqa: E731
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
     with (
-        closing(ProgressReport(steps, step, batch_size, task.title)) as progress,
-        closing(Recorder(workdir, step, progress.say)) as recorder,
+        closing(ProgressReport(steps, step, task.title)) as progress,
+        closing(Recorder(workdir, step, progress.log)) as recorder,
         closing(_StopSignal()) as stop,
     ):
         if step:
-            progress.say(f"resumed {workdir} at step {step}")
+            progress.log(f"resumed {workdir} at step {step}")
         began -= recorder.seconds  # what earlier processes of this run have taken
         clock, clocked = time.monotonic(), step
         while step < steps and not stop.requested:
@@ -198,7 +198,7 @@ def run_steps(
                 if save:  # before anything is logged, which may fail
                     checkpoints.save(state)
                 scalars["steps_per_second"] = (step - clocked) / (now - clock)
-                scalars["pictures_per_second"] = scalars["steps_per_second"] * batch_size
+                scalars["images_per_second"] = scalars["steps_per_second"] * batch_size
                 scalars["seconds"] = now - began
                 clock, clocked = now, step
                 recorder.write(step, scalars)
@@ -215,7 +215,7 @@ def run_steps(
                     scalars = task.write_preview(state.ema, frozen, path)
                     if scalars:
                         recorder.write(step, scalars)
-                    progress.say("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
+                    progress.log("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
                 clock, clocked = time.monotonic(), step
         if pending:  # the signal came after this step had been looked at
             _read(pending, checkpoints)

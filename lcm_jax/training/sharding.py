@@ -1,4 +1,4 @@
-"""The device mesh, and where each array of a run lives on it."""
+"""The device mesh and the shardings of a run's arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`, over the first data x fsdp devices.
+    """Build a mesh with the axes `data` and `fsdp` over the first data x fsdp devices.
 
-    data = -1 takes every device that fsdp leaves. Raises ValueError when there are fewer devices than that, or when
-    fsdp does not divide them.
+    data: -1 for all devices / fsdp. Raises ValueError if there are too few devices, or fsdp does not divide their
+    number.
     """
     devices = jax.devices()
     rest = data == -1
@@ -30,18 +30,19 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that keeps a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis spread over every device."""
+    """Return the sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of `tree` (arrays or their shapes): the largest axis that `fsdp` divides is split.
+    """Return a sharding for each leaf of `tree` (arrays or their shapes), which splits its largest divisible axis.
 
-    One rule serves parameters, their moving average and Adam's moments alike, since they have the same shapes.
+    The rule depends on shapes alone, so that parameters, their moving average and Adam's moments agree.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -56,6 +57,6 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays spread over the mesh."""
+    """Convert this process's rows of a batch to global arrays that are split over the mesh."""
     sharding = by_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

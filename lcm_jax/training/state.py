@@ -1,4 +1,4 @@
-"""Everything that a training run carries from one step to the next, as one value."""
+"""The state of a training run, as one value, and the optimizers that update it."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ Params = Any  # a nested dict of float32 arrays
 
 @flax.struct.dataclass
 class TrainState:
-    """The run at one instant. There is no random state: every step derives its key from the seed and its number.
+    """The state of a run. It has no random key, since every step derives its own from the seed and its number.
 
-    step: int32[], optimizer updates done. params: what is optimised. ema: the moving average of params with the same
-    structure, which is the target network of consistency training and what samples and exports are made from.
+    step: int32[], optimizer updates done. params: the parameters that are optimized. ema: their moving average, with
+    the same structure; consistency training uses it as the target network, and samples and exports are made from it.
     """
 
     step: jax.Array
@@ -26,7 +26,7 @@ class TrainState:
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0: float32 master weights, and a target that equals them (in buffers of its own)."""
+    """Return the state at step 0, with float32 parameters and a copy of them as the moving average."""
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -37,14 +37,14 @@ def create_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """AdamW or Muon after clipping by the global norm; decay acts on matrices and kernels, not on biases and scales.
+    """Build AdamW or Muon after clipping by the global norm; biases and scales have no weight decay.
 
-    Muon (Jordan et al. 2024, optax's) orthogonalises the momentum of matrices and convolution kernels, these as
+    Muon (Jordan et al. 2024, optax's) orthogonalizes the momentum of matrices and of convolution kernels, reshaped to
     [height * width * in, out], and scales it to the size of an Adam update (arXiv 2502.16982), so that one learning
-    rate fits both; biases, scales and embedding tables take the step of AdamW with Nesterov momentum.
+    rate fits both. Biases, scales and embedding tables are updated by AdamW with Nesterov momentum.
     config: the `optimizer` group of a run's config (name, learning_rate, warmup_steps, schedule, b1, b2,
-    weight_decay, clip_norm). steps: the length of the run in optimizer updates, for the cosine schedule.
-    Raises ValueError for a name or a schedule that is not one of those.
+    weight_decay, clip_norm). steps: the number of updates of the run, for the cosine schedule.
+    Raises ValueError for a name or a schedule that is not supported.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "constant":
@@ -76,7 +76,7 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
 
 
 def _as_matrices(params):
-    """How Muon reads each parameter as a matrix: the last axis against all others; None for what is none."""
+    """Return Muon's dimensions of each parameter, the last axis against all others; None for parameters it skips."""
 
     def dimensions(path, p):
         if p.ndim < 2 or path[-1].key == "embedding":

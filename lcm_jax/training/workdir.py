@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what the run began from, and that one process at a time writes to it."""
+"""The folder of a run: its config, the weights it started from, and a lock that keeps other processes out."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ from typing import Any
 from lcm_jax import files, locks
 from lcm_jax.errors import RunError
 
-# Groups of a config that say where and how often, not what: a run may be continued with other values.
+# Groups of a config that do not affect the weights: a run may resume with other values.
 FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "metrics", "report")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """sha256 of all that decides the result of a run, in hexadecimal (config: plain nested dict)."""
+    """Return the sha256, in hexadecimal, of the config groups that affect the weights. config: plain nested dict."""
     deciding = {name: value for name, value in config.items() if name not in FREE_GROUPS}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raise RunError if `workdir` has the run of another config, or another process is writing to it.
+    """Raise RunError if `workdir` was created with a different config, or another process is writing to it.
 
     Writes nothing.
     """
@@ -30,7 +30,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    theirs = read_object(path, "delete it to continue with the config of this command")
+    theirs = read_object(path, "delete it to resume with the config of this command")
     mine = json.loads(json.dumps(config, default=list))
     if config_digest(theirs) == config_digest(mine):
         return
@@ -40,33 +40,33 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         if name.split(".")[0] not in FREE_GROUPS
     ]
     raise RunError(
-        f"workdir {workdir} belongs to a run with another config; different: {', '.join(names[:6])}"
-        f"{' ..' if len(names) > 6 else ''}\nChoose another --workdir, or set these keys back to continue that run."
+        f"workdir {workdir} was created with a different config: {', '.join(names[:6])}"
+        f"{' ..' if len(names) > 6 else ''}; use another --workdir, or restore these values to resume that run"
     )
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json`, by which `check_workdir` knows the run again."""
+    """Write `config.json`, with which `check_workdir` compares."""
     files.write_text(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
 
 
 def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
-    """Keeps what a run was begun from in `origin.json`. Raises RunError where that has changed since."""
+    """Record digests of the initial weights in `origin.json`. Raises RunError if they have changed."""
     path = workdir / "origin.json"
     if not path.exists():
         files.write_text(path, json.dumps(dict(origin), indent=1) + "\n")
         return
-    before = read_object(path, "delete it to continue with the weights that the config names now")
+    before = read_object(path, "delete it to resume with the weights that the config names now")
     if changed := [name for name, digest in before.items() if origin.get(name) != digest]:
         raise RunError(
-            f"workdir {workdir} was begun with other weights: {', '.join(changed)} changed since. "
-            f"Put them back to continue that run, or choose another --workdir."
+            f"workdir {workdir} was created with different weights: {', '.join(changed)} changed since; restore them to "
+            "resume that run, or use another --workdir"
         )
 
 
 @contextmanager
 def hold_workdir(workdir: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it until the block ends. Raises RunError if one is there."""
+    """Create the folder and lock it until the block ends. Raises RunError if another process holds the lock."""
     workdir.mkdir(parents=True, exist_ok=True)
     with _named(workdir), locks.lock(workdir / "lock"):
         yield
@@ -81,10 +81,10 @@ def _named(workdir: Path) -> Iterator[None]:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a file of a workdir that holds a JSON object. Raises RunError with the remedy if it does not."""
+    """Read a JSON object from a file of a workdir. Raises RunError with the remedy if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or not UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise RunError(f"{path} is damaged ({error}); restore it, or {remedy}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path} is damaged (a JSON {type(content).__name__}, not an object); restore it, or {remedy}")
@@ -92,7 +92,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, value before, value after) of each leaf that differs; None for one that is absent."""
+    """Return (dotted key, value before, value after) of each leaf that differs; an absent value is None."""
     before, after = _flatten(before), _flatten(after)
     keys = sorted(before.keys() | after.keys())
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
