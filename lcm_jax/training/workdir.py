@@ -59,8 +59,8 @@ def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
     before = read_object(path, "delete it to resume with the weights that the config names now")
     if changed := [name for name, digest in before.items() if origin.get(name) != digest]:
         raise RunError(
-            f"workdir {workdir} was created with different weights: {', '.join(changed)} changed since; restore them to "
-            "resume that run, or use another --workdir"
+            f"workdir {workdir} was created with different weights: {', '.join(changed)} changed since; restore them "
+            "to resume that run, or use another --workdir"
         )
 
 
