@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
             if DRY_RUN.value:
                 dry_run.show(dry_run.estimate(config))
                 return 0
+            assert WORKDIR.value is not None  # checked by `parse`
             workdir = Path(WORKDIR.value)
             task = make_task(config, workdir)
         train(task, config, workdir)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -18,7 +19,7 @@ from lcm_jax.errors import check_devices
 from lcm_jax.files import check_unicode, decode, whole_file
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
-OWN = {"flag_values": FLAGS}
+OWN: dict[str, Any] = {"flag_values": FLAGS}
 MODEL = flags.DEFINE_string(
     "model",
     "shapes-lcm",
@@ -164,8 +165,8 @@ def sample() -> None:
     from lcm_jax.pipeline import Pipeline
     from lcm_jax.weights import lora as loras
 
-    given = {"image": IMAGE.value, "mask_image": MASK.value}
-    given = {name: open_upright(file) for name, file in given.items() if file is not None}
+    files_given = {"image": IMAGE.value, "mask_image": MASK.value}
+    given: dict[str, Any] = {name: open_upright(file) for name, file in files_given.items() if file is not None}
 
     pipe = Pipeline.from_pretrained(MODEL.value, DTYPE.value, VARIANT.value, base=BASE.value)
     for path, weight in map(loras.file_and_weight, LORA.value):

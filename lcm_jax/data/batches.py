@@ -1,15 +1,14 @@
 """Training batches as a step reads them: images, or moments that were encoded once, with token ids for captions."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from lcm_jax.data import loader
-from lcm_jax.data.captioned import CaptionedDataset, time_ids
+from lcm_jax.data.captioned import CaptionedDataset, Records, time_ids
 from lcm_jax.data.latents import Encoder, Tokenize, cache_latents
 from lcm_jax.data.masks import add_mask
 from lcm_jax.errors import phase
@@ -19,7 +18,7 @@ class ImageRecords:
     """Random access to {"image": uint8[H, W, 3]} of captioned images, with "token_ids": int32[L] (SDXL: [2, L]) and
     "time_ids": float32[6] if there is a tokenizer."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], tokenize: Tokenize | None):
+    def __init__(self, records: Records, tokenize: Tokenize | None):
         self.records, self.tokenize = records, tokenize
 
     def __len__(self) -> int:

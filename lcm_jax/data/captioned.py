@@ -1,11 +1,19 @@
 """Captioned images, whatever their source: the shape that every recipe trains and evaluates on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+
+class Records(Protocol):
+    """Random access to records, each a dict."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,8 @@ class CaptionedDataset:
     captions. fingerprint: text that changes whenever `train` does.
     """
 
-    train: Sequence[Mapping[str, Any]]
-    held_out: Sequence[Mapping[str, Any]]
+    train: Records
+    held_out: Records
     prompts: Callable[[int], list[str]]
     compositional_prompts: Callable[[int], list[str]]
     fingerprint: str
@@ -27,6 +35,8 @@ class CaptionedDataset:
 
 class Source(Protocol):
     """A kind of captioned images: a frozen dataclass whose fields are the keys of `config.data` that it reads."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def check(self, batch_size: int) -> None:
         """Raise ValueError if these settings name no data, by key and remedy. Writes nothing, reads no record."""

@@ -1,10 +1,12 @@
 """Records -> endless shuffled batches, addressed by step, so that a resumed run continues exactly."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+
+from lcm_jax.data.captioned import Records
 
 
 def check_length(records: int, batch_size: int) -> None:
@@ -14,7 +16,7 @@ def check_length(records: int, batch_size: int) -> None:
 
 
 def batches(
-    records: Sequence[Mapping[str, np.ndarray]],
+    records: Records,
     batch_size: int,
     *,
     seed: int,
@@ -38,7 +40,9 @@ def batches(
         raise ValueError(
             f"train.batch_size {batch_size} is not a multiple of the number of processes, {processes}; use a multiple"
         )
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    # grain's annotation asks for SupportsIndex; it calls with int.
+    source = grain.MapDataset.source(records)  # pyright: ignore[reportArgumentType]
+    dataset = source.seed(seed).shuffle().repeat()
     if random_map is not None:
         dataset = dataset.random_map(random_map)
     dataset = dataset.batch(batch_size // processes, drop_remainder=True)

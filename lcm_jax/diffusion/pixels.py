@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(images: np.ndarray | jax.Array) -> jax.Array:
     """Return uint8[...] as float32[...] in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 

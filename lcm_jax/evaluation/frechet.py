@@ -1,15 +1,16 @@
 """The Frechet distance between two sets of features, each seen as a Gaussian (arXiv 1706.08500)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.evaluation.evaluate import Column, Resources
+from lcm_jax.models.layers import apply
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
 
@@ -83,7 +84,7 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
     @jax.jit
     def encode(params, images):
         images = images.astype(jnp.float32) / 127.5 - 1.0
-        return model.vae.apply({"params": params}, images, method="features").mean((1, 2))
+        return apply(model.vae, params, images, method="features").mean((1, 2))
 
     params = jax.device_put(vae_params)
 
@@ -99,12 +100,12 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
 class FrechetDistance:
     """Metric: the Frechet distance of the images' features to those of real images. Its state is `Moments`."""
 
-    columns = {"frechet": Column("Frechet", ".2f")}
-    note = (
+    columns: ClassVar[Mapping[str, Column]] = {"frechet": Column("Frechet", ".2f")}
+    note: ClassVar[str] = (
         "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
         "of real images; with this few images it is biased upwards, for all rows alike."
     )
-    sources = None
+    sources: ClassVar[tuple[str, ...] | None] = None
 
     features: Callable[[np.ndarray], np.ndarray]
     reference: Moments

@@ -7,11 +7,11 @@ resembles no color or no outline has no name and satisfies no caption. The six t
 objects named, no more) follow GenEval (arXiv 2310.11513).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
-from typing import Self
+from typing import ClassVar, Self, cast
 
 import numpy as np
 from scipy import ndimage
@@ -68,7 +68,7 @@ def detect(image: np.ndarray) -> list[Detection]:
     scale = shapes.BASE / image.shape[0]
     pixels = image.astype(np.float32)
     chroma = pixels.max(2) - pixels.min(2)
-    labels, _ = ndimage.label(chroma > MIN_CHROMA)
+    labels, _ = cast(tuple[np.ndarray, int], ndimage.label(chroma > MIN_CHROMA))
     detections = []
     for part, window in enumerate(ndimage.find_objects(labels), 1):
         # Half of the soft border lies below the threshold, so the window and the mask include it.
@@ -96,7 +96,7 @@ def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: flo
     y = (top + 0.5 + np.arange(cover.shape[0])) * scale
     area = cover.sum()
     cx, cy = float(cover.sum(0) @ x / area), float(cover.sum(1) @ y / area)  # the centroid of every outline is 0
-    best = None
+    best = (-1.0, 0.0, "")  # overlap, radius, shape
     for shape in shapes.SHAPES:
         radius = float(np.sqrt(area * scale**2 / _unit_area(shape)))
         distance = shapes.outline(shape, x[None, :] - cx, y[:, None] - cy, radius) / scale
@@ -104,7 +104,7 @@ def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: flo
             inside = np.clip(0.5 - distance / ramp, 0, 1)
             common = np.minimum(inside, cover).sum()
             overlap = float(common / (inside.sum() + area - common))
-            if best is None or overlap > best[0]:
+            if overlap > best[0]:
                 best = overlap, radius, shape
     overlap, radius, shape = best
     fits = overlap >= MIN_OVERLAP and radius <= MAX_RADIUS
@@ -164,7 +164,7 @@ def verify(image: np.ndarray, caption: str) -> Verdict:
     return Verdict(False, f"not {shapes.RELATIONS[relation]}: {seen}")
 
 
-def count_accepted(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+def count_accepted(images: np.ndarray | Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
     """images: uint8[N, H, H, 3]. Return int64[tasks, 2]: accepted images and all, in the order of `shapes.TASKS`.
 
     Raises ValueError as `verify` does.
@@ -184,7 +184,7 @@ def to_score(counts: np.ndarray) -> dict:
     return {"overall": float(np.mean(list(tasks.values()))), "tasks": tasks}
 
 
-def score(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict:
+def score(images: np.ndarray | Sequence[np.ndarray], captions: Sequence[str]) -> dict:
     """images: uint8[N, H, H, 3]. Return the share of images that satisfy their captions, as `to_score` does."""
     return to_score(count_accepted(images, captions))
 
@@ -193,9 +193,11 @@ def score(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict:
 class Verifier:
     """Metric: the share of images that satisfy their captions. Its state is that of `count_accepted`."""
 
-    columns = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
-    note = "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
-    sources = ("shapes",)
+    columns: ClassVar[Mapping[str, Column]] = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
+    note: ClassVar[str] = (
+        "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
+    )
+    sources: ClassVar[tuple[str, ...] | None] = ("shapes",)
 
     @classmethod
     def create(cls, resources: Resources) -> Self:

@@ -90,6 +90,11 @@ def check_groups(network: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def apply(network: nn.Module, params: Any, *inputs, **options) -> Any:
+    """Return the output of a network, which Flax annotates as a possible tuple of output and mutable variables."""
+    return network.apply({"params": params}, *inputs, **options)
+
+
 def freeze(value: Any) -> Any:
     """Convert lists to tuples and dicts to frozen dicts, so that a config is a hashable attribute of a module."""
     if isinstance(value, Mapping):

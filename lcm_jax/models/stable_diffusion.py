@@ -12,7 +12,7 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.conditioning import Conditioning
-from lcm_jax.models.layers import Dtype
+from lcm_jax.models.layers import Dtype, apply
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
@@ -144,10 +144,10 @@ class StableDiffusion:
         zero_empty is True. clip_skip: number of last layers to leave out, as in diffusers, at most `max_clip_skip`.
         """
         if self.text_encoder_2 is None:
-            output = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids, clip_skip)
+            output = apply(self.text_encoder, params["text_encoder"], token_ids, clip_skip)
             return Conditioning(output.last_hidden_state)
-        first = self.text_encoder.apply({"params": params["text_encoder"]}, token_ids[:, 0])
-        second = self.text_encoder_2.apply({"params": params["text_encoder_2"]}, token_ids[:, 1])
+        first = apply(self.text_encoder, params["text_encoder"], token_ids[:, 0])
+        second = apply(self.text_encoder_2, params["text_encoder_2"], token_ids[:, 1])
         layer = -2 - clip_skip
         context = jnp.concatenate([first.hidden_states[layer], second.hidden_states[layer]], axis=-1)
         pooled = second.pooled
@@ -164,10 +164,11 @@ class StableDiffusion:
         required if and only if `guidance_embedding_dim` is not None, a mask if and only if it inpaints.
         """
         context, pooled, time_ids, guidance, masked = conditioning
-        if (guidance is None) != (self.guidance_embedding_dim is None):
+        width = self.guidance_embedding_dim
+        if (guidance is None) != (width is None):
             raise ValueError(
                 f"conditioning.guidance is {'missing' if guidance is None else 'given'}, and time_cond_proj_dim of "
-                f"this UNet is {self.guidance_embedding_dim}; set guidance for a latent consistency model alone"
+                f"this UNet is {width}; set guidance for a latent consistency model alone"
             )
         if (masked is not None) != self.inpaints:
             raise ValueError(
@@ -176,12 +177,12 @@ class StableDiffusion:
             )
         if masked is not None:
             z = jnp.concatenate([z, masked], axis=-1)
-        embedding = None if guidance is None else guidance_embedding(guidance, self.guidance_embedding_dim)
-        return self.unet.apply({"params": params}, z, t, context, embedding, pooled, time_ids)
+        embedding = None if width is None else guidance_embedding(guidance, width)
+        return apply(self.unet, params, z, t, context, embedding, pooled, time_ids)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """Encode images float32[B, H, W, 3] in [-1, 1] to moments float32[B, h, w, 2c]. params: of the autoencoder."""
-        return self.vae.apply({"params": params}, images, method="encode")
+        return apply(self.vae, params, images, method="encode")
 
     def to_latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
         """Return scaled latents float32[B, h, w, c] of moments float32[B, h, w, 2c], by noise float32[B, h, w, c]."""
@@ -190,7 +191,7 @@ class StableDiffusion:
     def decode(self, params: Params, z: jax.Array) -> jax.Array:
         """Decode scaled latents float32[B, h, w, c] to images float32[B, H, W, 3], about [-1, 1]."""
         latents = unscale_latents(z, self.vae.config["scaling_factor"], self.vae.config["shift_factor"])
-        return self.vae.apply({"params": params}, latents, method="decode")
+        return apply(self.vae, params, latents, method="decode")
 
     def abstract_params(self) -> dict[str, Params]:
         """Return every parameter as a ShapeDtypeStruct, by network. Nothing is allocated."""

@@ -90,7 +90,7 @@ def sampler(model: StableDiffusion, value: Any, allowed: Sequence[str]) -> str:
 def size(model: StableDiffusion, height: Any, width: Any, sample_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) in pixels; by default the model's sample_size, which is in latents."""
     scale = model.downscale
-    rows, columns = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+    rows, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     height = rows * scale if height is None else integer("height", height)
     width = columns * scale if width is None else integer("width", width)
     if height % scale or width % scale or min(height, width) < scale:

@@ -93,6 +93,10 @@ def generate(
     noise = (lambda i: step_noise(inputs.noise, i, tuple(shape))) if SAMPLERS[sampler].adds_noise else None
     z = SAMPLERS[sampler].sample(network, inputs.latents, table, model.schedule, noise)
     images = model.decode(params["vae"], z) if decode else None
-    stages = Finite(encoded, masked, z, images)
-    finite = Finite(*(None if output is None else all_finite(output) for output in stages))
-    return (to_uint8(images) if decode else z), finite
+    finite = Finite(
+        all_finite(encoded),
+        None if masked is None else all_finite(masked),
+        all_finite(z),
+        None if images is None else all_finite(images),
+    )
+    return (z if images is None else to_uint8(images)), finite

@@ -79,8 +79,8 @@ def make_inpainting(image: Image.Image, mask: Image.Image, size: tuple[int, int]
 
     noise: float32[1, h, w, c]. Raises ImageError as `to_rgb` does.
     """
-    pixels, mask = resize(image, size, "RGB"), resize(mask, size, "L")
-    return Inpainting(to_float(pixels), np.float32(mask >= 128), noise)
+    repainted = resize(mask, size, "L") >= 128
+    return Inpainting(to_float(resize(image, size, "RGB")), np.float32(repainted), noise)
 
 
 def resize(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -90,5 +90,6 @@ def resize(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
     """
     if image.mode != "1":  # resized without a filter, to the same mask as in diffusers
         image = images.to_rgb(image)
-    resized = image.resize(size[::-1], Image.Resampling.LANCZOS).convert(mode)
-    return np.asarray(resized).reshape(1, *size, len(resized.getbands()))
+    height, width = size
+    resized = image.resize((width, height), Image.Resampling.LANCZOS).convert(mode)
+    return np.asarray(resized).reshape(1, height, width, len(resized.getbands()))

@@ -107,7 +107,8 @@ def read_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 def read_params(folder: Path, name: str, abstract: Params) -> Params:
     """Read the parameters of one network in float32, a tree shaped like `abstract`; see `to_params`."""
-    params = flatten_dict(to_params(name, read_component(folder, name)[1], abstract, str(folder)))
+    tree = to_params(name, read_component(folder, name)[1], abstract, str(folder))
+    params: dict[tuple[str, ...], Any] = flatten_dict(tree)
     return unflatten_dict({path: leaf.astype(np.float32) for path, leaf in params.items()})
 
 
@@ -239,7 +240,7 @@ def write_surroundings(
     unet = configs.get("unet", {})
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):  # LCMs that inpaint have no class of their own
         kind = "StableDiffusionXLInpaintPipeline" if xl else "StableDiffusionInpaintPipeline"
-    made = {"_class_name": kind, "_diffusers_version": "0.42.0"}
+    made: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.42.0"}
     for name, (library, classes) in CLASSES.items():
         if xl or name not in SECOND:
             made[name] = [library, configs.get(name, {}).get("_class_name", classes[0])]

@@ -36,7 +36,8 @@ def download(model: str, choose: Callable[[Collection[str]], list[str]]) -> Path
             f"there is no model {name!r}, neither a folder here nor on the hub; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from None
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+    # HTTPError is that of the hub's HTTP library.
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:  # pyright: ignore[reportPrivateImportUsage]
         unreachable = reason(error)
     except (errors.XetDownloadError, OSError) as error:
         cache = constants.HF_HUB_CACHE

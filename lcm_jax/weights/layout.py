@@ -163,7 +163,7 @@ def choose_variant(names: Mapping[str, Collection[str]], part: str, variant: str
 ENTRY = "a [library, class] pair"
 # The keys of each file that are read here, and the kind of their values; the networks' own options are checked by the
 # networks. Keys with True must be there.
-KEYS: dict[str, dict[str, tuple[Any, bool]]] = {
+KEYS: dict[str, Mapping[str, tuple[Any, bool]]] = {
     "model_index.json": {"_class_name": (str, False), "force_zeros_for_empty_prompt": (bool, False)}
     | dict.fromkeys((*CLASSES, "scheduler"), (ENTRY, False)),
     "config.json": {"_class_name": (str, False), "architectures": ([str], False)},

@@ -199,7 +199,7 @@ def read_lora(
         if "down" not in part or "up" not in part:
             raise ModelError(f"{component}.{module} has only {' and '.join(part)}; copy the file again")
         alpha = part.get("alpha", alphas.get((component, module)))
-        if np.size(alpha) != 1:
+        if alpha is not None and np.size(alpha) != 1:
             raise ModelError(f"{component}.{module}: alpha has the shape {list(np.shape(alpha))}, not one number")
         update = Update(part["down"], part["up"], None if alpha is None else np.asarray(alpha).reshape(()))
         if update.down.ndim not in (2, 4) or update.up.shape[1:2] != update.down.shape[:1] or 0 in update.down.shape:
@@ -229,8 +229,10 @@ def module_names(component: str, tensors: Mapping[str, np.ndarray], family: str)
 
 def place_of_kohya(key: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str, str] | None:
     match = KOHYA.fullmatch(key)
-    component = PREFIXES[match[1]] if match else ""
-    module = names.get(component, {}).get(match[2]) if match else None
+    if match is None:
+        return None
+    component = PREFIXES[match[1]]
+    module = names.get(component, {}).get(match[2])
     return (component, module, LEAVES.get(match[3], match[3])) if module else None
 
 

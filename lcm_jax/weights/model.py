@@ -196,8 +196,7 @@ def infer_family(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def rename_legacy_keys(component: str, tensors: Tensors) -> Tensors:
     """Return `tensors` under their present names, without those that are not parameters."""
-    keys = {naming.modern_key(component, key): key for key in tensors}
-    keys.pop(None, None)
+    keys = {new: key for key in tensors if (new := naming.modern_key(component, key)) is not None}
     return Tensors({new: tensors.specs[key] for new, key in keys.items()}, lambda new: tensors[keys[new]])
 
 
@@ -223,6 +222,7 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
     if model.family != base.family:
         StableDiffusion.from_configs(configs)  # raises if the networks belong to different models
     index = None
+    assert base.index is not None  # a diffusers folder has one
     if configs["scheduler"]["_class_name"] == base.configs["scheduler"]["_class_name"]:
         named = [part for part in ("unet", "vae") if "_class_name" in configs[part]]
         index = {**base.index, **{part: ["diffusers", configs[part]["_class_name"]] for part in named}}

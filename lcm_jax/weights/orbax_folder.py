@@ -33,7 +33,7 @@ def is_model(folder: Path) -> bool:
 def find_run(path: Path) -> tuple[Path, int | None] | None:
     """Return (workdir, step or None for the newest) if `path` is a workdir, its checkpoints/ or one of these."""
     path = path.absolute()
-    places = [(path, None), (path.parent, None)]
+    places: list[tuple[Path, int | None]] = [(path, None), (path.parent, None)]
     if path.name.isdigit():
         places.append((path.parent.parent, int(path.name)))
     for workdir, step in places:
@@ -75,7 +75,7 @@ def open_components(folder: Path, step: int | None, *parents: str) -> tuple[int,
         tree = tree[name]
 
     def open_component(name: str) -> Tensors:
-        leaves = flatten_dict(tree[name])
+        leaves: dict[tuple[str, ...], Any] = flatten_dict(tree[name])
         paths = {naming.to_key(path): path for path in leaves}
         keys = sorted(paths)
         sizes = [leaves[paths[key]].dtype.itemsize * leaves[paths[key]].size for key in keys]

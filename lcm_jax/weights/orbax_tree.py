@@ -24,7 +24,7 @@ TreePath = tuple[str, ...]
 
 def checksum(array: np.ndarray) -> int:
     """Return the crc32 of the array's bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array))
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def _report_all_but_orphans(before: Callable, unraisable) -> None:
@@ -124,7 +124,7 @@ def read_leaves(folder: Path, step: int, paths: Sequence[TreePath]) -> dict[Tree
         restore_args = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
         item = jax.tree.map(lambda _: 0, restore_args)
         restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        leaves = flatten_dict(manager.restore(step, args=restore))
+        leaves: dict[TreePath, Any] = flatten_dict(manager.restore(step, args=restore))
     changed = []
     for path, leaf in leaves.items():
         rest = "".join(f"[{name!r}]" for name in path[1:])

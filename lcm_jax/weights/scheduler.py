@@ -62,7 +62,7 @@ def merge_scheduler(own: Mapping[str, Any], base: Mapping[str, Any], guided: boo
     if guided and not base_is_lcm:
         scheduler = lcm_scheduler(base, LCM["original_inference_steps"])
     elif base_is_lcm and own and not guided:
-        scheduler = own | {"prediction_type": base.get("prediction_type", "epsilon")}
+        scheduler = dict(own) | {"prediction_type": base.get("prediction_type", "epsilon")}
     else:
         scheduler = base
     explicit = {option: own[option] for option in ("prediction_type", "rescale_betas_zero_snr") if option in own}

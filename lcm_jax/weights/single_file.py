@@ -328,7 +328,7 @@ def open_ldm(
         return file
     beside = open_ldm({"unet": averages}, family)
     keys = {averaged(old): old for old in beside}
-    specs = file.specs | {new: beside.specs[old] for new, old in keys.items()}
+    specs = dict(file.specs) | {new: beside.specs[old] for new, old in keys.items()}
     return Tensors(specs, lambda key: beside[keys[key]] if key in keys else file[key])
 
 
@@ -353,6 +353,7 @@ def ldm_places(components: Mapping[str, Iterable[str]], family: str) -> dict[tup
             if old is None or dropped_pattern(component, family).match(old):
                 wrong.append(f"{component} {key}")
             else:
+                assert prefix is not None  # without one there are no names
                 places.setdefault((component, prefix + old), []).append((new, key))
     for (component, old), sources in places.items():
         wanted = "qkv" if ".attn.in_proj_" in old and (family, component) in OPEN_CLIP else " "

@@ -63,7 +63,7 @@ def detect_family(tensors: Mapping[str, Any]) -> str:
         if not found and not others:
             key = first(tensors, "attn2.to_k.weight")  # a UNet alone: by the width of the prompt that it attends to
             width = shape_of(tensors[key])[1] if key else None
-            found = ["sdxl"] if labels else {768: ["sd1"], 1024: ["sd2"]}.get(width, [])
+            found = ["sdxl"] if labels else ["sd1"] if width == 768 else ["sd2"] if width == 1024 else []
         if len(found) == 1 and labels == (found[0] == "sdxl"):
             return found[0]
     elif len(found) == 1:

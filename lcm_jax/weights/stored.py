@@ -135,7 +135,7 @@ def widen(tensors: Tensors, path: Path) -> Tensors:
         )
     if other := next((key for key, like in float8.items() if like.dtype.name == "float8_e8m0fnu"), None):
         raise ModelError(f"{path}: {other} is float8_e8m0fnu, which is not supported: use the file in float16")
-    specs = tensors.specs | {key: placeholder("float16", like.shape) for key, like in float8.items()}
+    specs = dict(tensors.specs) | {key: placeholder("float16", like.shape) for key, like in float8.items()}
     return Tensors(specs, lambda key: tensors[key].astype(specs[key].dtype, copy=False))
 
 

@@ -22,7 +22,8 @@ def match_params(
 
     Raises ModelError of two lines: how many keys are missing, extra, or of another shape or dtype, and some of each.
     """
-    wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
+    parameters: dict[tuple[str, ...], Any] = flatten_dict(abstract)
+    wanted = {path: tuple(leaf.shape) for path, leaf in parameters.items()}
     specs = get_specs(tensors)
     keys: dict[tuple[str, ...], str] = {}
     extra = []

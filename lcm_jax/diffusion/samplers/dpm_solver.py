@@ -52,7 +52,7 @@ def _grid(schedule: Schedule, config: Config, n: int) -> tuple[np.ndarray, np.nd
     offset = whole(config, "steps_offset", 0, 0, len(table))
     timesteps = np.round(grids.spaced(n, spacing, offset, len(table), skip_last=True))
     levels, option = sigmas.select_sigmas(config, tuple(sigmas.GRIDS), float(table[-1]), float(table[0]), n)
-    if option is None:
+    if levels is None:
         levels = table[timesteps.astype(int)].astype(np.float64)
     else:
         timesteps = sigmas.timesteps_at(levels, table)

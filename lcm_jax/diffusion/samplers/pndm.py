@@ -56,7 +56,8 @@ def sample_pndm(network: Network, z: jax.Array, table: Table, schedule: Schedule
         z, before, outputs = carry
         alpha, sigma, alpha_to, sigma_to, restarts, *weights = coefficients
         outputs = (network(z, t).astype(jnp.float32), *outputs)
-        output = sum(weight * each for weight, each in zip(weights, outputs, strict=True))
+        products = [weight * each for weight, each in zip(weights, outputs, strict=True)]
+        output = sum(products[1:], start=products[0])
         start = jnp.where(restarts > 0, before, z)
         return ddim_step(*split_output(schedule, output, start, alpha, sigma), alpha_to, sigma_to), z, outputs[:-1]
 

@@ -23,7 +23,9 @@ def training_sigmas(schedule: Schedule) -> np.ndarray:
     return np.sqrt((1 - bar) / bar)
 
 
-def select_sigmas(config: Config, options: tuple[str, ...], high: float, low: float, n: int):
+def select_sigmas(
+    config: Config, options: tuple[str, ...], high: float, low: float, n: int
+) -> tuple[np.ndarray | None, str | None]:
     """Return (sigmas float64[n], option) for the one option of GRIDS that is set, or (None, None). Raises ValueError.
 
     options: the options of GRIDS that the sampler has. high, low: the bounds unless the config has its own.

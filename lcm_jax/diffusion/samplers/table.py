@@ -27,7 +27,7 @@ class Table(NamedTuple):
 
     timesteps: np.ndarray | jax.Array
     coefficients: np.ndarray | jax.Array
-    scale: np.ndarray | jax.Array = np.float32(1)
+    scale: np.float32 | jax.Array = np.float32(1)
 
     def padded(self, n: int) -> "Table":
         """Return the table with n rows; the loop ends before the added ones, whose timestep is -1."""
