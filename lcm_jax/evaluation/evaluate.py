@@ -10,7 +10,7 @@ Draw = Callable[[str, int], Iterable[tuple[np.ndarray, float]]]
 
 
 class Resources(NamedTuple):
-    """What metrics compare images with.
+    """Resources that metrics compare images with.
 
     features: uint8[B, H, W, 3] -> float[B, D]. real_images: returns batches uint8[B, H, W, 3], from the first one on at
     each call.

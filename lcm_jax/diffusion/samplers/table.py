@@ -1,4 +1,4 @@
-"""What all samplers share: the record, the table of steps, and the loop over the table."""
+"""The shared part of all samplers: the record, the table of steps, and the loop over the table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
