@@ -25,12 +25,9 @@ def get_config() -> ConfigDict:
             "distance": "huber",
             "huber_c": 0.1,  # published: 1e-3
             "weighting": "inverse_sigma",  # published: uniform
-            "backward_simulation": 0.875,  # of each batch, what the student draws in place of data; published: 0
-            "guidance_schedule": (
-                (0, 0.0),
-                (300, 7.0),
-                (700, 3.0),
-            ),  # from which t on w counts as how much at most; published: ()
+            "backward_simulation": 0.875,  # fraction of examples that the student generates; published: 0
+            # (timestep, w_max) pairs: from that timestep up, w is clipped to w_max. Published: ().
+            "guidance_schedule": ((0, 0.0), (300, 7.0), (700, 3.0)),
             "prompt_dropout": 0.0,
         }
     )

@@ -173,7 +173,9 @@ def show(found: Mapping[str, Any]) -> None:
     devices = int(np.prod([*found["mesh"].values()]))
     write(f"{found['title']}: nothing was allocated")
     table = Table(title="parameters")
-    table.add_column("network"), table.add_column(""), table.add_column("millions", justify="right")
+    table.add_column("network")
+    table.add_column("")
+    table.add_column("millions", justify="right")
     for kind in ("trained", "frozen"):
         for name, number in found[kind].items():
             table.add_row(name, kind, f"{number / 1e6:,.1f}")
@@ -182,7 +184,8 @@ def show(found: Mapping[str, Any]) -> None:
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     parts = f" in {found['accumulate']} micro-batches" if found["accumulate"] > 1 else ""
     table = Table(title=f"memory per device; mesh: {mesh}; {found['images_per_device']} images on each{parts}")
-    table.add_column(""), table.add_column("", justify="right")
+    table.add_column("part")
+    table.add_column("", justify="right")
     for name, size in found["memory"].items():
         table.add_row(name, gigabytes(size))
     total = sum(found["memory"].values())
