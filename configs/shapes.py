@@ -4,10 +4,10 @@
 
 It takes less than ten minutes on two cores, six of them for the distillation; `report.md` has the results of teacher
 and student. The settings differ from the published ones (batch 72, AdamW at 8e-6, EMA 0.999943, w in [2, 14], 50 DDIM
-steps) because this run has about a thousandth of their work. Two settings are not in the paper. `own_share`: most
-examples of a batch start from latents that the student generates, as all sampling steps but the first do. `w_caps`: in
-steps of 125, guidance at low noise hurts (arXiv 2404.07724), and at high noise it brightens light backgrounds. The
-bundled student had 5,000 updates of 128 images; its model card has ablations of each setting.
+steps) because this run has about a thousandth of their work. Two settings are not in the paper. `backward_simulation`:
+most examples of a batch start from latents that the student generates, as all sampling steps but the first do.
+`guidance_schedule`: in steps of 125, guidance at low noise hurts (arXiv 2404.07724), and at high noise it brightens
+light backgrounds. The bundled student had 5,000 updates of 128 images; its model card has ablations of each setting.
 """
 
 from ml_collections import ConfigDict
