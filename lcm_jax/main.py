@@ -19,6 +19,9 @@ from lcm_jax import config_files
 CONFIG = config_flags.DEFINE_config_file("config", None, "Bundled config or file, with an optional argument: lcd:sdxl.")
 LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the bundled configs, then exit.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, metrics, report, export.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if the run has several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if the run has several.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.")
 
 
@@ -33,19 +36,19 @@ def main(argv: list[str]) -> int:
         with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
             from lcm_jax import command, dry_run
             from lcm_jax.recipes import make_task
-            from lcm_jax.training.loop import train
+            from lcm_jax.training import distributed, loop
 
             keep_interrupts()
             command.configure_jax()
+            if not DRY_RUN.value:
+                distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             check_devices()
-            config = CONFIG.value
+            config, workdir = CONFIG.value, Path(WORKDIR.value or "")
             if DRY_RUN.value:
                 dry_run.show(dry_run.estimate(config))
                 return 0
-            assert WORKDIR.value is not None  # checked by `parse`
-            workdir = Path(WORKDIR.value)
             task = make_task(config, workdir)
-        train(task, config, workdir)
+        loop.train(task, config, workdir)
     except KeyboardInterrupt as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 130

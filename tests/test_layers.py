@@ -67,7 +67,7 @@ UNKNOWN = {
 # What a room knows all the same: objectives build what networks are told, and know no network.
 KNOWN = {"objectives": ("lcm_jax.models.conditioning",)}
 ONLY_IN = {
-    "orbax": {"training/checkpoint.py", "weights/orbax_tree.py"},
+    "orbax": {"training/checkpoint.py", "training/distributed.py", "weights/orbax_tree.py"},
     "torch": {"benchmarks/diffusers_peer.py"},
     "diffusers": {"benchmarks/diffusers_peer.py"},
     "tensorflow": set(),

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lcm_jax.errors import RunError, disk_is_full, first_line
+from lcm_jax.training import distributed
 from lcm_jax.training.state import TrainState
 from lcm_jax.weights.orbax_tree import checksum, ignore_orphans
 
@@ -156,7 +157,10 @@ class Checkpoints:
         target = self._aside / str(step)
         while target.exists():
             target = target.with_name(target.name + "_")
-        shutil.move(self.folder / str(step), target)
+        distributed.wait_for_all("unreadable")  # every process has closed it, and found the same place
+        if distributed.is_main():
+            shutil.move(self.folder / str(step), target)
+        distributed.wait_for_all("moved aside")
         self._manager = self._open()
         return target
 

@@ -23,11 +23,13 @@ class Recorder:
 
     Opened at step N, it drops the lines after N, which a killed run wrote after its last checkpoint, and an incomplete
     last line, so that no step is recorded twice. Other damaged lines are dropped and logged.
-    `seconds`: the duration of the run up to N, or 0.
+    `seconds`: the duration of the run up to N, or 0. write: False in a process for which another one writes.
     """
 
-    def __init__(self, workdir: Path, step: int, log: Callable[[str], None]):
-        self._path, self.seconds = Path(workdir) / "metrics.jsonl", 0.0
+    def __init__(self, workdir: Path, step: int, log: Callable[[str], None], write: bool = True):
+        self._path, self.seconds, self._write = Path(workdir) / "metrics.jsonl", 0.0, write
+        if not write:
+            return
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             records = [_record(line) for line in lines]
@@ -45,6 +47,8 @@ class Recorder:
         )  # marks later steps of an earlier process as replaced
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not self._write:
+            return
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()})
         with self._path.open("a") as file:
             file.write(line + "\n")
@@ -56,7 +60,8 @@ class Recorder:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
-        self._board.close()
+        if self._write:
+            self._board.close()
 
 
 def _record(line: str) -> dict[str, float] | None:

@@ -15,7 +15,7 @@ import numpy as np
 from lcm_jax.errors import RunError, first_line, memory_shortage, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
 from lcm_jax.output import outliving
-from lcm_jax.training import sharding
+from lcm_jax.training import distributed, sharding
 from lcm_jax.training.checkpoint import STABLER, Checkpoints
 from lcm_jax.training.logging import ProgressReport, Recorder
 from lcm_jax.training.state import Params, TrainState, create_state, make_optimizer
@@ -121,14 +121,18 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
     again = "run the same command to begin again"
     with phase("compiling the step", memory=STEP_MEMORY, kept=again):
         step = compile_step(step, (abstract, task.frozen, dict(task.batch)), task.title, mesh)
+    distributed.wait_for_all("checked")  # one of them takes the lock that all have just looked at
     with hold_workdir(workdir):
         with phase("loading the weights", memory=STEP_MEMORY, kept=again):
             frozen = jax.device_put(task.load_frozen(), frozen_shardings)
         with phase("opening the data", memory=STEP_MEMORY, kept=again):
-            batches = task.make_batches(frozen, 0)
-            batches = chain([next(batches)], batches)
-        check_origin(workdir, task.weight_digests())
-        claim_workdir(workdir, config.to_dict())
+            alone = distributed.local(frozen)
+            with distributed.main_first("data"):  # which makes indices and caches
+                batches = task.make_batches(alone, 0)
+                batches = chain([next(batches)], batches)
+        with distributed.main_first("workdir"):
+            check_origin(workdir, task.weight_digests())
+            claim_workdir(workdir, config.to_dict())
         with closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints:
             # Resume, in this order:
             # 1. the newest checkpoint of this workdir that can be read;
@@ -144,7 +148,7 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
                     del params
                 first = int(state.step)
                 if first:
-                    batches = task.make_batches(frozen, first)
+                    batches = task.make_batches(alone, first)
                 inputs = (sharding.put_batch(mesh, batch) for batch in batches)
                 advance = lambda state: step(state, frozen, next(inputs))  # noqa: E731
                 state, seconds = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
@@ -152,11 +156,13 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
         if done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; saved. The same command goes on from here.")
             return False
-        ema = state.ema
+        ema, alone = distributed.local((state.ema, frozen))
         del state, advance  # what the report has no use for leaves the device
         memory = "lower report.batch_size" if "report" in config else "use a device with more memory"
         with phase("writing the export and the report", memory=memory, kept=checkpoints.summary):
-            task.on_complete(ema, frozen, seconds)
+            if distributed.is_main():
+                task.on_complete(ema, alone, seconds)
+            distributed.wait_for_all("report")
     return True
 
 
@@ -180,19 +186,20 @@ def run_steps(
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
     with (
         closing(ProgressReport(steps, step, task.title)) as progress,
-        closing(Recorder(workdir, step, progress.log)) as recorder,
+        closing(Recorder(workdir, step, progress.log, write=distributed.is_main())) as recorder,
         closing(_StopSignal()) as stop,
     ):
         if step:
             progress.log(f"resumed {workdir} at step {step}")
         began -= recorder.seconds  # what earlier processes of this run have taken
         clock, clocked = time.monotonic(), step
-        while step < steps and not stop.requested:
+        stopping = lambda: distributed.any_process(stop.requested)  # noqa: E731
+        while step < steps and not stopping():
             state, metrics = advance(state)
             step += 1
             pending.append((step, metrics))
 
-            save = step == steps or stop.requested or due(config.checkpoint)
+            save = step == steps or stopping() or due(config.checkpoint)
             if save or due(config.log):
                 scalars, now = _read(pending, checkpoints), time.monotonic()
                 if save:  # before anything is logged, which may fail
@@ -205,17 +212,21 @@ def run_steps(
                 progress.update(step, scalars)
             elif not config.log.every_steps and len(pending) >= MAX_PENDING:
                 _read(pending, checkpoints)
-            if due(config.sample) and not stop.requested:
+            if due(config.sample) and not stopping():
                 path = workdir / "samples" / f"{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
+                alone = distributed.local((state.ema, frozen))
                 with (
                     phase("sampling a preview", memory="lower sample.batch_size", kept=checkpoints.summary),
                     stop.at_once(),
                 ):
-                    scalars = task.write_preview(state.ema, frozen, path)
-                    if scalars:
-                        recorder.write(step, scalars)
-                    progress.log("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
+                    if distributed.is_main():
+                        scalars = task.write_preview(*alone, path)
+                        if scalars:
+                            recorder.write(step, scalars)
+                        progress.log("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
+                distributed.wait_for_all("preview")
+                del alone  # the next step donates its arrays
                 clock, clocked = time.monotonic(), step
         if pending:  # the signal came after this step had been looked at
             _read(pending, checkpoints)

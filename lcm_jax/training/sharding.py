@@ -26,6 +26,11 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"mesh.data x mesh.fsdp is {data} x {fsdp} and there are {len(devices)} devices; "
             f"set mesh.fsdp to a divisor of that, at most {len(devices)}, and mesh.data=-1 to use the rest"
         )
+    if jax.process_count() > 1 and used < len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.fsdp is {data} x {fsdp}, which leaves devices of {jax.process_count()} processes "
+            f"unused; set mesh.data=-1 to use all {len(devices)}"
+        )
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_jax import files, locks
 from lcm_jax.errors import RunError
+from lcm_jax.training import distributed
 
 # Groups of a config that do not affect the weights: a run may resume with other values.
 FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "metrics", "report")
@@ -46,8 +47,9 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json`, with which `check_workdir` compares."""
-    files.write_text(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
+    """Write `config.json`, with which `check_workdir` compares. One process writes it."""
+    if distributed.is_main():
+        files.write_text(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
 
 
 def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
@@ -68,6 +70,9 @@ def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:
 def hold_workdir(workdir: Path) -> Iterator[None]:
     """Create the folder and lock it until the block ends. Raises RunError if another process holds the lock."""
     workdir.mkdir(parents=True, exist_ok=True)
+    if not distributed.is_main():  # another process holds it for this run
+        yield
+        return
     with _named(workdir), locks.lock(workdir / "lock"):
         yield
 
