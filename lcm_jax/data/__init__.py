@@ -1,1 +1,1 @@
-"""Records -> batches: the embedded picture set, tokens, the latent cache, and the order in which they are read."""
+"""Captioned images from their sources to batches: records, tokens, cached latents, masks, and their order."""

@@ -14,11 +14,11 @@ import numpy as np
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-LONGEST = 4096  # transformers stands 1e30 in for a model_max_length that the folder does not give
+MAX_LENGTH = 4096  # transformers uses 1e30 if the folder has no model_max_length
 
 
 def import_transformers():
-    """transformers, imported late (it takes seconds) and without its remark that torch is missing."""
+    """Import transformers late, since it takes seconds, and without its warning that torch is missing."""
     before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     try:
@@ -32,7 +32,7 @@ def import_transformers():
 
 
 def byte_alphabet() -> list[str]:
-    """A printable character for each byte 0..255 (GPT-2's): itself where Latin-1 prints it, else 256, 257, ..."""
+    """Return GPT-2's printable character for each byte 0..255: itself if Latin-1 prints it, else 256, 257, ..."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -48,14 +48,14 @@ def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def byte_pairs(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: merges the adjacent pair of the lowest rank until none is left."""
+    """Encode by byte pairs: merge the adjacent pair of the lowest rank until none is left."""
     while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
         pieces = merge_pair(pieces, min(pairs, key=merges.__getitem__))
     return pieces
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges under which each word is one token.
+    """Return merges by which each word becomes one token.
 
     A word's missing merges are appended after those of the words before it. Appended ones rank lowest, so that they
     cannot divert an earlier word, which always has a merge of lower rank left until it is whole.
@@ -72,21 +72,21 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 def check_word(word: str) -> None:
     lower = unicodedata.normalize("NFC", word).lower() == word
     if not lower or not (word.isalpha() or (len(word) == 1 and not word.isspace())):
-        raise ValueError(f"word {word!r} cannot be one CLIP token; give lower-case letters only, or a single character")
+        raise ValueError(f"word {word!r} cannot be one CLIP token; use lower-case letters only, or a single character")
 
 
 def build(words: Iterable[str], folder: str | Path, model_max_length: int = 24) -> None:
-    """Writes a CLIP tokenizer in which each of `words` is one token and any other text still encodes, by its bytes.
+    """Write a CLIP tokenizer in which each of `words` is one token and any other text still encodes, by its bytes.
 
     Ids: 256 bytes, 256 bytes that end a word, merges, start, end of text; the end has the largest id, as in CLIP.
     Writes vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json, the same bytes for
-    the same words in whatever order. Raises ValueError on a word that the pre-tokenizer would split or change.
+    the same words in any order. Raises ValueError for a word that the pre-tokenizer would split or change.
     """
     words = sorted(set(words))
     for word in words:
         check_word(word)
-    if not 2 < model_max_length <= LONGEST:
-        raise ValueError(f"model_max_length is {model_max_length}; it must be 3..{LONGEST}")
+    if not 2 < model_max_length <= MAX_LENGTH:
+        raise ValueError(f"model_max_length is {model_max_length}; it must be 3..{MAX_LENGTH}")
 
     alphabet, merges = byte_alphabet(), learn_merges(words)
     tokens = [*alphabet, *(c + END_OF_WORD for c in alphabet), *(a + b for a, b in merges), BOS, EOS]
@@ -138,7 +138,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     found = {path.name: read_file(path) for path in sorted(folder.glob("*.json")) if path.name in FILES}
     if (merges := folder / "merges.txt").is_file() and merges.read_bytes().startswith(MARKS):
         raise ValueError(f"{merges} begins with a byte order mark; save it as UTF-8 without one")
-    length = found.get("tokenizer_config.json", {}).get("model_max_length", LONGEST)
+    length = found.get("tokenizer_config.json", {}).get("model_max_length", MAX_LENGTH)
     if type(length) not in (int, float):  # 1e30 stands for none
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: model_max_length={reprlib.repr(length)} is not supported; it must be "
@@ -157,7 +157,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def load(folder: str | Path):
-    """The CLIP tokenizer of a folder, a transformers.CLIPTokenizer. Offline.
+    """Load the CLIP tokenizer of a folder as a transformers.CLIPTokenizer. Offline.
 
     transformers returns an empty tokenizer for files that it does not find: the result is compared with the vocabulary
     on disk. Raises FileNotFoundError or ValueError.
@@ -174,7 +174,7 @@ def load(folder: str | Path):
 
     if tokenizer.vocab_size != len(vocab) or len(vocab) < 256:
         raise ValueError(
-            f"tokenizer in {folder} came up with {tokenizer.vocab_size} tokens, its vocabulary file has {len(vocab)}; "
+            f"tokenizer in {folder} loads with {tokenizer.vocab_size} tokens, its vocabulary file has {len(vocab)}; "
             "its files are damaged or of another tokenizer: fetch them again"
         )
     for name, token in names.items():
@@ -186,12 +186,12 @@ def load(folder: str | Path):
         raise ValueError(
             f"tokenizer in {folder} encodes '' as {reprlib.repr(empty)}, not {ends}; it must be a CLIP tokenizer"
         )
-    if tokenizer.model_max_length > LONGEST:
+    if tokenizer.model_max_length > MAX_LENGTH:
         raise ValueError(f"tokenizer in {folder} has no model_max_length; add it to tokenizer_config.json")
     if type(tokenizer.model_max_length) is not int or tokenizer.model_max_length < 3:
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: model_max_length={tokenizer.model_max_length} is not supported; it "
-            f"must be an integer in 3..{LONGEST}"
+            f"must be an integer in 3..{MAX_LENGTH}"
         )
     return tokenizer
 
@@ -216,7 +216,7 @@ def encode_for(tokenizers: Sequence, captions: Sequence[str]) -> np.ndarray:
     ids = [encode(tokenizer, captions) for tokenizer in tokenizers]
     if len({each.shape for each in ids}) != 1:
         lengths = ", ".join(str(tokenizer.model_max_length) for tokenizer in tokenizers)
-        raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); give those that belong together")
+        raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); use those of one model")
     return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
 
