@@ -21,7 +21,7 @@ OWN = {"flag_values": FLAGS}
 MODEL = flags.DEFINE_multi_string(
     "model",
     ["shapes", "shapes-lcm"],
-    "A diffusers folder, such as a run's export, a hub id, or a bundled model; repeat the flag for more.",
+    "A model as lcm_jax.sample opens it: a folder, hub id, bundled name, file or run; repeat the flag for more.",
     **OWN,
 )
 PLAN = flags.DEFINE_multi_string(
@@ -67,7 +67,7 @@ def plan_of(name: str, pipe, plan: Plan, size: int) -> Plan:
 
     Raises ValueError, which names the model, if it cannot sample by this plan or images of this size.
     """
-    from lcm_jax.pipeline import sampler_table
+    from lcm_jax.sampling.generate import sampler_table
 
     if pipe.model.inpaints:
         raise ValueError(f"{name} is an inpainting model, which is not supported; use a text-to-image model")

@@ -20,12 +20,12 @@ def _scenes(task: str, count: int, split: str = "test") -> list[shapes.Scene]:
 
 
 def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blur and noise such as a decoder leaves behind."""
+    """Add the blur and noise of a decoder."""
     soft = ndimage.gaussian_filter(image.astype(np.float32), (0.7, 0.7, 0)) + rng.normal(0, 4, image.shape)
     return np.clip(soft + 0.5, 0, 255).astype(np.uint8)
 
 
-# ---- what is right is accepted --------------------------------------------------------------------------------------
+# ---- ground truth is accepted ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -46,14 +46,14 @@ def test_accepts_held_out_pairs():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_accepts_pictures_of_twice_the_size(task):
+def test_accepts_images_of_twice_the_size(task):
     scenes = _scenes(task, 40)
     assert sum(verify(shapes.render(scene, 128), scene.caption).ok for scene in scenes) >= 39
 
 
 # ---- one wrong fact is rejected -------------------------------------------------------------------------------------
-# Each of these makes of a specification another that differs from it in one fact, or says by None that it names no such
-# fact. A scene of the other is then judged by the caption of the first.
+# Each of these functions returns a specification that differs in one fact, or None if the given one names no such fact.
+# A scene of the result is then judged by the caption of the original.
 
 
 def _other(rng: np.random.Generator, options, known: str | None) -> str:
@@ -61,7 +61,7 @@ def _other(rng: np.random.Generator, options, known: str | None) -> str:
 
 
 def _change_one(specification: Specification, rng: np.random.Generator, **fact: Callable) -> Specification | None:
-    """One thing that names the fact, chosen at random, gets another value of it."""
+    """Give a thing that names the fact, chosen at random, another value of it."""
     ((name, options),) = fact.items()
     naming = [i for i, thing in enumerate(specification.things) if getattr(thing, name)]
     if not naming:
@@ -115,7 +115,7 @@ def _swapped_attribution(specification, rng):
         return None
     first, second = specification.things
     if first.color == second.color or first.shape == second.shape and not specification.relation:
-        return None  # swapping says the same again
+        return None  # swapped, it would be the same specification
     swapped = (replace(first, color=second.color), replace(second, color=first.color))
     return replace(specification, things=swapped)
 
@@ -135,11 +135,11 @@ KINDS = {
 @pytest.mark.parametrize(("kind", "task"), [(kind, task) for kind, (_, tasks) in KINDS.items() for task in tasks])
 def test_rejects_one_wrong_fact(kind, task):
     rng = np.random.default_rng(len(kind))
-    spoil = KINDS[kind][0]
+    change = KINDS[kind][0]
     tried = accepted = 0
-    # Training captions join those of the test: this is about the verifier, and they are many more.
+    # The verifier is tested here, not a model, so the many more training captions can join those of the test.
     for scene in (*_scenes(task, 3 * WRONG, "train"), *_scenes(task, WRONG)):
-        wrong = spoil(scene.specification, rng)
+        wrong = change(scene.specification, rng)
         if wrong is None or tried == WRONG:
             continue
         image = shapes.render(shapes.compose("", wrong, rng))
@@ -150,7 +150,7 @@ def test_rejects_one_wrong_fact(kind, task):
 
 
 @pytest.mark.parametrize("kind", ["wrong color", "swapped position", "swapped attribution"])
-def test_rejects_wrong_facts_in_degraded_pictures(kind):
+def test_rejects_wrong_facts_in_degraded_images(kind):
     rng = np.random.default_rng(7)
     accepted = tried = 0
     for scene in _scenes("position", 300):
@@ -163,7 +163,7 @@ def test_rejects_wrong_facts_in_degraded_pictures(kind):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_rejects_an_empty_picture(task):
+def test_rejects_an_empty_image(task):
     for caption in shapes.captions("test", task)[:20]:
         assert not verify(np.full((64, 64, 3), 128, np.uint8), caption).ok
 
@@ -175,7 +175,7 @@ def test_rejects_noise_and_flat_color():
         assert not verify(noise, caption).ok and not verify(flat, caption).ok, caption
 
 
-# ---- what it says ---------------------------------------------------------------------------------------------------
+# ---- detections, reasons and scores ---------------------------------------------------------------------------------
 
 
 def test_detections_are_where_the_objects_are():
