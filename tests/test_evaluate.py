@@ -6,6 +6,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
+import rich.console
 import tiny_model
 
 from lcm_jax import evaluate as command
@@ -100,6 +101,17 @@ def test_a_report_gives_its_rows_back():
     assert report.rows_of(json.loads(json.dumps(report.nest(rows)))) == rows
     assert report.rows_of({"models": report.nest(rows)}) == rows
     assert [heading for heading, _ in report.cells(rows[0])][-2:] == ["images/s", "counting"], "groups come last"
+
+
+@pytest.mark.parametrize(("width", "last"), [(140, "color attribution"), (80, "images/s")])
+def test_a_narrow_terminal_has_no_groups_and_no_cut_figures(width, last, monkeypatch, capsys):
+    monkeypatch.setattr(report, "Console", lambda **_: rich.console.Console(width=width))
+    row = {"verifier": 0.9861, "tasks": dict.fromkeys(shapes.TASKS, 1.0), "frechet": 12.1, "images_per_s": 20.7}
+    models = report.nest([{"model": "shapes-lcm", "sampler": "lcm", "steps": 4} | row])
+    report.show({"models": models, "captions": 6, "guidance_scale": 8.0})
+    printed = capsys.readouterr().out
+    assert "98.6%" in printed and "12.10" in printed and last.split()[-1] in printed and "…" not in printed
+    assert ("position" in printed) == (last == "color attribution")
 
 
 @pytest.fixture

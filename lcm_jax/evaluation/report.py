@@ -80,9 +80,11 @@ def line(row: Row) -> str:
     return ", ".join([f"{labels}: {speed:.1f} images/s", *(f"{heading} {value}" for heading, value in cells(figures))])
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """Return the report's rows as a table for the terminal."""
+def table(report: Mapping[str, Any], groups: bool = True) -> Table:
+    """Return the report's rows as a table for the terminal, with or without columns that are groups."""
     rows = rows_of(report)
+    if not groups:
+        rows = [{name: value for name, value in row.items() if not isinstance(value, Mapping)} for row in rows]
     view = Table(title=f"{report['captions']} held-out captions, guidance scale {report['guidance_scale']}")
     for heading, _ in cells(rows[0]):
         view.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
@@ -130,7 +132,9 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the report's table, and the scores on pairs that no training image has."""
-    Console(width=None if Console().is_terminal else 140).print(table(report))
+    """Print the report's table, without groups if the terminal is narrow, and the scores on untrained pairs."""
+    console = Console(width=None if Console().is_terminal else 140)
+    needed = console.measure(table(report), options=console.options.update(width=1000)).minimum
+    console.print(table(report, groups=needed <= console.width))
     if text := composition(report):
         print(text)
