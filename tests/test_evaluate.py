@@ -163,7 +163,7 @@ def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, cap
         (["--config.metrics=('fid',)"], "^metrics 'fid' is not supported; use verifier or frechet$"),
         (["--config.report.prompts=1"], "^report.prompts 1 is not supported; use a whole number of at least 2$"),
         (["--config.report.promts=1"], "^--config.report.promts is not a config key; Did you mean"),
-        (["--config=eval/none"], "eval/none is not a file, nor a bundled config; use one of .*eval/shapes"),
+        (["--config=eval/none"], "eval/none is neither a file nor a bundled config; use one of .*eval/shapes"),
         (["--config=shapes"], "^the config has no autoencoder; copy it from a bundled config"),
     ],
 )
