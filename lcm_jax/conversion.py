@@ -104,6 +104,7 @@ def convert(
         model = _merge(model, merge, log)
     if write is None:
         return digests
+    assert target is not None  # checked with the format
     if dtype is not None:
         cast = {name: stored.cast(tensors, dtype) for name, tensors in model.tensors.items()}
         model = replace(model, tensors=cast)
@@ -270,7 +271,7 @@ def _write_ldm(model: StoredModel, target: Path, digests: Mapping[str, str], ove
 
 def _write_folder(model: StoredModel, target: Path, digests: Mapping[str, str], overwrite: bool) -> None:
     """Write a model as a diffusers folder."""
-    check_complete(model)
+    tokenizer = check_complete(model)
     check_params(model, StableDiffusion.from_configs(model.configs).abstract_params())
     with folders.new_folder(target, overwrite) as folder:
         with _progress("writing", model.tensors) as advance:
@@ -279,7 +280,7 @@ def _write_folder(model: StoredModel, target: Path, digests: Mapping[str, str], 
         folders.write_surroundings(
             folder,
             model.configs,
-            model.tokenizer,
+            tokenizer,
             model.configs["scheduler"],
             model.index,
             xl="text_encoder_2" in model.tensors,

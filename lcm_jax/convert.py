@@ -19,6 +19,7 @@ exports, the student's own with --noema, or both in one file with --with_ema. --
 """
 
 import sys
+from typing import Any
 
 from absl import flags, logging
 
@@ -26,7 +27,7 @@ from lcm_jax import command
 
 FORMATS = ("diffusers", "ldm", "orbax", "lora-kohya", "lora-peft")  # of conversion.py, which is imported late
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
-OWN = {"flag_values": FLAGS}
+OWN: dict[str, Any] = {"flag_values": FLAGS}
 INPUT = flags.DEFINE_string(
     "input",
     None,
@@ -80,6 +81,7 @@ def convert() -> None:
     from lcm_jax.errors import check_devices
 
     check_devices()
+    assert INPUT.value is not None  # checked above
     try:
         conversion.convert(
             INPUT.value,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,7 +18,7 @@ from lcm_jax import command, config_files
 from lcm_jax.errors import check_devices
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
-OWN = {"flag_values": FLAGS}
+OWN: dict[str, Any] = {"flag_values": FLAGS}
 MODEL = flags.DEFINE_multi_string(
     "model",
     ["shapes", "shapes-lcm"],

@@ -46,9 +46,9 @@ class Pipeline:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
-        check_complete(stored)
+        self.tokenizer_folder = check_complete(stored)
         self.name, self.family = stored.name, stored.family
-        self.configs, self.index, self.tokenizer_folder = stored.configs, stored.index, stored.tokenizer
+        self.configs, self.index = stored.configs, stored.index
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
         abstract = self.model.abstract_params()
         check_params(stored, abstract)
@@ -164,7 +164,7 @@ class Pipeline:
         for name, (_, weight) in adapters.items():
             if not np.isfinite(weight):
                 raise ModelError(f"the weight of LoRA {name!r} is {weight}; use a finite number")
-        flat = flatten_dict(self.params) | self._originals
+        flat: dict[tuple[str, ...], Any] = flatten_dict(self.params) | self._originals
         keys = {
             (component, f"{module}.weight")
             for adapter, _ in adapters.values()
@@ -237,7 +237,7 @@ class Pipeline:
         batch = count if batch_size is None else arguments.integer("batch_size", batch_size, 1)
         first = arguments.integer("first", first, 0, 2**31 - 1)
         seed = arguments.integer("seed", seed, 0, 2**31 - 1)
-        scale = np.float32(arguments.guidance(guidance_scale))
+        scale = arguments.guidance(guidance_scale)
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
         table = sampler_table(self.model, sampler, arguments.integer("num_inference_steps", num_inference_steps))
@@ -258,7 +258,7 @@ class Pipeline:
             rows = np.minimum(start + np.arange(batch), count - 1)
             drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
             drawn = drawn if latents is None else jnp.asarray(latents[rows])
-            inputs = Inputs(ids[rows], negative_ids[rows], drawn, noise, scale, time_ids, inpainting)
+            inputs = Inputs(ids[rows], negative_ids[rows], drawn, noise, np.float32(scale), time_ids, inpainting)
             parts.append(self._run(program, inputs, table)[: count - start])
         return _output(np.concatenate(parts), output_type)
 

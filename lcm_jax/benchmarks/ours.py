@@ -136,8 +136,8 @@ def prepare_train(case: Case):
     if pipe.model.guidance_embedding_dim is not None:
         raise ValueError(f"--model {case.model!r} is a latent consistency model; pass its teacher to time training")
     teacher, frozen = pipe.model, {name: tree for name, tree in pipe.params.items() if name != "vae"}
-    guided = pipe.configs["unet"] | {"time_cond_proj_dim": 256}
-    model = StableDiffusion.from_configs(pipe.configs | {"unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
+    guided = {**pipe.configs["unet"], "time_cond_proj_dim": 256}
+    model = StableDiffusion.from_configs({**pipe.configs, "unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
     unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
     student = {"unet": add_guidance_input(unet, model)}
     frozen["empty_ids"] = pipe.tokenize([""])[0]

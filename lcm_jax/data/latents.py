@@ -14,7 +14,7 @@ from lcm_jax import files, locks
 from lcm_jax.data.captioned import time_ids
 
 Encoder = Callable[[np.ndarray], Any]  # uint8[B, H, W, 3] -> moments [B, h, w, 2c]
-Tokenize = Callable[[list[str]], np.ndarray]  # captions -> int32[B, L], for SDXL int32[B, 2, L]
+Tokenize = Callable[[Sequence[str]], np.ndarray]  # captions -> int32[B, L], for SDXL int32[B, 2, L]
 LOG_SECONDS = 10
 
 

@@ -71,5 +71,6 @@ def jump(networks: Networks, examples: Examples, noise: jax.Array, w: jax.Array)
     noise: float32[B, h, w, c], standard normal; w: float32[B], the guidance weight.
     """
     t = jnp.full(len(noise), len(networks.schedule.alphas_cumprod) - 1, jnp.int32)
+    assert networks.target is not None
     output = networks.target(noise, t, examples.prompt._replace(guidance=w))
     return jax.lax.stop_gradient(consistency_function(networks.schedule, output, noise, t))

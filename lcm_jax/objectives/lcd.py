@@ -75,6 +75,7 @@ class LCD:
 
         # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
         twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
+        assert networks.teacher is not None and networks.target is not None
         output = networks.teacher(twice(z_s), twice(s), concatenate(prompt, empty))
         x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
         noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)

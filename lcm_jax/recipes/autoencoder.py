@@ -13,6 +13,7 @@ from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
 from lcm_jax.evaluation import verifier
+from lcm_jax.models.layers import apply
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives.autoencoder import Autoencoder, Networks
 from lcm_jax.ranges import from_settings
@@ -40,8 +41,8 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
     size, count = config.data.size, config.train.batch_size
     side, channels = size // 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
     latents = jax.ShapeDtypeStruct((count, side, side, channels), jnp.float32)
-    encode = lambda params, images: vae.apply({"params": params}, images, method="encode")  # noqa: E731
-    decode = lambda params, z: vae.apply({"params": params}, z, method="decode")  # noqa: E731
+    encode = lambda params, images: apply(vae, params, images, method="encode")  # noqa: E731
+    decode = lambda params, z: apply(vae, params, z, method="decode")  # noqa: E731
 
     @jax.jit
     def init():

@@ -13,6 +13,7 @@ import numpy as np
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.captioned import CaptionedDataset
+from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -46,7 +47,7 @@ class Models:
     student: StableDiffusion
 
     @cached_property
-    def tokenize(self) -> Callable[[list[str]], np.ndarray]:
+    def tokenize(self) -> Tokenize:
         """Prompts -> token ids, int32[B, L], or int32[B, 2, L] for SDXL."""
         assert self.stored.tokenizer is not None, "recipes open models that have a tokenizer"
         opened = tokenizers.open_tokenizers(self.stored.tokenizer, self.stored.configs)
@@ -83,6 +84,7 @@ def add_guidance_input(unet: Params, student: StableDiffusion) -> Params:
 
     Its weights are zero: at first student and teacher agree for every w.
     """
+    assert student.guidance_embedding_dim is not None
     width = (student.guidance_embedding_dim, student.unet.config["block_out_channels"][0])
     projection = {"cond_proj": {"kernel": np.zeros(width, np.float32)}}
     return unet | {"time_embedding": unet["time_embedding"] | projection}
@@ -188,7 +190,7 @@ def latent_batches(
     workdir: Path,
     dataset: Callable[[], CaptionedDataset],
     model: StableDiffusion,
-    tokenize: Callable[[list[str]], np.ndarray],
+    tokenize: Tokenize,
     vae_digest: Callable[[], str],
     masks: bool = False,
 ) -> Callable[[Params, int], Iterator[Mapping[str, np.ndarray]]]:

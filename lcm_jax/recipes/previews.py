@@ -1,14 +1,13 @@
 """Images of the same prompts by teacher and student while the student is trained, and inputs of inpainting models."""
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data.captioned import CaptionedDataset
+from lcm_jax.data.captioned import CaptionedDataset, Records
+from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.masks import fixed_masks
 from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.evaluation import verifier
@@ -38,7 +37,7 @@ def check_samplers(config, teacher: StableDiffusion, student: StableDiffusion) -
                 raise ValueError(f"{key} {steps} is not supported: {error}") from None
 
 
-def inpainting_inputs(model: StableDiffusion, records: Sequence[Mapping[str, Any]], count: int) -> Inpainting | None:
+def inpainting_inputs(model: StableDiffusion, records: Records, count: int) -> Inpainting | None:
     """Return the first `count` images of `records` under the same masks each time; None if the model does not
     inpaint."""
     if not model.inpaints:
@@ -57,12 +56,7 @@ class Previews:
     """
 
     def __init__(
-        self,
-        config,
-        teacher: StableDiffusion,
-        student: StableDiffusion,
-        tokenize: Callable[[list[str]], np.ndarray],
-        dataset: CaptionedDataset,
+        self, config, teacher: StableDiffusion, student: StableDiffusion, tokenize: Tokenize, dataset: CaptionedDataset
     ):
         self.teacher, self.student, self.tokenize, self.dataset = teacher, student, tokenize, dataset
         self.prompts = dataset.prompts(config.sample.prompts)

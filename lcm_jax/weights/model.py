@@ -237,8 +237,8 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
     )
 
 
-def check_complete(model: StoredModel) -> None:
-    """Raise ModelError unless `model` has what generating images takes: every network and the tokenizer."""
+def check_complete(model: StoredModel) -> Path:
+    """Return the tokenizer's folder. Raises ModelError unless `model` has every network and the tokenizer."""
     if missing := sorted({"unet", "vae", "text_encoder"} - model.tensors.keys()):
         raise ModelError(
             f"{model.name} has no {', '.join(missing)}; pass a model in diffusers layout that has them as base (--base)"
@@ -247,6 +247,7 @@ def check_complete(model: StoredModel) -> None:
         raise ModelError(
             f"{model.name} has no tokenizer; pass a {model.family} model in diffusers layout as base (--base)"
         )
+    return model.tokenizer
 
 
 def check_params(model: StoredModel, abstract: Mapping[str, trees.Params]) -> None:

@@ -92,7 +92,8 @@ def from_params(params: Params, dtype: str | None = None) -> Tensors:
     """
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    leaves = {naming.to_key(path): (path, leaf) for path, leaf in flatten_dict(params).items()}
+    arrays: dict[tuple[str, ...], Any] = flatten_dict(params)
+    leaves = {naming.to_key(path): (path, leaf) for path, leaf in arrays.items()}
     shape_of = lambda path, leaf: tuple(naming.tensor_shape(path, leaf.shape))  # noqa: E731
     specs = {key: placeholder(leaf.dtype, shape_of(path, leaf)) for key, (path, leaf) in leaves.items()}
     tensors = Tensors(specs, lambda key: naming.to_tensor(leaves[key][0], np.asarray(leaves[key][1])))
