@@ -148,7 +148,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
         frozen={"vae": abstract["vae"], "empty_ids": jax.ShapeDtypeStruct(empty.shape, jnp.int32)},
         load_params=load_params,
         load_frozen=lambda: {
-            "vae": read_params(autoencoder, "vae", abstract["vae"], lambda x: np.float32),
+            "vae": read_params(autoencoder, "vae", abstract["vae"], lambda leaf: np.dtype(np.float32), put=np.array),
             "empty_ids": empty,
         },
         latents=latent_shape(model, config.data.size, config.train.batch_size),

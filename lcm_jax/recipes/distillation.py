@@ -112,10 +112,14 @@ def abstract_frozen(model: StableDiffusion) -> dict[str, Any]:
 
 
 def load_frozen(models: Models) -> dict[str, Any]:
-    """Read what `abstract_frozen` describes, each tensor cast as it is read, so that no second copy exists."""
+    """Read what `abstract_frozen` describes, each tensor cast as it is read, so that no second copy exists.
+
+    Each is copied out of its file: on a CPU the device may use these very arrays, and files may change.
+    """
     trees: dict[str, Any] = {"empty_ids": np.asarray(models.tokenize([""])[0], np.int32)}
     for name, tree in models.teacher.abstract_params().items():
-        trees[name] = read_params(models.stored, name, tree, frozen_dtype(models.teacher.dtype_of(name)))
+        cast = frozen_dtype(models.teacher.dtype_of(name))
+        trees[name] = read_params(models.stored, name, tree, cast, put=np.array)
     return trees
 
 

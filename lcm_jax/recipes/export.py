@@ -1,7 +1,6 @@
 """What a complete run leaves behind: its model in diffusers layout, and the report of student and teacher."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -36,7 +35,8 @@ def write_model(folder: Path, stored: StoredModel, configs: Mapping[str, Mapping
             f"{stored.tokenizer} is gone, of which the export has a copy; put it back, and run the same command: the "
             "checkpoints are kept"
         )
-    with folders.new_folder(folder) as temporary:
+    # A folder that is there was left by a run that was stopped between its export and its report.
+    with folders.new_folder(folder, overwrite=True) as temporary:
         for name, tensors in stored.tensors.items():
             if name in trained:
                 folders.write_component(temporary, name, configs[name], trained[name])
@@ -73,8 +73,6 @@ def complete(
         name = key if key in config else f"report.{key}"
         print(f"{name} is {value} in {path} and {now} in the config: a new report is made")
     else:
-        if exported:  # left by a run that was stopped between its export and its report
-            shutil.rmtree(workdir / "export")
         export(workdir / "export")
     (workdir / "samples").mkdir(exist_ok=True)
     previews.save(ema, frozen, workdir / "samples" / "final.png")

@@ -43,10 +43,10 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
             "only some of --coordinator, --num_processes and --process_id are given; pass all three, or set "
             f"{', '.join(VARIABLES)}"
         )
-    numbers = [None if each is None else int(each) for each in given[1:]]
+    count, number = (None if each is None else int(each) for each in given[1:])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the default has none between processes
     try:
-        jax.distributed.initialize(given[0], *numbers, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(given[0], count, number, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"the processes of this run cannot join at {given[0] or 'the address that JAX found'} "

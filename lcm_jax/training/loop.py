@@ -142,9 +142,9 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
             with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary):
                 state = checkpoints.restore(abstract)
                 if state is None:
-                    # An argument, not a constant of the program; donated, since master weights may lie in its buffers.
-                    params = jax.device_put(task.load_params(), shardings.params, may_alias=False)
-                    state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+                    # An argument, not a constant of the program. Not donated: on a CPU it may lie in the host's arrays.
+                    params = jax.device_put(task.load_params(), shardings.params)
+                    state = jax.jit(create, out_shardings=shardings)(params)
                     del params
                 first = int(state.step)
                 if first:
@@ -215,18 +215,18 @@ def run_steps(
             if due(config.sample) and not stopping():
                 path = workdir / "samples" / f"{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                alone = distributed.local((state.ema, frozen))
+                own_ema, own_frozen = distributed.local((state.ema, frozen))
                 with (
                     phase("sampling a preview", memory="lower sample.batch_size", kept=checkpoints.summary),
                     stop.at_once(),
                 ):
                     if distributed.is_main():
-                        scalars = task.write_preview(*alone, path)
+                        scalars = task.write_preview(own_ema, own_frozen, path)
                         if scalars:
                             recorder.write(step, scalars)
                         progress.log("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
                 distributed.wait_for_all("preview")
-                del alone  # the next step donates its arrays
+                del own_ema, own_frozen  # the next step donates its arrays
                 clock, clocked = time.monotonic(), step
         if pending:  # the signal came after this step had been looked at
             _read(pending, checkpoints)
