@@ -10,12 +10,11 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from lcm_jax.errors import RunError, memory_shortage
+from lcm_jax.errors import Interrupted, RunError, memory_shortage
 from lcm_jax.output import outliving
 
-CACHE_BYTES = (
-    16 * 2**30
-)  # beyond this the least recently used programs are deleted; a full-size training step takes 50 MB
+# Beyond this the least recently used programs are deleted; a full-size training step takes 50 MB.
+CACHE_BYTES = 16 * 2**30
 
 
 def cache_folder() -> Path | None:
@@ -60,15 +59,16 @@ def run(
     describe: Callable[[], str],
     out_of_memory: str,
     verbosity: int = logging.WARNING,
+    must_be_seen: bool = False,
 ) -> None:
     """Parse sys.argv, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
     parse: reads the flags and returns the remaining arguments, as absl's FlagValues does. describe: returns the text of
     --help. out_of_memory: the remedy for a memory shortage. verbosity: of libraries, which log at INFO. An unknown
-    option is an error that suggests the nearest one. A closed pipe (`| head -1`) does not end the work. Errors that the
-    user cannot fix keep their traceback.
+    option is an error that suggests the nearest one. A closed pipe (`| head -1`) does not end the work; output that
+    must_be_seen then goes to standard error. Errors that the user cannot fix keep their traceback.
     """
-    with outliving(stderr_instead=False):
+    with outliving(stderr_instead=must_be_seen):
         if any(option in sys.argv for option in ("--help", "-help", "-h")):
             print(describe())
             return
@@ -86,7 +86,8 @@ def run(
                 sys.exit(f"error: {error}")
             except KeyboardInterrupt as error:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the cleanup at exit
-                print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
+                told = error.args if isinstance(error, Interrupted) else ["interrupted", *error.args]
+                print(": ".join(map(str, told)), file=sys.stderr)
                 sys.exit(130)
             except (RuntimeError, MemoryError) as error:  # jax.errors.JaxRuntimeError among others
                 if (shortage := memory_shortage(error)) is None:

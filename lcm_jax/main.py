@@ -10,70 +10,70 @@ overridden by --config.group.key=value. The same command in the same workdir res
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from lcm_jax import config_files
+from lcm_jax import command, config_files
+from lcm_jax.errors import check_devices, keep_interrupts, phase
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Bundled config or file, with an optional argument: lcd:sdxl.")
-LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the bundled configs, then exit.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, metrics, report, export.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if the run has several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if the run has several.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.")
+FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
+OWN: dict[str, Any] = {"flag_values": FLAGS}
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Bundled config or file, with an optional argument: lcd:sdxl.", **OWN
+)
+LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the bundled configs, then exit.", **OWN)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, metrics, report.", **OWN)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", **OWN)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.", **OWN)
 
 
-def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # libraries log at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    # Imported late, so that --help and a mistyped option return immediately.
-    from lcm_jax.errors import RunError, check_devices, keep_interrupts, phase
+def train() -> None:
+    """List configs, estimate, or train, as the flags say. Raises RunError, ValueError, OSError and Interrupted."""
+    if LIST_CONFIGS.value:
+        print(config_files.listing())
+        return
+    with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
+        from lcm_jax import dry_run
+        from lcm_jax.recipes import make_task
+        from lcm_jax.training import distributed, loop
 
-    try:
-        with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
-            from lcm_jax import command, dry_run
-            from lcm_jax.recipes import make_task
-            from lcm_jax.training import distributed, loop
-
-            keep_interrupts()
-            command.configure_jax()
-            if not DRY_RUN.value:
-                distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-            check_devices()
-            config, workdir = CONFIG.value, Path(WORKDIR.value or "")
-            if DRY_RUN.value:
-                dry_run.show(dry_run.estimate(config))
-                return 0
-            task = make_task(config, workdir)
-        loop.train(task, config, workdir)
-    except KeyboardInterrupt as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        return 130
-    except (RunError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        keep_interrupts()
+        command.configure_jax()
+        if not DRY_RUN.value:
+            distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        check_devices()
+        config, workdir = CONFIG.value, Path(WORKDIR.value or "")
+        if DRY_RUN.value:
+            dry_run.show(dry_run.estimate(config))
+            return
+        task = make_task(config, workdir)
+    loop.train(task, config, workdir)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags and return the remaining arguments; exit with a one-line error if they are wrong."""
+    """Parse the flags and return the remaining arguments. Raises ValueError of one line if they are wrong."""
     try:
-        rest = flags.FLAGS(config_files.by_file(argv))
-        if LIST_CONFIGS.value:
-            print(config_files.listing())
-            sys.exit(0)
-        if CONFIG.value is None:
-            raise flags.ValidationError("--config is missing; use a file, or a name from --list_configs")
-        CONFIG.value.to_dict()  # raises the error of a config file that cannot be loaded
-        if not (DRY_RUN.value or WORKDIR.value):
-            raise flags.ValidationError("--workdir is missing; use the folder of a run")
-        return rest
+        rest = FLAGS(config_files.by_file(argv))
+        if not LIST_CONFIGS.value:
+            if CONFIG.value is None:
+                raise flags.ValidationError("--config is missing; use a file, or a name from --list_configs")
+            CONFIG.value.to_dict()  # raises the error of a config file that cannot be loaded
+            if not (DRY_RUN.value or WORKDIR.value):
+                raise flags.ValidationError("--workdir is missing; use the folder of a run")
     except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
-        sys.exit(f"error: {config_files.explain(error, argv)}")
+        raise ValueError(config_files.explain(error, argv)) from None
+    return rest
+
+
+def main() -> None:
+    """The command; exits as `command.run` does."""
+    options = lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}"  # noqa: E731
+    command.run(train, parse, options, "lower train.batch_size, or use a device with more memory", must_be_seen=True)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    main()

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import reference_families
-from absl import flags
 from PIL import Image
 from shards import write_shards
 from whole_runs import load_config, shrunk_published
@@ -39,15 +38,17 @@ def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # to which it adds, for a process of its own
 
-    def call(name: str, teacher: Path, shards: str, workdir: Path) -> int:
+    def call(name: str, teacher: Path, shards: str, workdir: Path) -> None:
         (tmp_path / "shrunk.py").write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport whole_runs\n"
             f"get_config = lambda name: whole_runs.shrunk_published(name, {str(teacher)!r}, {shards!r})\n"
         )
-        return main.main(main.parse(["main", f"--config={tmp_path / 'shrunk.py'}:{name}", f"--workdir={workdir}"]))
+        config = f"--config={tmp_path / 'shrunk.py'}:{name}"
+        monkeypatch.setattr("sys.argv", ["main", config, f"--workdir={workdir}"])
+        main.main()
 
     yield call
-    flags.FLAGS.unparse_flags()
+    main.FLAGS.unparse_flags()
 
 
 def test_the_published_settings():
@@ -93,7 +94,7 @@ def test_each_model_in_small_trains_two_steps_from_shards(name, teacher_of, shar
 
 def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, tmp_path, capsys):
     teacher = teacher_of("sdxl")
-    assert command("sdxl", teacher, shards, tmp_path / "run") == 0
+    command("sdxl", teacher, shards, tmp_path / "run")
     output = capsys.readouterr().out
     assert "24 records in 2 shards" in output
     assert "00.tar" in output or "01.tar" in output, "the damaged record was reported"

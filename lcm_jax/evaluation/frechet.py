@@ -6,9 +6,9 @@ from functools import reduce
 from typing import ClassVar, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.evaluation.evaluate import Column, Resources
 from lcm_jax.models.layers import apply
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -83,8 +83,7 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
 
     @jax.jit
     def encode(params, images):
-        images = images.astype(jnp.float32) / 127.5 - 1.0
-        return apply(model.vae, params, images, method="features").mean((1, 2))
+        return apply(model.vae, params, to_float(images), method="features").mean((1, 2))
 
     params = jax.device_put(vae_params)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from lcm_jax.errors import RunError, first_line, memory_shortage, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
-from lcm_jax.output import outliving
 from lcm_jax.training import distributed, sharding
 from lcm_jax.training.checkpoint import STABLER, Checkpoints
 from lcm_jax.training.logging import ProgressReport, Recorder
@@ -83,7 +82,6 @@ def check_batch_size(config, devices: int) -> int:
     return batch_size // rows
 
 
-@outliving()
 def train(task: TrainTask, config, workdir: Path) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` where there is one.
 
