@@ -122,7 +122,7 @@ def networks_of(tree: Mapping[str, Any], title: str) -> dict[str, Any]:
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
-    """As `sharding.make_mesh`, of devices that need not be there."""
+    """Build the mesh of `sharding.make_mesh` for devices that need not exist."""
     data = max(jax.device_count() // fsdp, 1) if data == -1 else data
     return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

@@ -1,4 +1,4 @@
-"""What a complete run leaves behind: its model in diffusers layout, and the report of student and teacher."""
+"""The results of a complete run: its model in diffusers layout, and the report of student and teacher."""
 
 import json
 import time
