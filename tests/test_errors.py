@@ -132,7 +132,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 def encode_into(folder, encode, said):
     records = [{"image": np.full((8, 8, 3), i, np.uint8), "caption": "a"} for i in range(5)]
     tokenize = lambda captions: np.ones((len(captions), 2), np.int32)  # noqa: E731
-    return cache_latents(records, encode, tokenize, folder, {"data": "five"}, batch_size=2, say=said.append)
+    return cache_latents(records, lambda: encode, tokenize, folder, {"data": "five"}, batch_size=2, log=said.append)
 
 
 def test_two_that_encode_the_same_share_the_work_of_the_first(tmp_path):
