@@ -5,7 +5,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+CODE_ERRORS = (SyntaxError, NameError, TypeError, ImportError, ArithmeticError)  # not of flags
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -62,6 +64,20 @@ def by_file(argv: list[str]) -> list[str]:
     return result
 
 
+def parse(values: Any, argv: list[str]) -> list[str]:
+    """Parse a command line, whose --config is a name or a file, into absl's flags; return the remaining arguments.
+
+    Raises ValueError of one line for wrong flags and keys, and for whatever the config file raises.
+    """
+    try:
+        rest = values(by_file(argv))
+        if values["config"].value is not None:
+            values["config"].value.to_dict()  # raises the error of a config file that cannot be loaded
+    except Exception as error:  # a config file is code
+        raise ValueError(explain(error, argv)) from error
+    return rest
+
+
 def explain(error: Exception, argv: list[str]) -> str:
     """Describe an error in the flags in one line; for an unknown key, it suggests the nearest one."""
     text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
@@ -72,4 +88,5 @@ def explain(error: Exception, argv: list[str]) -> str:
     lines = text.replace("\\n", "\n").splitlines()
     if any("Traceback" in line for line in lines):  # raised by get_config; the last line is the reason
         lines = [lines[-1].removeprefix("ValueError: ")]
-    return " ".join(" ".join(lines).split())
+    kind = f"{type(error).__name__} in the config file: " if isinstance(error, CODE_ERRORS) else ""
+    return kind + " ".join(" ".join(lines).split())

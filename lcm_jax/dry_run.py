@@ -64,7 +64,14 @@ def estimate(config) -> dict[str, Any]:
     that is not supported, RunError for a batch that does not fit the mesh.
     """
     check_config(config)
-    task = RECIPES[config.objective.name](config, Path(), open_or_published(config))
+    open_any, sources = open_or_published(config), []
+
+    def open_noted(name: str) -> StoredModel:
+        stored = open_any(name)
+        sources.append(stored.name)
+        return stored
+
+    task = RECIPES[config.objective.name](config, Path(), open_noted)
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
     local, accumulate = check_batch_size(config, mesh.size), config.train.accumulate
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -92,7 +99,7 @@ def estimate(config) -> dict[str, Any]:
         name: cost.peak_bytes(program.jaxpr.jaxpr, skip) for name, skip in [("fused", fused), ("unfused", frozenset())]
     }
     return {
-        "title": config.get("teacher") or f"objective {config.objective.name}",
+        "title": f"{config.objective.name} from {' and '.join(sources) or 'scratch'}",
         "trained": {name: count(tree) for name, tree in networks_of(task.params, task.title).items()},
         "frozen": {name: count(tree) for name, tree in networks_of(task.frozen, task.title).items()},
         "mesh": dict(mesh.shape),

@@ -219,12 +219,7 @@ def parse(argv: list[str]) -> list[str]:
     """Read the flags; the config is eval/shapes by default. Raises ValueError that names the nearest valid key."""
     if not any(word.lstrip("-").split("=")[0] == "config" for word in argv[1:]):
         argv = [argv[0], "--config=eval/shapes", *argv[1:]]
-    try:
-        rest = FLAGS(config_files.by_file(argv))
-        CONFIG.value.to_dict()  # reports a config file that did not load
-    except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
-        raise ValueError(config_files.explain(error, argv)) from None
-    return rest
+    return config_files.parse(FLAGS, argv)
 
 
 def run() -> None:

@@ -56,16 +56,11 @@ def train() -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Parse the flags and return the remaining arguments. Raises ValueError of one line if they are wrong."""
-    try:
-        rest = FLAGS(config_files.by_file(argv))
-        if not LIST_CONFIGS.value:
-            if CONFIG.value is None:
-                raise flags.ValidationError("--config is missing; use a file, or a name from --list_configs")
-            CONFIG.value.to_dict()  # raises the error of a config file that cannot be loaded
-            if not (DRY_RUN.value or WORKDIR.value):
-                raise flags.ValidationError("--workdir is missing; use the folder of a run")
-    except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
-        raise ValueError(config_files.explain(error, argv)) from None
+    rest = config_files.parse(FLAGS, argv)
+    if CONFIG.value is None and not LIST_CONFIGS.value:
+        raise ValueError("--config is missing; use a file, or a name from --list_configs")
+    if not (LIST_CONFIGS.value or DRY_RUN.value or WORKDIR.value):
+        raise ValueError("--workdir is missing; use the folder of a run")
     return rest
 
 

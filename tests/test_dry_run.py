@@ -134,6 +134,18 @@ def test_accumulation_halves_activations_and_doubles_gradients(teacher):
     np.testing.assert_allclose(parts["flops"], whole["flops"], rtol=0.02)
 
 
+def test_every_objective_is_estimated():
+    vae = dry_run.estimate(load_config("shapes_vae"))
+    assert vae["title"] == "autoencoder from scratch" and vae["trained"].keys() == {"autoencoder"} and vae["flops"] > 0
+    config = load_config("shapes_teacher")
+    config.autoencoder = "shapes"
+    teacher = dry_run.estimate(config)
+    assert teacher["title"] == "diffusion from shapes"
+    assert teacher["trained"].keys() == {"unet", "text_encoder"} and teacher["frozen"].keys() == {"vae"}
+    assert teacher["frozen"] == {"vae": vae["trained"]["autoencoder"]} and teacher["flops"] > vae["flops"] / 100
+    dry_run.show(teacher)
+
+
 def test_what_cannot_be_estimated_is_one_error(teacher):
     with pytest.raises(RunError, match="train.batch_size 16 is not a multiple"):
         dry_run.estimate(small(teacher, **{"mesh.data": 5}))

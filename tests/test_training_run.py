@@ -202,7 +202,8 @@ def test_what_cannot_be_a_teacher_is_refused():
 
 def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():
     report = load_config("shapes").report.to_dict()
-    assert report["teacher"] == {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)}
+    planned = {sampler: steps for sampler, steps in report["teacher"].items() if steps}
+    assert planned == {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)}
     assert report["student"] == {"lcm": (1, 2, 4, 8)}
 
 

@@ -1,6 +1,6 @@
 """Shared parts of every recipe that trains a latent diffusion model: models, frozen weights, batches and the task."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.training.state import Params
-from lcm_jax.weights.model import StoredModel, compute_digests, read_params
+from lcm_jax.weights.model import StoredModel, check_complete, compute_digests, read_params
 from lcm_jax.weights.scheduler import lcm_scheduler
 
 
@@ -47,11 +47,13 @@ class Models:
     student: StableDiffusion
 
     @cached_property
-    def tokenize(self) -> Tokenize:
-        """Prompts -> token ids, int32[B, L], or int32[B, 2, L] for SDXL."""
-        assert self.stored.tokenizer is not None, "recipes open models that have a tokenizer"
-        opened = tokenizers.open_tokenizers(self.stored.tokenizer, self.stored.configs)
-        return partial(tokenizers.encode_for, opened)
+    def tokenizers(self) -> list:
+        """The teacher's tokenizers, opened at the first use. Raises ModelError if it has none."""
+        return tokenizers.open_tokenizers(check_complete(self.stored), self.stored.configs)
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return token ids, int32[B, L], or int32[B, 2, L] for SDXL."""
+        return tokenizers.encode_for(self.tokenizers, prompts)
 
 
 def open_models(config, make_configs: Callable[[Any, StoredModel], Mapping], open_model: OpenModel) -> Models:

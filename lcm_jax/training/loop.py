@@ -152,7 +152,7 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
                 state, seconds = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
         done = int(state.step)
         if done < config.train.steps:
-            print(f"stopped at step {done} of {config.train.steps}; saved. The same command goes on from here.")
+            print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
             return False
         ema, alone = distributed.local((state.ema, frozen))
         del state, advance  # what the report has no use for leaves the device
