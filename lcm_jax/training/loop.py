@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.errors import RunError, first_line, memory_shortage, phase
@@ -140,9 +141,11 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
             with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary):
                 state = checkpoints.restore(abstract)
                 if state is None:
-                    # An argument, not a constant of the program. Not donated: on a CPU it may lie in the host's arrays.
-                    params = jax.device_put(task.load_params(), shardings.params)
-                    state = jax.jit(create, out_shardings=shardings)(params)
+                    # An argument, not a constant of the program, and donated, so that it exists once. Copied before:
+                    # on a CPU device_put would lend the host's arrays, mapped from files that must not be written to.
+                    put = lambda x, s: jax.device_put(jnp.array(x, copy=True), s)  # noqa: E731
+                    params = jax.tree.map(put, task.load_params(), shardings.params)
+                    state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
                     del params
                 first = int(state.step)
                 if first:
