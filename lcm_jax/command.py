@@ -58,22 +58,21 @@ def run(
     parse: Callable[[list[str]], list[str]],
     describe: Callable[[], str],
     out_of_memory: str,
-    verbosity: int = logging.WARNING,
     must_be_seen: bool = False,
 ) -> None:
     """Parse sys.argv, call `work`, and exit: 0 if done, 1 after an error, 130 after Ctrl-C.
 
     parse: reads the flags and returns the remaining arguments, as absl's FlagValues does. describe: returns the text of
-    --help. out_of_memory: the remedy for a memory shortage. verbosity: of libraries, which log at INFO. An unknown
-    option is an error that suggests the nearest one. A closed pipe (`| head -1`) does not end the work; output that
-    must_be_seen then goes to standard error. Errors that the user cannot fix keep their traceback.
+    --help. out_of_memory: the remedy for a memory shortage. must_be_seen: print to standard error if standard output is
+    a closed pipe (`| head -1`), which does not end the work. An unknown option is an error that suggests the nearest
+    one. Errors that the user cannot fix keep their traceback.
     """
     with outliving(stderr_instead=must_be_seen):
         if any(option in sys.argv for option in ("--help", "-help", "-h")):
             print(describe())
             return
         logging.use_absl_handler()
-        logging.set_verbosity(verbosity)
+        logging.set_verbosity(logging.ERROR)  # libraries log at INFO, and orbax warns that it opens runs read-only
         flags.FLAGS(sys.argv[:1])  # flags of libraries, at their defaults
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

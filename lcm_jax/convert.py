@@ -21,7 +21,7 @@ exports, the student's own with --noema, or both in one file with --with_ema. --
 import sys
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from lcm_jax import command
 
@@ -110,7 +110,6 @@ def run() -> None:
         FLAGS,
         lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}",
         "use a machine with more memory",
-        logging.ERROR,  # orbax warns that it was opened read-only
     )
 
 
