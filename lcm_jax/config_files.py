@@ -5,6 +5,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 CODE_ERRORS = (SyntaxError, NameError, TypeError, ImportError, ArithmeticError)  # not of flags
@@ -21,13 +22,23 @@ def bundled() -> Iterator[tuple[str, str]]:
     """Yield (name, summary) of each bundled config; the name has the form that --config accepts, such as lcd:sd15."""
     for path in sorted(folder().rglob("*.py"), key=lambda path: (len(path.parts), path)):
         name = path.relative_to(folder()).with_suffix("").as_posix()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None  # a .py file has both
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-        for argument in getattr(module, "MODELS", [None]):
+        for argument in getattr(_import(path), "MODELS", [None]):
             yield name if argument is None else f"{name}:{argument}", " ".join(summary.split())
+
+
+def load(name: str) -> Any:
+    """Return a bundled config by a name of `bundled`, a ConfigDict. Raises what the config raises for its argument."""
+    name, colon, argument = name.partition(":")
+    return _import(folder() / f"{name}.py").get_config(*([argument] if colon else []))
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # a .py file has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def listing() -> str:

@@ -88,9 +88,11 @@ def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, m
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", ["log", "metrics"])
-def test_a_group_that_a_config_lacks_is_named(key, tmp_path):
-    config = load_config("shapes")
-    del config[key]
-    with pytest.raises(ValueError, match=f"^the config has no {key}; copy it from a bundled config"):
-        make_task(config, tmp_path / "run")
+@pytest.mark.parametrize("name", ["shapes", "shapes_teacher", "shapes_vae"])
+def test_a_key_that_a_config_lacks_is_named(name, tmp_path):
+    for key in ("log", "metrics", "log.every_steps", "train.dtype", "sample.every_steps", "optimizer.b2"):
+        config = load_config(name)
+        group, _, leaf = key.partition(".")
+        del (config[group] if leaf else config)[leaf or group]
+        with pytest.raises(ValueError, match=f"^the config has no {key}; copy it from a bundled config"):
+            make_task(config, tmp_path / "run")

@@ -1,17 +1,15 @@
 """The shipped configs in small, for tests of whole runs."""
 
-import importlib.util
 from pathlib import Path
+
+from lcm_jax import config_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_config(name: str, *argument: str):
     """Return the config of configs/NAME.py, as --config=configs/NAME.py:ARGUMENT has it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*argument)
+    return config_files.load(":".join([name, *argument]))
 
 
 SHRUNK = {

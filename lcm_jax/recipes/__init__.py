@@ -20,8 +20,9 @@ RECIPES: Mapping[str, Callable[..., TrainTask]] = {
 def check_config(config) -> None:
     """Raise ValueError for settings that are not supported; nothing is read."""
     settings.check(config)
-    if config.objective.name not in RECIPES:
-        raise ValueError(f"objective.name {config.objective.name!r} is not supported; use one of {', '.join(RECIPES)}")
+    if config.objective.get("name") not in RECIPES:
+        raise ValueError(f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(RECIPES)}")
+    settings.check_complete(config)
 
 
 def make_task(config, workdir: Path) -> TrainTask:

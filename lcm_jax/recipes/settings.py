@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lcm_jax import config_files
 from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
@@ -118,6 +119,21 @@ def check(config, groups: Sequence[str] = GROUPS) -> None:
             check_setting(key, value, allowed)
     _check_pairs(settings)
     check_metrics(config.metrics, config.data.source)
+
+
+def check_complete(config) -> None:
+    """Raise ValueError for a key that the config lacks and all bundled configs of its objective have.
+
+    The groups `objective` and `data` and the plans of a report are left out: their keys have defaults, depend on the
+    source of the data, or may be absent.
+    """
+    bundled = [config_files.load(name) for name, _ in config_files.bundled()]
+    alike = [each for each in bundled if each.get("objective", {}).get("name") == config.objective.name]
+    required = set.intersection(*({key for key, _ in leaves(each.to_dict())} for each in alike))
+    free = ("objective.", "data.", "report.teacher.", "report.student.")
+    present = {key for key, _ in leaves(config.to_dict())}
+    if missing := sorted(key for key in required - present if not key.startswith(free)):
+        raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
 
 
 def _check_pairs(settings: Mapping[str, Any]) -> None:
