@@ -102,5 +102,4 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(
         {"every_steps": 1500, "prompts": 72, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}
     )
-    config.metrics = ("verifier",)
     return config

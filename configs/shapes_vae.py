@@ -47,5 +47,4 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict({"every_steps": 250, "images": 16})
-    config.metrics = ("verifier",)
     return config

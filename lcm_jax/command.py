@@ -85,8 +85,8 @@ def run(
                 sys.exit(f"error: {error}")
             except KeyboardInterrupt as error:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the cleanup at exit
-                told = error.args if isinstance(error, Interrupted) else ["interrupted", *error.args]
-                print(": ".join(map(str, told)), file=sys.stderr)
+                parts = error.args if isinstance(error, Interrupted) else ["interrupted", *error.args]
+                print(": ".join(map(str, parts)), file=sys.stderr)
                 sys.exit(130)
             except (RuntimeError, MemoryError) as error:  # jax.errors.JaxRuntimeError among others
                 if (shortage := memory_shortage(error)) is None:

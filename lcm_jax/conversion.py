@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lcm_jax.files import whole_file
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import lora, lora_settings, orbax_folder, single_file, single_file_configs, stored
+from lcm_jax.weights import lora, lora_settings, orbax_folder, single_file, single_file_configs, stored, trees
 from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model
 from lcm_jax.weights.stored import Tensors, get_specs, total_bytes
@@ -65,6 +65,8 @@ def convert(
     The target appears when all of it is written and has been read back. Raises ModelError; the target is then
     untouched.
     """
+    if dtype not in (None, *trees.DTYPES):
+        raise ModelError(f"dtype {dtype!r} is not supported; use {', '.join(trees.DTYPES)}")
     write = None if dry_run else _choose_writer(target, format, overwrite)
     path = Path(source)
     is_adapter = (path / lora_settings.FILE).is_file()

@@ -48,9 +48,13 @@ def open_or_published(config) -> Callable[[str], StoredModel]:
         if name in layout.SHIPPED or Path(name).exists():
             return open_model(name)
         if (family := config.get("family")) not in FAMILIES:
+            remedy = f"; use a path, or set --config.family to one of {', '.join(FAMILIES)}"
+            if "family" not in config:
+                remedy = f"; use a path, or a bundled model: {', '.join(layout.SHIPPED)}"
             raise ValueError(
-                f"there is no folder or file {name!r} to read the configs from, and config.family is {family!r}; use a "
-                f"path, or set --config.family to one of {', '.join(FAMILIES)}"
+                f"there is no folder or file {name!r} to read the configs from"
+                + (f", and config.family is {family!r}" if "family" in config else "")
+                + remedy
             )
         return published(family)
 

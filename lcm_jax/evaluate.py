@@ -25,6 +25,9 @@ MODEL = flags.DEFINE_multi_string(
     "A model as lcm_jax.sample opens it: a folder, hub id, bundled name, file or run; repeat the flag for more.",
     **OWN,
 )
+BASE = flags.DEFINE_string(
+    "base", None, "Model in diffusers layout that supplies the tokenizer and configs of single files.", **OWN
+)
 PLAN = flags.DEFINE_multi_string(
     "plan",
     [],
@@ -63,24 +66,26 @@ def read_plan(entries: Sequence[str], samplers: Sequence[str]) -> Plan:
     return plan
 
 
-def plan_of(name: str, pipe, plan: Plan, size: int) -> Plan:
-    """Return the part of the plan that a model supports, or its default plan if there is none.
+def plan_of(name: str, model, plan: Plan, size: int) -> Plan:
+    """Return the part of the plan that a StableDiffusion supports, or its default plan if there is none.
 
     Raises ValueError, which names the model, if it cannot sample by this plan or images of this size.
     """
-    from lcm_jax.sampling.generate import sampler_table
+    from lcm_jax.sampling.generate import default_sampler, sampler_table
 
-    if pipe.model.inpaints:
+    if model.inpaints:
         raise ValueError(f"{name} is an inpainting model, which is not supported; use a text-to-image model")
-    if size % pipe.model.downscale:
-        raise ValueError(f"data.size {size} is not supported by {name}; use a multiple of {pipe.model.downscale}")
-    takes_weight = pipe.model.guidance_embedding_dim is not None
-    own = {sampler: steps for sampler, steps in plan.items() if sampler == "lcm" or not takes_weight}
+    if size % model.downscale:
+        raise ValueError(f"data.size {size} is not supported by {name}; use a multiple of {model.downscale}")
+    takes_weight = model.guidance_embedding_dim is not None
+    own = {sampler: steps for sampler, steps in plan.items() if (sampler == "lcm") == takes_weight}
     try:
-        own = own or {pipe.sampler: DEFAULT_STEPS.get(pipe.sampler, OTHER_STEPS)}
+        if not own:
+            sampler = default_sampler(model)
+            own = {sampler: DEFAULT_STEPS.get(sampler, OTHER_STEPS)}
         for sampler, numbers in own.items():
             for steps in numbers:
-                sampler_table(pipe.model, sampler, steps)
+                sampler_table(model, sampler, steps)
     except ValueError as error:
         raise ValueError(f"{name} cannot sample by this plan: {error}; use --plan") from None
     return own
@@ -116,11 +121,18 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def open_models(names: Sequence[str], plan: Plan, size: int) -> list:
-    """Return (name, pipeline, its plan) of each model. Raises ValueError as `plan_of` does, and for unused samplers."""
-    from lcm_jax.pipeline import Pipeline
+    """Return (name, stored model, its plan) of each model; no tensor is read.
 
-    pipes = [Pipeline.from_pretrained(name, dtype=DTYPE.value) for name in names]
-    models = [(name, pipe, plan_of(name, pipe, plan, size)) for name, pipe in zip(names, pipes, strict=True)]
+    Raises ValueError as `plan_of` does, and for unused samplers.
+    """
+    from lcm_jax.models.stable_diffusion import StableDiffusion
+    from lcm_jax.weights.model import check_complete, open_model
+
+    models = []
+    for name in names:
+        stored = open_model(name, base=BASE.value if Path(name).is_file() else None)
+        check_complete(stored)
+        models.append((name, stored, plan_of(name, StableDiffusion.from_configs(stored.configs), plan, size)))
     if unused := plan.keys() - {sampler for _, _, own in models for sampler in own}:
         raise ValueError(f"--plan: no model supports sampler {min(unused)!r}; remove it, or add a model that does")
     return models
@@ -134,13 +146,15 @@ def prepare_metrics(config) -> dict:
     from lcm_jax.evaluation.evaluate import Resources
     from lcm_jax.evaluation.frechet import encoder_features
     from lcm_jax.evaluation.metrics import make_metrics
-    from lcm_jax.pipeline import Pipeline
+    from lcm_jax.models.stable_diffusion import StableDiffusion
+    from lcm_jax.weights.model import open_model, read_params
 
-    autoencoder, size, batch = Pipeline.from_pretrained(config.autoencoder), config.data.size, config.report.batch_size
-    if size % autoencoder.model.downscale:
+    stored, size, batch = open_model(config.autoencoder), config.data.size, config.report.batch_size
+    model = StableDiffusion.from_configs(stored.configs)
+    if size % model.downscale:
         raise ValueError(
             f"data.size {size} is not supported by autoencoder {config.autoencoder}; use a multiple of "
-            f"{autoencoder.model.downscale}"
+            f"{model.downscale}"
         )
     images = Shapes("test", config.report.reference, size)
 
@@ -148,7 +162,7 @@ def prepare_metrics(config) -> dict:
         for first in range(0, len(images), batch):
             yield np.stack([images[i]["image"] for i in range(first, min(first + batch, len(images)))])
 
-    features = encoder_features(autoencoder.model, autoencoder.params["vae"], batch)
+    features = encoder_features(model, read_params(stored, "vae", model.abstract_params()["vae"]), batch)
     return make_metrics(config.metrics, Resources(features, real_images))
 
 
@@ -156,14 +170,17 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
     """Return the rows of all models; each is printed when it is done, with the time left by its speed."""
     from lcm_jax.evaluation import report
     from lcm_jax.evaluation.evaluate import evaluate
+    from lcm_jax.pipeline import Pipeline
     from lcm_jax.sampling.preview import PreviewSampler
 
     rows: list[dict] = []
     steps_left = sum(sum(steps) for _, _, plan in models for steps in plan.values())
     total = sum(len(steps) for _, _, plan in models for steps in plan.values())
+    all_steps, began = steps_left, time.monotonic()
     settings = config.report
     with progress(steps_left * len(prompts)) as update:
-        for name, pipe, plan in models:
+        for name, stored, plan in models:
+            pipe = Pipeline(stored, DTYPE.value)  # one model at a time is on the device
             preview = PreviewSampler(
                 pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
             )
@@ -177,7 +194,7 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
             for row in evaluate(draw, plan, prompts, metrics):
                 rows.append({"model": name} | row)
                 steps_left -= row["steps"]
-                seconds = steps_left * len(prompts) / (row["images_per_s"] * row["steps"])
+                seconds = (time.monotonic() - began) / (all_steps - steps_left) * steps_left
                 left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
                 print(f"{len(rows)}/{total}  {report.line(rows[-1])}{left}")
     return rows
@@ -199,6 +216,7 @@ def evaluate() -> None:
     from lcm_jax.recipes import settings
 
     settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
+    settings.check_keys(config, [config_files.load("eval/shapes")])
     if config.data.source != "shapes":
         raise ValueError(f"data.source {config.data.source!r} is not supported; use shapes")
     models = open_models(names, read_plan(PLAN.value, tuple(SAMPLERS)), config.data.size)

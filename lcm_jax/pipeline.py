@@ -18,7 +18,7 @@ from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.finite import check_finite
-from lcm_jax.sampling.generate import generate, sampler_table
+from lcm_jax.sampling.generate import default_sampler, generate, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
@@ -52,37 +52,16 @@ class Pipeline:
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
         abstract = self.model.abstract_params()
         check_params(stored, abstract)
-        self.tokenizers = self._load_tokenizers()
+        try:
+            self.tokenizers = tokenizers.open_tokenizers(self.tokenizer_folder, stored.configs)
+        except ValueError as error:
+            raise ModelError(f"{self.name}: {error}") from error
         # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
         put = partial(jnp.array, copy=True)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
         self._compiled: dict = {}  # (sampler, options) -> jitted
         self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
         self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
-
-    def _load_tokenizers(self) -> list:
-        """Return the tokenizer of each text encoder. Raises ModelError if the two do not fit."""
-        encoders = [encoder for encoder in (self.model.text_encoder, self.model.text_encoder_2) if encoder]
-        loaded = [
-            tokenizers.load(self.tokenizer_folder.with_name(f"tokenizer{'_2' * i}")) for i in range(len(encoders))
-        ]
-        for tokenizer, encoder in zip(loaded, encoders, strict=True):
-            text = encoder.config
-            for part, value, option, limit in [
-                (
-                    "model_max_length",
-                    tokenizer.model_max_length,
-                    "max_position_embeddings",
-                    text.max_position_embeddings,
-                ),
-                ("vocabulary", len(tokenizer), "vocab_size", text.vocab_size),
-            ]:
-                if value > limit:
-                    raise ModelError(
-                        f"{self.name}: the tokenizer's {part} is {value}, above the text encoder's {option} {limit}; "
-                        "use the tokenizer that it was trained with"
-                    )
-        return loaded
 
     @classmethod
     def from_pretrained(
@@ -189,11 +168,7 @@ class Pipeline:
     @property
     def sampler(self) -> str:
         """Name in SAMPLERS of the folder's scheduler. Raises ValueError if no sampler has its class."""
-        scheduler = self.configs["scheduler"]["_class_name"]
-        names = [name for name, sampler in SAMPLERS.items() if sampler.scheduler == scheduler]
-        if not names:
-            raise ValueError(f"scheduler {scheduler} is not supported; pass sampler=, one of {', '.join(SAMPLERS)}")
-        return names[0]
+        return default_sampler(self.model)
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -12,7 +12,7 @@ class Range:
     """Finite numbers between two bounds, which are included; whole ones unless `real`.
 
     above, below: exclude the lower and the upper bound. multiple: of what. also: a value beside them. many: any number
-    of them, in tuples of any depth. infinite: the upper bound may be infinity itself.
+    of them, in tuples of any depth. flat: many, in one tuple. infinite: the upper bound may be infinity itself.
     """
 
     low: float = 1
@@ -23,9 +23,12 @@ class Range:
     multiple: int = 1
     also: int | None = None
     many: bool = False
+    flat: bool = False
     infinite: bool = False
 
     def has(self, value: Any) -> bool:
+        if self.flat:
+            return isinstance(value, tuple | list) and all(map(replace(self, flat=False, many=False).has, value))
         if self.many and isinstance(value, tuple | list):
             return all(map(self.has, value))
         if isinstance(value, bool) or not isinstance(value, int | float if self.real else int):
@@ -53,7 +56,7 @@ FRACTION = Range(0, 1, real=True)
 DECAY = Range(0, 1, real=True, below=True)
 ABOVE_ZERO = Range(0, real=True, above=True)
 MANY = Range(many=True)
-MANY_STEPS = Range(1, 1000, many=True)
+MANY_STEPS = Range(1, 1000, many=True, flat=True)
 
 
 def setting(default: Any, allowed: Range | tuple) -> Any:

@@ -19,12 +19,14 @@ import pytest
 import tiny_model
 from safetensors.numpy import load_file, save_file
 
+from lcm_jax import conversion
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.training.checkpoint import Checkpoints
 from lcm_jax.training.state import create_state
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, trees
+from lcm_jax.weights.errors import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -716,3 +718,16 @@ def test_mistakes_with_a_lora_are_errors(model, style, tmp_path, arguments, mess
     done = convert(f"--output={output}", *(each.format(style=style, model=model) for each in arguments))
     assert done.returncode == 1 and message in done.stderr and not output.exists(), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "^dtype 'int8' is not supported; use float32, bfloat16, float16$"),
+        ({"prediction_type": "x0"}, "^prediction_type 'x0' is not supported; use epsilon, sample, v_prediction$"),
+    ],
+)
+def test_the_function_checks_what_flags_cannot(options, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        conversion.convert("shapes", tmp_path / "a.safetensors", "ldm", **options)
+    assert not list(tmp_path.iterdir())

@@ -98,8 +98,8 @@ def test_a_stop_of_one_process_stops_both_at_the_same_step(both):
     ("variables", "several"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
     ],

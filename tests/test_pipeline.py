@@ -335,6 +335,10 @@ def test_previews_take_parameters_from_the_host_and_from_devices(student):
     assert len(sampler._programs) == 1
     same, _ = sampler.with_prompts([PROMPT])(student.params, "lcm", 2, 6.0)
     np.testing.assert_array_equal(same[0], images[0])
+    broken = jax.tree.map(lambda leaf: leaf, student.params)
+    broken["vae"]["decoder"]["conv_out"]["bias"] = jnp.full_like(broken["vae"]["decoder"]["conv_out"]["bias"], jnp.nan)
+    with pytest.raises(ModelError, match="lcm at 2 steps: decoder.conv_out.bias of the vae contains NaN"):
+        sampler(broken, "lcm", 2, 6.0)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):

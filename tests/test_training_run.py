@@ -12,6 +12,7 @@ import tiny_model
 from tensorboardX.proto import event_pb2
 from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 
+from lcm_jax.conversion import convert
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES, make_task
 from lcm_jax.training.loop import RunError, train
@@ -193,11 +194,23 @@ def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
     assert jax.eval_shape(loss, task.params, task.params, task.frozen, task.batch, draws)[0].shape == ()
 
 
-def test_what_cannot_be_a_teacher_is_refused():
+def test_what_cannot_be_a_teacher_is_refused(tmp_path):
     config = load_config("shapes")
     config.teacher = "shapes-lcm"
     with pytest.raises(ValueError, match="teacher 'shapes-lcm' is already a latent consistency model; use its own"):
         RECIPES["lcd"](config, Path())
+    convert("shapes", tmp_path / "a.safetensors", "ldm")
+    config.teacher = str(tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="has no tokenizer; .* convert it to a folder by lcm_jax.convert"):
+        RECIPES["lcd"](config, Path())
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.encode", "cache"), ("data.size", 30)])
+def test_what_an_autoencoder_cannot_be_trained_on_is_refused(key, value):
+    config = load_config("shapes_vae")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"^{key} {value!r} is not supported"):
+        RECIPES["autoencoder"](config, Path())
 
 
 def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lcm_jax import files
 from lcm_jax.benchmarks import cases
 from lcm_jax.benchmarks.cases import Case
 
@@ -130,7 +131,7 @@ def run(
                 row["share_of_peak"] = round(row["tflops"] / peak, 4)
         results["rows"] += rows
         if json_file:
-            Path(json_file).write_text(json.dumps(results, indent=1) + "\n")
+            files.write_text(Path(json_file), json.dumps(results, indent=1) + "\n")
         for row in rows:
             print(f"{row['case']}, {row['side']}: {summary(row)}  [{time.monotonic() - began:.0f} s]", flush=True)
     return results

@@ -28,7 +28,6 @@ COLORS = {  # sRGB
     "orange": (246, 130, 20),
 }
 HELD_OUT_PAIRS = (("yellow", "triangle"), ("purple", "square"), ("blue", "cross"))
-PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of an image of 64
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}

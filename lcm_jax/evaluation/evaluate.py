@@ -78,4 +78,4 @@ def evaluate(
             row: dict[str, Any] = {"sampler": sampler, "steps": steps}
             for name, metric in metrics.items():
                 row |= metric.result(states[name])
-            yield row | {"images_per_s": round(count / seconds, 2)}
+            yield row | {"images_per_s": float(f"{count / seconds:.4g}")}

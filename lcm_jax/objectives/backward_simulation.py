@@ -35,7 +35,8 @@ class BackwardSimulation:
     """`objective` with round(fraction B) of each batch of B, evenly spread, replaced by images of the target network.
 
     They are chosen over the whole batch, so that micro-batches add up to it. Each is one jump from pure noise, which is
-    draws.posterior: replaced data leaves it free. The draws of `objective` have the guidance weight `w`. Raises
+    draws.posterior: replaced data leaves it free. All B are computed, and the fraction selected, so that micro-batches
+    have one shape and devices need not trade examples. The draws of `objective` have the guidance weight `w`. Raises
     ValueError for a fraction outside [0, 1], and when drawing if it is less than one example of the batch.
     """
 

@@ -29,7 +29,8 @@ class LCD:
 
     num_ddim_steps: skipping steps of the solver, k = T / num_ddim_steps training steps each. w_min, w_max: the range of
     the guidance weight. distance: see `distance`, with huber_c. weighting: see `weights`. guidance_schedule: the part
-    of w that guides the teacher at each t, see `scheduled_guidance`; the student is told all of w (published: all).
+    of w that guides the teacher at each t, see `scheduled_guidance`; the student has all of w as its input (published:
+    all of w).
     prompt_dropout: the fraction of prompts replaced by the empty one. Raises ValueError that names a setting out of
     its range.
     """

@@ -21,8 +21,10 @@ def check_config(config) -> None:
     """Raise ValueError for settings that are not supported; nothing is read."""
     settings.check(config)
     if config.objective.get("name") not in RECIPES:
-        raise ValueError(f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(RECIPES)}")
-    settings.check_complete(config)
+        raise ValueError(
+            f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(RECIPES)}"
+        )
+    settings.check_keys(config, settings.alike(config.objective.name))
 
 
 def make_task(config, workdir: Path) -> TrainTask:

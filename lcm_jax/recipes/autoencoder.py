@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax import files
 from lcm_jax.data.batches import make_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
@@ -36,10 +37,15 @@ def open_autoencoder(name: str, open_model: OpenModel) -> StoredModel:
 def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) -> TrainTask:
     """Train an autoencoder from scratch, or from the one that `config.init` names. Raises ValueError."""
     objective = from_settings(Autoencoder, "objective", config.objective.to_dict())
+    if config.data.encode != "step":
+        raise ValueError(f"data.encode {config.data.encode!r} is not supported for an autoencoder; use step")
     vae_config = config.vae.to_dict() | {"sample_size": config.data.size, "scaling_factor": 1.0}
     vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
     size, count = config.data.size, config.train.batch_size
-    side, channels = size // 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
+    downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
+    if size % downscale:
+        raise ValueError(f"data.size {size} is not supported; use a multiple of {downscale}, for the autoencoder")
+    side = size // downscale
     latents = jax.ShapeDtypeStruct((count, side, side, channels), jnp.float32)
     encode = lambda params, images: apply(vae, params, images, method="encode")  # noqa: E731
     decode = lambda params, z: apply(vae, params, z, method="decode")  # noqa: E731
@@ -79,16 +85,16 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
             folders.write_component(folder, "vae", exported, ema)
         figures: dict[str, Any] = {"scaling_factor": exported["scaling_factor"], "seconds": seconds}
-        told = f"autoencoder in {workdir / 'export' / 'vae'}"
-        if "verifier" in config.metrics:
+        summary = f"autoencoder in {workdir / 'export' / 'vae'}"
+        if config.data.source == "shapes":  # whose captions the verifier can judge
             captions = [record["caption"] for record in dataset().held_out]
             figures["verifier"] = verifier.score(
                 np.concatenate([to_uint8(restored) for restored, _ in pairs]), captions
             )
             overall = figures["verifier"]["overall"]
-            told += f"; the verifier accepts {overall:.1%} of held-out images after encoding and decoding"
-        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        print(told)
+            summary += f"; the verifier accepts {overall:.1%} of held-out images after encoding and decoding"
+        files.write_text(workdir / "report.json", json.dumps(figures, indent=1) + "\n")
+        print(summary)
 
     return TrainTask(
         title="autoencoder",

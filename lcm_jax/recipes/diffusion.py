@@ -39,7 +39,7 @@ SCHEDULE = {
 }
 
 
-def make_configs(config, vae: Mapping[str, Any], tokenizer: Any) -> dict[str, dict[str, Any]]:
+def make_configs(config, objective: Diffusion, vae: Mapping[str, Any], tokenizer: Any) -> dict[str, dict[str, Any]]:
     """Return the configs of a teacher by component. vae: config.json of its autoencoder."""
     return {
         "unet": config.unet.to_dict()
@@ -63,8 +63,8 @@ def make_configs(config, vae: Mapping[str, Any], tokenizer: Any) -> dict[str, di
         "scheduler": SCHEDULE
         | {
             "_class_name": "DDIMScheduler",
-            "prediction_type": config.objective.prediction_type,
-            "rescale_betas_zero_snr": config.objective.zero_terminal_snr,
+            "prediction_type": objective.prediction_type,
+            "rescale_betas_zero_snr": objective.zero_terminal_snr,
         },
     }
 
@@ -94,7 +94,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
         build_tokenizer(folder=temporary)
         tokenizer = tokenizers.load(Path(temporary))
     tokenize = partial(tokenizers.encode, tokenizer)
-    configs = make_configs(config, autoencoder.configs["vae"], tokenizer)
+    configs = make_configs(config, objective, autoencoder.configs["vae"], tokenizer)
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
     start = open_model(config.init) if config.init else None

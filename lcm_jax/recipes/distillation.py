@@ -24,7 +24,8 @@ from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.training.state import Params
-from lcm_jax.weights.model import StoredModel, check_complete, compute_digests, read_params
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, compute_digests, open_model, read_params
 from lcm_jax.weights.scheduler import lcm_scheduler
 
 
@@ -56,28 +57,39 @@ class Models:
         return tokenizers.encode_for(self.tokenizers, prompts)
 
 
-def open_models(config, make_configs: Callable[[Any, StoredModel], Mapping], open_model: OpenModel) -> Models:
+def open_models(config, make_configs: Callable[[StoredModel], Mapping], open_model: OpenModel) -> Models:
     """Open the teacher and build both models; no tensor is read.
 
-    make_configs(config, stored) returns the student's configs. Raises ModelError, and ValueError for configs that are
+    make_configs(stored) returns the student's configs. Raises ModelError, and ValueError for configs that are
     not supported.
     """
     stored, dtype = open_model(config.teacher), jnp.dtype(config.train.dtype)
-    configs = make_configs(config, stored)
+    configs = make_configs(stored)
     teacher = StableDiffusion.from_configs(stored.configs, dtype)
     return Models(stored, configs, teacher, StableDiffusion.from_configs(configs, dtype, remat=config.train.remat))
 
 
-def lcm_configs(config, stored: StoredModel) -> dict[str, Mapping[str, Any]]:
+def open_teacher(name: str) -> StoredModel:
+    """Open a model to train from, and check that it is complete before any work. Raises ModelError."""
+    stored = open_model(name)
+    try:
+        check_complete(stored)
+    except ModelError as error:
+        raise ModelError(f"{error}: convert it to a folder by lcm_jax.convert, and train from that") from None
+    check_params(stored, StableDiffusion.from_configs(stored.configs).abstract_params())
+    return stored
+
+
+def lcm_configs(config, num_ddim_steps: int, stored: StoredModel) -> dict[str, Mapping[str, Any]]:
     """Return the teacher's configs with an input for the guidance weight and the scheduler of a few-step student.
 
-    Raises ValueError for a teacher that is a student already.
+    num_ddim_steps: timesteps of its grid. Raises ValueError for a teacher that is a student already.
     """
     if stored.configs["unet"].get("time_cond_proj_dim") is not None:
         raise ValueError(f"teacher {config.teacher!r} is already a latent consistency model; use its own teacher")
     return dict(stored.configs) | {
         "unet": dict(stored.configs["unet"]) | {"time_cond_proj_dim": config.student.guidance_embedding_dim},
-        "scheduler": lcm_scheduler(stored.configs["scheduler"], config.objective.num_ddim_steps),
+        "scheduler": lcm_scheduler(stored.configs["scheduler"], num_ddim_steps),
     }
 
 

@@ -1,5 +1,6 @@
 """Latent consistency distillation of any latent diffusion model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,28 @@ import numpy as np
 from lcm_jax.diffusion.guidance import check_guidance_schedule
 from lcm_jax.objectives.backward_simulation import BackwardSimulation
 from lcm_jax.objectives.lcd import LCD
-from lcm_jax.objectives.networks import Objective
 from lcm_jax.ranges import from_settings
-from lcm_jax.recipes.distillation import OpenModel, add_guidance_input, bind_unets, lcm_configs, make_task, open_models
+from lcm_jax.recipes.distillation import (
+    OpenModel,
+    add_guidance_input,
+    bind_unets,
+    lcm_configs,
+    make_task,
+    open_models,
+    open_teacher,
+)
 from lcm_jax.training.loop import TrainTask
-from lcm_jax.weights.model import open_model, read_params
+from lcm_jax.weights.model import read_params
 
 
-def lcd_task(config, workdir: Path, open_model: OpenModel = open_model) -> TrainTask:
+def lcd_task(config, workdir: Path, open_model: OpenModel = open_teacher) -> TrainTask:
     """Distill `config.teacher` into a student that has the guidance weight as an input. Raises ValueError."""
-    objective = make_objective(config.objective.to_dict())
-    models = open_models(config, lcm_configs, open_model)
+    settings = config.objective.to_dict()
+    fraction = settings.pop("backward_simulation", 0.0)
+    lcd = from_settings(LCD, "objective", settings)
+    models = open_models(config, partial(lcm_configs, config, lcd.num_ddim_steps), open_model)
     last = len(models.student.schedule.alphas_cumprod) - 1
-    check_guidance_schedule("objective.guidance_schedule", config.objective.guidance_schedule, last)
+    check_guidance_schedule("objective.guidance_schedule", lcd.guidance_schedule, last)
 
     def load_params() -> dict[str, Any]:
         abstract = models.teacher.abstract_params()["unet"]
@@ -31,16 +41,8 @@ def lcd_task(config, workdir: Path, open_model: OpenModel = open_model) -> Train
         config,
         workdir,
         models,
-        objective,
+        BackwardSimulation(lcd, fraction) if fraction else lcd,
         bind=bind_unets(models.teacher, models.student),
         params={"unet": models.student.abstract_params()["unet"]},
         load_params=load_params,
     )
-
-
-def make_objective(settings: dict[str, Any]) -> Objective:
-    """Return the objective of a config's `objective` group, a plain dict. Raises ValueError."""
-    fraction = settings.get("backward_simulation", 0.0)
-    own = {name: value for name, value in settings.items() if name != "backward_simulation"}
-    objective = from_settings(LCD, "objective", own)
-    return BackwardSimulation(objective, fraction) if fraction else objective

@@ -30,6 +30,8 @@ def check_samplers(config, teacher: StableDiffusion, student: StableDiffusion) -
         for sampler, steps in config.report[who].items():
             plans[f"report.{who}.{sampler}"] = (model, sampler, steps)
     for key, (model, sampler, numbers) in plans.items():
+        if numbers and sampler != "lcm" and model.guidance_embedding_dim is not None:
+            raise ValueError(f"{key} is not supported: a latent consistency model has the sampler lcm alone; remove it")
         for steps in numbers:
             try:
                 sampler_table(model, sampler, steps)

@@ -8,9 +8,6 @@ from lcm_jax import config_files
 from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
-from lcm_jax.objectives.autoencoder import Autoencoder
-from lcm_jax.objectives.diffusion import Diffusion
-from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import DTYPES
 from lcm_jax.ranges import (
     ABOVE_ZERO,
@@ -23,17 +20,11 @@ from lcm_jax.ranges import (
     REAL,
     STEPS,
     Range,
-    allowed_values,
     check_setting,
 )
 
-OBJECTIVES = {
-    f"objective.{name}": allowed
-    for kind in (Autoencoder, Diffusion, LCD)
-    for name, allowed in allowed_values(kind).items()
-}
+GUIDANCE = Range(1, real=True)  # w + 1, as a pipeline takes it
 RANGES: Mapping[str, Range] = {
-    **{key: allowed for key, allowed in OBJECTIVES.items() if isinstance(allowed, Range)},
     "objective.backward_simulation": FRACTION,
     "student.guidance_embedding_dim": Range(4, multiple=2),  # a sine and a cosine of two frequencies or more
     "data.size": Range(8),
@@ -58,7 +49,7 @@ RANGES: Mapping[str, Range] = {
     "sample.every_steps": EVERY,
     "sample.prompts": POSITIVE,
     "sample.batch_size": POSITIVE,
-    "sample.guidance_scale": REAL,
+    "sample.guidance_scale": GUIDANCE,
     "sample.steps": STEPS,
     "sample.teacher_steps": STEPS,
     "sample.student_steps": MANY_STEPS,
@@ -66,7 +57,7 @@ RANGES: Mapping[str, Range] = {
     "report.prompts": Range(2),  # a covariance takes two images
     "report.batch_size": POSITIVE,
     "report.reference": Range(2),
-    "report.guidance_scale": REAL,
+    "report.guidance_scale": GUIDANCE,
     "report.seed": Range(0, 2**31 - 1),
     "report.teacher.*": MANY_STEPS,
     "report.student.*": MANY_STEPS,
@@ -84,21 +75,10 @@ RANGES: Mapping[str, Range] = {
     "vae.latent_channels": POSITIVE,
     "vae.norm_num_groups": POSITIVE,
 }
-GROUPS = (
-    "objective",
-    "data",
-    "train",
-    "optimizer",
-    "mesh",
-    "checkpoint",
-    "log",
-    "sample",
-    "metrics",
-)  # of a run's config
+GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every run's config
 CHOICES: Mapping[str, tuple] = {
     "data.source": tuple(SOURCES),
     "data.encode": ("cache", "step"),
-    **{key: allowed for key, allowed in OBJECTIVES.items() if isinstance(allowed, tuple)},
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
     "train.remat": (False, True),
@@ -111,25 +91,36 @@ def check(config, groups: Sequence[str] = GROUPS) -> None:
 
     config: a ConfigDict. groups: the keys at its top that it must have. Reads nothing else.
     """
-    if missing := [key for key in groups if key not in config]:
+    required = [*groups, *(["metrics"] if "report" in config else [])]
+    if missing := [key for key in required if key not in config]:
         raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
     for key, value in settings.items():
         if (allowed := range_of(key) or CHOICES.get(key)) is not None:
             check_setting(key, value, allowed)
     _check_pairs(settings)
-    check_metrics(config.metrics, config.data.source)
+    for who in ("teacher", "student"):
+        plan = config.get("report", {}).get(who)
+        if plan is not None and not any(plan.to_dict().values()):
+            raise ValueError(f"report.{who} has no steps; use numbers for a sampler, such as (1, 2, 4)")
+    if "metrics" in config:
+        check_metrics(config.metrics, config.data.source)
 
 
-def check_complete(config) -> None:
-    """Raise ValueError for a key that the config lacks and all bundled configs of its objective have.
+def alike(objective: str) -> list:
+    """Return the bundled configs of an objective."""
+    bundled = [config_files.load(name) for name, _ in config_files.bundled()]
+    return [each for each in bundled if each.get("objective", {}).get("name") == objective]
+
+
+def check_keys(config, examples: Sequence[Any]) -> None:
+    """Raise ValueError for a key that the config lacks and all `examples`, bundled configs of its kind, have.
 
     The groups `objective` and `data` and the plans of a report are left out: their keys have defaults, depend on the
     source of the data, or may be absent.
     """
-    bundled = [config_files.load(name) for name, _ in config_files.bundled()]
-    alike = [each for each in bundled if each.get("objective", {}).get("name") == config.objective.name]
-    required = set.intersection(*({key for key, _ in leaves(each.to_dict())} for each in alike))
+    keys = [{key for key, _ in leaves(each.to_dict())} for each in examples]
+    required = set.intersection(*keys) if keys else set()
     free = ("objective.", "data.", "report.teacher.", "report.student.")
     present = {key for key, _ in leaves(config.to_dict())}
     if missing := sorted(key for key in required - present if not key.startswith(free)):
@@ -139,10 +130,10 @@ def check_complete(config) -> None:
 def _check_pairs(settings: Mapping[str, Any]) -> None:
     grid = settings.get("objective.num_ddim_steps")
     for key in ("sample.student_steps", "report.student.lcm"):
-        most = max(settings.get(key, ()), default=0)
-        if grid is not None and most > grid:
+        longest = max(settings.get(key, ()), default=0)
+        if grid is not None and longest > grid:
             raise ValueError(
-                f"{key} has {most}, and a student samples in at most objective.num_ddim_steps = {grid} steps; "
+                f"{key} has {longest}, and a student samples in at most objective.num_ddim_steps = {grid} steps; "
                 f"lower the one, or raise the other"
             )
     known = sorted(SAMPLERS)
@@ -151,8 +142,6 @@ def _check_pairs(settings: Mapping[str, Any]) -> None:
         for key in plan:
             if (name := key.split(".", 2)[2]) not in known:
                 raise ValueError(f"{key} is not supported: there is no sampler {name!r}; use one of {', '.join(known)}")
-        if plan and not any(plan.values()):
-            raise ValueError(f"{', '.join(plan)} have no steps; use numbers such as (1, 2, 4)")
 
 
 def range_of(key: str) -> Range | None:

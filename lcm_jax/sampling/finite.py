@@ -1,5 +1,6 @@
 """Flags of a program that generates images: the stages whose output has NaN or infinity, and the error for them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def check_finite(finite: Finite, params: dict, dtype: Any, name: str) -> None:
+def check_finite(finite: Finite, params: Mapping[str, Any], dtype: Any, name: str) -> None:
     """Raise ModelError for the first stage whose output is not finite.
 
     params: by network, searched for NaN only then. dtype: of the computation. name: of the model.

@@ -15,6 +15,15 @@ from lcm_jax.sampling.finite import Finite, all_finite
 from lcm_jax.sampling.inputs import Inpainting, Inputs, step_noise
 
 
+def default_sampler(model: StableDiffusion) -> str:
+    """Return the name in SAMPLERS of the model's scheduler. Raises ValueError if no sampler has its class."""
+    scheduler = model.scheduler["_class_name"]
+    names = [name for name, sampler in SAMPLERS.items() if sampler.scheduler == scheduler]
+    if not names:
+        raise ValueError(f"scheduler {scheduler} is not supported; pass sampler=, one of {', '.join(SAMPLERS)}")
+    return names[0]
+
+
 def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
     """Return the steps of the sampler of that name for the model's scheduler_config.json.
 

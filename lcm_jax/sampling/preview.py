@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling.finite import check_finite
 from lcm_jax.sampling.generate import generate, sampler_table
 from lcm_jax.sampling.inputs import Inpainting, Inputs, draw_noise, make_time_ids
 
@@ -58,15 +59,20 @@ class PreviewSampler:
     def batches(
         self, params: Mapping[str, Any], sampler: str, steps: int, guidance_scale: float
     ) -> Iterator[tuple[np.ndarray, float]]:
-        """Yield what a call returns a batch at a time, for more images than the host's memory holds."""
+        """Yield what a call returns a batch at a time, for more images than the host's memory holds.
+
+        Raises ModelError for a network that gives NaN or infinity, as `Pipeline` does.
+        """
         params = jax.block_until_ready(jax.device_put({name: params[name] for name in self.model.networks}))
         table = sampler_table(self.model, sampler, steps)
         for start in range(0, len(self.prompts), self._batch_size):
             inputs = jax.block_until_ready(self._inputs(start, guidance_scale))
             program = self._program(sampler, params, inputs, table)
             began = time.monotonic()
-            images = np.asarray(program(params, inputs, table=table)[0])[: len(self.prompts) - start]
-            yield images, time.monotonic() - began
+            images, finite = jax.device_get(program(params, inputs, table=table))
+            elapsed = time.monotonic() - began
+            check_finite(finite, params, self.model.unet.dtype, f"{sampler} at {steps} steps")
+            yield images[: len(self.prompts) - start], elapsed
 
     def _inputs(self, start: int, guidance_scale: float) -> Inputs:
         rows = np.minimum(start + np.arange(self._batch_size), len(self.prompts) - 1)

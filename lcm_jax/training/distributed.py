@@ -19,7 +19,7 @@ from lcm_jax.errors import RunError, first_line
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The number of processes in clusters whose addresses JAX finds by itself.
-CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+CLUSTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 WAIT_SECONDS = 24 * 3600  # for what the first process alone does: indexing, encoding, previews, the report
 SHUTDOWN_SECONDS = 30  # after an error in one process, the others end with it
 _numbers = itertools.count()  # a barrier's name is used once
@@ -32,6 +32,8 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     variable of `VARIABLES`; with none of them, JAX finds the processes of Slurm, Open MPI and TPU pods.
     Raises RunError if only some of them are given or the others cannot be reached.
     """
+    if processes == 1:
+        return
     address, count, number = (os.environ.get(name) for name in VARIABLES)
     given = (coordinator or address, processes or count, number if process is None else process)
     if not any(each is not None for each in given):

@@ -21,6 +21,7 @@ from lcm_jax.training.logging import ProgressReport, Recorder
 from lcm_jax.training.state import Params, TrainState, create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
+from lcm_jax.weights.errors import ModelError
 
 STEP_MEMORY = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or set train.remat=True"
 MAX_PENDING = 100  # updates whose losses wait on the device if log.every_steps=0
@@ -67,24 +68,24 @@ class TrainTask:
 
 
 def check_run(workdir: Path, config) -> None:
-    """All that can be refused before any work is done. Raises RunError or ValueError. Writes nothing."""
+    """Check the workdir and the batch size. Raises RunError or ValueError; writes nothing."""
     check_workdir(workdir, config.to_dict())
     check_batch_size(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp).size)
 
 
 def check_batch_size(config, devices: int) -> int:
-    """Examples of a micro-batch on each device. Raises RunError where they do not come out even."""
+    """Return the examples of a micro-batch on each device. Raises RunError if the batch cannot be split evenly."""
     batch_size, rows = config.train.batch_size, devices * config.train.accumulate
     if batch_size % rows:
         raise RunError(
             f"train.batch_size {batch_size} is not a multiple of devices x train.accumulate = "
-            f"{devices} x {config.train.accumulate}; choose a multiple of {rows}"
+            f"{devices} x {config.train.accumulate}; use a multiple of {rows}"
         )
     return batch_size // rows
 
 
 def train(task: TrainTask, config, workdir: Path) -> bool:
-    """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` where there is one.
+    """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 
     Returns True when the run is complete, False when SIGTERM, SIGHUP or Ctrl-C stopped it early, with its state saved.
     Raises RunError on a loss or a state that is not finite, on too little memory and on a full disk, and Interrupted
@@ -222,10 +223,15 @@ def run_steps(
                     stop.at_once(),
                 ):
                     if distributed.is_main():
-                        scalars = task.write_preview(own_ema, own_frozen, path)
-                        if scalars:
-                            recorder.write(step, scalars)
-                        progress.log("  ".join([f"step {step}: {path}", *(f"{k} {v:.4g}" for k, v in scalars.items())]))
+                        try:
+                            scalars = task.write_preview(own_ema, own_frozen, path)
+                        except ModelError as error:  # images of NaN: training itself checks its loss and its state
+                            progress.log(f"step {step}: no preview, since {error}")
+                        else:
+                            if scalars:
+                                recorder.write(step, scalars)
+                            values = (f"{name} {value:.4g}" for name, value in scalars.items())
+                            progress.log("  ".join([f"step {step}: {path}", *values]))
                 distributed.wait_for_all("preview")
                 del own_ema, own_frozen  # the next step donates its arrays
                 clock, clocked = time.monotonic(), step

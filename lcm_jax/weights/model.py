@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lcm_jax.diffusion.schedule import PREDICTION_TYPES
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
@@ -51,11 +52,14 @@ def open_model(
 
     name: a .safetensors or .ckpt file, a folder in diffusers layout (also of a single network), a hub id (`org/name`),
     a bundled name (`shapes`), the workdir of a run or one of its checkpoints, or an orbax model written by `convert`.
-    base: a model in diffusers layout that supplies what the input lacks: networks, tokenizer, config values. ema: use
+    base: a model in diffusers layout that supplies what the input lacks: networks, tokenizer, config values; a model
+    that lacks nothing has no use for it. ema: use
     the averaged weights; by default those of a run, but not those of a single file. variant: of the weight files of a
     folder, such as `fp16`. prediction_type, scaling_factor: override the input and the base.
     Raises ModelError.
     """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ModelError(f"prediction_type {prediction_type!r} is not supported; use {', '.join(PREDICTION_TYPES)}")
     path = Path(name)
     run = None if orbax_folder.is_model(path) else orbax_folder.find_run(path)
     if path.is_file():
