@@ -79,7 +79,7 @@ def estimate(config) -> dict[str, Any]:
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
     local, accumulate = check_batch_size(config, mesh.size), config.train.accumulate
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), task.params)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer, config.train.ema_rate > 0), task.params)
 
     # The gradient is traced for one device's micro-batch.
     of_device = lambda tree, count: jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)  # noqa: E731

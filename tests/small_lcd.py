@@ -2,15 +2,19 @@
 scales, and a batch with its draws."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.models.conditioning import Conditioning
-from lcm_jax.objectives import lcd
+from lcm_jax.models.unet import UNet2DCondition
+from lcm_jax.objectives.consistency import Draws
 from lcm_jax.objectives.networks import Networks
 from lcm_jax.recipes.distillation import make_prepare
 
@@ -65,7 +69,7 @@ def example(seed=0, batch=B):
         "token_ids": rng.integers(2, VOCABULARY, (batch, L)).astype(np.int32),
         "time_ids": np.zeros((batch, 6), np.float32),
     }
-    draws = lcd.Draws(
+    draws = Draws(
         posterior=normal(batch, H, W, C),
         noise=normal(batch, H, W, C),
         index=np.resize(np.array([0, 49, 7, 25], np.int32), batch),
@@ -88,3 +92,50 @@ def tree_from_torch(tensors) -> dict:
             node = node.setdefault(name, {})
         node[leaf] = array.astype(np.float32)
     return tree
+
+
+def assert_gradients_equal(ours, theirs) -> None:
+    """Assert that a tree of gradients equals {name: gradient} of torch, to 1e-4 of the largest of each."""
+    theirs = tree_from_torch(theirs)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for path, mine in jax.tree.leaves_with_path(ours):
+        reference = theirs
+        for key in path:
+            reference = reference[key.key]
+        assert np.abs(reference).max() > 0
+        error = np.abs(mine - reference).max() / np.abs(reference).max()
+        assert error < 1e-4, (jax.tree_util.keystr(path), error)
+
+
+@cache
+def torch_unets():
+    """student, target, teacher in float64, each with every weight random and its own."""
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+
+    torch.set_num_threads(1)  # its threads wait for each other for seconds over networks as small as these
+    unets = []
+    for seed, config in enumerate([STUDENT, STUDENT, UNET]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**config)
+        with torch.no_grad():
+            for weight in unet.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        unets.append(unet.double())  # float32 values, computed in float64
+    return unets
+
+
+@cache
+def unet_networks():
+    """The networks are compiled, the objective around them is not: six variants of it share their compilations."""
+    student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(UNET)
+
+    def apply(network):
+        def denoise(params, z, t, conditioning):
+            w = conditioning.guidance
+            embedding = None if w is None else guidance_embedding(w)
+            return network.apply({"params": params}, z, t, conditioning.context, embedding)
+
+        return jax.jit(denoise)
+
+    return apply(student), apply(teacher)

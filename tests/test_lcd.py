@@ -1,7 +1,7 @@
 """Latent consistency distillation: equal to the PyTorch reference, and a test for what implementers get wrong."""
 
 import math
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -14,18 +14,20 @@ from small_lcd import (
     PREPARE,
     SCHEDULER,
     STUDENT,
-    UNET,
     B,
     C,
     H,
     L,
     W,
+    assert_gradients_equal,
     bind_to,
     encode_prompt,
     example,
     schedule,
     to_latents,
+    torch_unets,
     tree_from_torch,
+    unet_networks,
 )
 
 from lcm_jax.diffusion.consistency import boundary_scalings, consistency_function, guidance_embedding
@@ -34,47 +36,12 @@ from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, predict_noise, pr
 from lcm_jax.diffusion.solvers import ddim_step
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.unet import UNet2DCondition
-from lcm_jax.objectives import backward_simulation, lcd
+from lcm_jax.objectives import backward_simulation, consistency
 from lcm_jax.objectives.backward_simulation import BackwardSimulation
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.ranges import from_settings
 from lcm_jax.training.state import create_state, make_optimizer
 from lcm_jax.training.step import make_loss, make_train_step
-
-
-@cache
-def torch_unets():
-    """student, target, teacher in float64, each with every weight random and its own."""
-    torch = pytest.importorskip("torch")
-    from diffusers import UNet2DConditionModel
-
-    torch.set_num_threads(1)  # its threads wait for each other for seconds over networks as small as these
-    unets = []
-    for seed, config in enumerate([STUDENT, STUDENT, UNET]):
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel(**config)
-        with torch.no_grad():
-            for weight in unet.parameters():
-                weight.add_(0.05 * torch.randn_like(weight))
-        unets.append(unet.double())  # float32 values, computed in float64
-    return unets
-
-
-@cache
-def unet_networks():
-    """The networks are compiled, the objective around them is not: six variants of it share their compilations."""
-    student, teacher = UNet2DCondition.from_config(STUDENT), UNet2DCondition.from_config(UNET)
-
-    def apply(network):
-        def denoise(params, z, t, conditioning):
-            w = conditioning.guidance
-            embedding = None if w is None else guidance_embedding(w)
-            return network.apply({"params": params}, z, t, conditioning.context, embedding)
-
-        return jax.jit(denoise)
-
-    return apply(student), apply(teacher)
-
 
 # --- parity ---
 
@@ -134,15 +101,7 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference(
 
     assert total == pytest.approx(expected.loss, rel=1e-4)
     assert metrics["loss"] == total
-    theirs = tree_from_torch(expected.gradients)
-    assert jax.tree.structure(gradients["unet"]) == jax.tree.structure(theirs)
-    for path, ours in jax.tree.leaves_with_path(gradients["unet"]):
-        reference = theirs
-        for key in path:
-            reference = reference[key.key]
-        assert np.abs(reference).max() > 0
-        error = np.abs(ours - reference).max() / np.abs(reference).max()
-        assert error < 1e-4, (jax.tree_util.keystr(path), error)
+    assert_gradients_equal(gradients["unet"], expected.gradients)
 
 
 def test_the_reference_follows_the_published_tables():
@@ -196,16 +155,16 @@ def test_golden_boundary_scalings():
 
 def test_golden_distance():
     d = jnp.array([[0.0, 1.0], [-2.0, 1e-3]])
-    assert lcd.distance(d, "l2", 1e-3) == pytest.approx(np.array([1 / 2, (4 + 1e-6) / 2]))
+    assert consistency.distance(d, "l2", 1e-3) == pytest.approx(np.array([1 / 2, (4 + 1e-6) / 2]))
     huber = np.array([[0, (1 + 1e-6) ** 0.5 - 1e-3], [(4 + 1e-6) ** 0.5 - 1e-3, 1e-3 * (2**0.5 - 1)]])
-    assert lcd.distance(d, "huber", 1e-3) == pytest.approx(huber.mean(1), rel=1e-5)
+    assert consistency.distance(d, "huber", 1e-3) == pytest.approx(huber.mean(1), rel=1e-5)
 
 
 def test_weights_are_one_or_the_inverse_of_sigma():
     plan, s = schedule("v_prediction"), jnp.array([19, 499, 999])
-    np.testing.assert_array_equal(lcd.weights(plan, s, "uniform"), 1)
+    np.testing.assert_array_equal(consistency.weights(plan, s, "uniform"), 1)
     sigma = np.sqrt(1 - np.asarray(plan.alphas_cumprod, np.float64)[np.asarray(s)])
-    np.testing.assert_allclose(lcd.weights(plan, s, "inverse_sigma"), 1 / sigma, rtol=1e-5)
+    np.testing.assert_allclose(consistency.weights(plan, s, "inverse_sigma"), 1 / sigma, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
     check_run(workdir, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    create = lambda params: create_state(params, optimizer)  # noqa: E731
+    create = lambda params: create_state(params, optimizer, average=config.train.ema_rate > 0)  # noqa: E731
     abstract = jax.eval_shape(create, task.params)
     shardings = sharding.tree_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -158,7 +158,7 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
         if done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
             return False
-        ema, alone = distributed.local((state.ema, frozen))
+        ema, alone = distributed.local((state.average, frozen))
         del state, advance  # what the report has no use for leaves the device
         memory = "lower report.batch_size" if "report" in config else "use a device with more memory"
         with phase("writing the export and the report", memory=memory, kept=checkpoints.summary):
@@ -217,7 +217,7 @@ def run_steps(
             if due(config.sample) and not stopping():
                 path = workdir / "samples" / f"{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                own_ema, own_frozen = distributed.local((state.ema, frozen))
+                own_ema, own_frozen = distributed.local((state.average, frozen))
                 with (
                     phase("sampling a preview", memory="lower sample.batch_size", kept=checkpoints.summary),
                     stop.at_once(),

@@ -16,22 +16,27 @@ class TrainState:
     """The state of a run. It has no random key, since every step derives its own from the seed and its number.
 
     step: int32[], optimizer updates done. params: the parameters that are optimized. ema: their moving average, with
-    the same structure; consistency training uses it as the target network, and samples and exports are made from it.
+    the same structure, or None for a run without one.
     """
 
     step: jax.Array
     params: Params
-    ema: Params
+    ema: Params | None
     opt_state: optax.OptState
 
+    @property
+    def average(self) -> Params:
+        """The parameters of the target network, of samples and of exports: the moving average, if there is one."""
+        return self.params if self.ema is None else self.ema
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state at step 0, with float32 parameters and a copy of them as the moving average."""
+
+def create_state(params: Params, optimizer: optax.GradientTransformation, average: bool = True) -> TrainState:
+    """Return the state at step 0, with float32 parameters and, if `average`, a copy of them as the moving average."""
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=jax.tree.map(jnp.copy, params) if average else None,
         opt_state=optimizer.init(params),
     )
 

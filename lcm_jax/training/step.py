@@ -36,7 +36,8 @@ def make_train_step(
     """Build `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     objective, bind, prepare: see `objectives.networks`. latents: the shape of the whole batch's z, for the draws.
-    ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak averaging).
+    ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak averaging); without effect on
+        a state without a moving average, whose target is the parameters themselves.
     accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch. `step` raises
         ValueError, while it is traced, if it does not divide the batch.
     """
@@ -52,24 +53,26 @@ def make_train_step(
         if size % accumulate:
             raise ValueError(f"batch size {size} is not a multiple of accumulate {accumulate}; choose a divisor of it")
         draws = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), latents)
-        gradient = jax.grad(loss, has_aux=True)
+        gradient, target = jax.grad(loss, has_aux=True), state.average
 
         if accumulate == 1:
-            grads, metrics = gradient(state.params, state.ema, frozen, batch, draws)
+            grads, metrics = gradient(state.params, target, frozen, batch, draws)
         else:
 
             def add(total, micro):
-                part = gradient(state.params, state.ema, frozen, *micro)
+                part = gradient(state.params, target, frozen, *micro)
                 return jax.tree.map(jnp.add, total, part), None
 
             micro = micro_batches((batch, draws))
-            shapes = jax.eval_shape(gradient, state.params, state.ema, frozen, *jax.tree.map(lambda x: x[0], micro))
+            shapes = jax.eval_shape(gradient, state.params, target, frozen, *jax.tree.map(lambda x: x[0], micro))
             total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = jax.tree.map(lambda e, p: ema_rate * e + (1.0 - ema_rate) * p, state.ema, params)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda e, p: ema_rate * e + (1.0 - ema_rate) * p, ema, params)
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
