@@ -2,7 +2,7 @@
 
 A row is {"model", "sampler", "steps", columns of the metrics, "images_per_s"}. A report is the content of report.json:
 the rows nested as {model: {sampler: {steps: figures}}}, and the conditions they were measured under. A run's report has
-"teacher" and "student" at its top level; any other has its models under "models".
+those of `MODELS` that the run compares at its top level; any other has its models under "models".
 """
 
 import json
@@ -25,6 +25,7 @@ from lcm_jax.files import write_text
 Row = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 LABELS = ("model", "sampler", "steps")
+MODELS = ("teacher", "init", "student")  # in a run's report: what it learns from, begins from, and leaves
 SPEED = {"images_per_s": Column("images/s", ".1f")}
 
 
@@ -50,7 +51,7 @@ def nest(rows: Sequence[Row]) -> dict[str, dict]:
 
 def rows_of(report: Mapping[str, Any]) -> list[Row]:
     """Return the rows of a report, the inverse of `nest`."""
-    models = report["models"] if "models" in report else {name: report[name] for name in ("teacher", "student")}
+    models = report.get("models") or {name: report[name] for name in MODELS if name in report}
     return [
         {"model": model, "sampler": sampler, "steps": int(steps)} | figures
         for model, samplers in models.items()
@@ -80,12 +81,19 @@ def line(row: Row) -> str:
     return ", ".join([f"{labels}: {speed:.1f} images/s", *(f"{heading} {value}" for heading, value in cells(figures))])
 
 
+def guidance(report: Mapping[str, Any]) -> str:
+    """Return the guidance scale as text, or that of each model if they differ."""
+    own = report.get("guidance_scales")
+    scales = report["guidance_scale"] if own is None else ", ".join(f"{scale} ({who})" for who, scale in own.items())
+    return f"guidance scale {scales}"
+
+
 def table(report: Mapping[str, Any], groups: bool = True) -> Table:
     """Return the report's rows as a table for the terminal, with or without columns that are groups."""
     rows = rows_of(report)
     if not groups:
         rows = [{name: value for name, value in row.items() if not isinstance(value, Mapping)} for row in rows]
-    view = Table(title=f"{report['captions']} held-out captions, guidance scale {report['guidance_scale']}")
+    view = Table(title=f"{report['captions']} held-out captions, {guidance(report)}")
     for heading, _ in cells(rows[0]):
         view.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
     for row in rows:
@@ -99,8 +107,8 @@ def composition(report: Mapping[str, Any]) -> str:
         return ""
     figures = [
         f"{who} {sampler} {steps} {score:.1%}"
-        for who in ("teacher", "student")
-        for sampler, numbers in scores[who].items()
+        for who in MODELS
+        for sampler, numbers in scores.get(who, {}).items()
         for steps, score in numbers.items()
     ]
     return f"Pairs of color and shape that no training image has, {scores['captions']} captions: {', '.join(figures)}."
@@ -115,8 +123,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     notes = [metric.note for metric in METRICS.values() if metric.columns.keys() & rows[0].keys()]
     models = list(dict.fromkeys(row["model"] for row in rows))
     paragraphs = [
-        f"# {', '.join(models)}" if "models" in report else "# Student and teacher",
-        f"{report['captions']} held-out captions, guidance scale {report['guidance_scale']}, the same noise for all; "
+        f"# {', '.join(models)}" if "models" in report else f"# {' and '.join(reversed(models)).capitalize()}",
+        f"{report['captions']} held-out captions, {guidance(report)}, the same noise for all; "
         f"{report['device']}." + (f" Training took {training:.0f} s." if training is not None else ""),
         "\n".join(f"| {' | '.join(texts)} |" for texts in lines),
         composition(report),

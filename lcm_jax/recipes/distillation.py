@@ -19,7 +19,7 @@ from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.networks import Bind, Examples, Networks, Objective, Prepare
 from lcm_jax.recipes.export import complete, write_model
-from lcm_jax.recipes.previews import Previews, check_samplers
+from lcm_jax.recipes.previews import Candidate, Previews, check_samplers
 from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting
 from lcm_jax.training.loop import TrainTask
@@ -266,7 +266,11 @@ def make_task(
     bind, params, load_params: see `TrainTask`. Raises ValueError for settings of data, previews and report that are not
     supported; nothing is written, and no tensor is read.
     """
-    check_samplers(config, models.teacher, models.student)
+    candidates = (
+        Candidate("teacher", models.teacher, lambda trained, frozen: frozen),
+        Candidate("student", models.student, lambda trained, frozen: {**frozen, **trained}),
+    )
+    check_samplers(config, candidates)
     size, count = config.data.size, config.train.batch_size
 
     @cache
@@ -275,7 +279,7 @@ def make_task(
 
     @cache
     def previews() -> Previews:
-        return Previews(config, models.teacher, models.student, models.tokenize, dataset())
+        return Previews(config, candidates, models.tokenize, dataset())
 
     @cache
     def digests() -> dict[str, str]:

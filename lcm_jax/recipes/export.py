@@ -1,4 +1,4 @@
-"""The results of a complete run: its model in diffusers layout, and the report of student and teacher."""
+"""The results of a complete run: its model in diffusers layout, and the report of its candidates."""
 
 import json
 import time
@@ -92,10 +92,10 @@ def complete(
 
 
 def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str, Any]:
-    """Return the figures of teacher and student by the config's metrics, over its plans of samplers and steps."""
+    """Return the figures of every candidate by the config's metrics, over its plan of samplers and steps."""
     dataset, settings, size = previews.dataset, config.report, config.report.batch_size
     prompts = dataset.prompts(settings.prompts)
-    # Fewer: they stand beside the others, and the teacher's many steps take most of a report's time.
+    # Fewer: they stand beside the others, and many steps take most of a report's time.
     unseen = dataset.compositional_prompts(max(settings.prompts // 4, 1)) if "verifier" in config.metrics else []
 
     def real_images() -> Iterator[np.ndarray]:
@@ -103,13 +103,12 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
             last = min(first + size, settings.reference)
             yield np.stack([dataset.held_out[i]["image"] for i in range(first, last)])
 
-    features = encoder_features(previews.student, frozen["vae"], size)
+    features = encoder_features(previews.candidates[-1].model, frozen["vae"], size)
     metrics = make_metrics(config.metrics, Resources(features, real_images))
     rows, composition = [], {}
-    for who, model, params, plan in (
-        ("teacher", previews.teacher, frozen, settings.teacher.to_dict()),
-        ("student", previews.student, {**frozen, **ema}, settings.student.to_dict()),
-    ):
+    for candidate in previews.candidates:
+        who, model, params = candidate.name, candidate.model, candidate.params(ema, frozen)
+        plan, scale = settings[who].to_dict(), candidate.guidance_scale(settings.guidance_scale)
         print(f"{who}, {len(prompts)} captions:")
         sampler = PreviewSampler(
             model,
@@ -120,17 +119,19 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
             seed=REPORT_SEED,
             inpainting=inpainting_inputs(model, dataset.held_out, len(prompts)),
         )
-        draw = partial(sampler.batches, params, guidance_scale=settings.guidance_scale)
+        draw = partial(sampler.batches, params, guidance_scale=scale)
         if unseen:
             of_unseen = sampler.with_prompts(unseen, inpainting_inputs(model, dataset.held_out, len(unseen)))
-            score = lambda name, n, s=of_unseen, p=params: round(  # noqa: E731
-                verifier.score(s(p, name, n, settings.guidance_scale)[0], unseen)["overall"], 4
-            )
             name, numbers = next((name, numbers) for name, numbers in plan.items() if numbers)
-            numbers = numbers if who == "student" else numbers[-1:]
-            composition[who] = {name: {str(n): score(name, n) for n in numbers}}
+            scores = {}
+            for n in numbers if name == "lcm" else numbers[-1:]:
+                images, _ = of_unseen(params, name, n, scale)
+                scores[str(n)] = round(verifier.score(images, unseen)["overall"], 4)
+            composition[who] = {name: scores}
         for row in evaluate(draw, plan, prompts, metrics):
             print(f"  {report.line(row)}")
             rows.append({"model": who} | row)
     counted = {"composition": {"captions": len(unseen)} | composition} if unseen else {}
-    return report.nest(rows) | counted | {"captions": len(prompts)}
+    scales = {each.name: each.guidance_scale(settings.guidance_scale) for each in previews.candidates}
+    own = {"guidance_scales": scales} if len(set(scales.values())) > 1 else {}
+    return report.nest(rows) | counted | {"captions": len(prompts)} | own

@@ -1,5 +1,7 @@
-"""Images of the same prompts by teacher and student while the student is trained, and inputs of inpainting models."""
+"""Images of the same prompts by the models that a run compares, and inputs of inpainting models."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,15 +22,43 @@ from lcm_jax.training.state import Params
 POSTERIOR_SEED = 3  # of the latents of held-out images that inpainting models paint in
 
 
-def check_samplers(config, teacher: StableDiffusion, student: StableDiffusion) -> None:
-    """Raise ValueError for a sampler of previews or of the report that does not support a number of steps."""
-    plans = {
-        "sample.teacher_steps": (teacher, "ddim", (config.sample.teacher_steps,)),
-        "sample.student_steps": (student, "lcm", config.sample.student_steps),
-    }
-    for who, model in (("teacher", teacher), ("student", student)):
-        for sampler, steps in config.report[who].items():
-            plans[f"report.{who}.{sampler}"] = (model, sampler, steps)
+@dataclass(frozen=True)
+class Candidate:
+    """A model that previews and reports sample from.
+
+    name: of its rows, of its steps in previews (`config.sample.NAME_steps`) and of its plan (`config.report.NAME`), one
+    of `report.MODELS`. params(trained, frozen): its parameters by network, from those that are trained and those that
+    are not, as they lie on the devices.
+    """
+
+    name: str
+    model: StableDiffusion
+    params: Callable[[Params, Params], Params]
+
+    @property
+    def sampler(self) -> str:
+        """Name of the sampler of its previews."""
+        return "lcm" if self.model.scheduler["_class_name"] == "LCMScheduler" else "ddim"
+
+    def guidance_scale(self, scale: float) -> float:
+        """Return `scale`, or 1 for a latent consistency model without guidance input: its guidance is fixed."""
+        return 1.0 if self.sampler == "lcm" and self.model.guidance_embedding_dim is None else float(scale)
+
+    def preview_steps(self, config) -> tuple[int, ...]:
+        """Return the numbers of steps of its previews."""
+        steps = config.sample[f"{self.name}_steps"]
+        return (steps,) if isinstance(steps, int) else tuple(steps)
+
+
+def check_samplers(config, candidates: Sequence[Candidate]) -> None:
+    """Raise ValueError for a sampler of previews or of the report that does not support a number of steps, and if a
+    candidate has no plan."""
+    plans = {f"sample.{each.name}_steps": (each.model, each.sampler, each.preview_steps(config)) for each in candidates}
+    for each in candidates:
+        if each.name not in config.report:
+            raise ValueError(f"the config has no report.{each.name}; add its steps by sampler, such as lcm=(1, 2, 4)")
+        for sampler, steps in config.report[each.name].items():
+            plans[f"report.{each.name}.{sampler}"] = (each.model, sampler, steps)
     for key, (model, sampler, numbers) in plans.items():
         if numbers and sampler != "lcm" and model.guidance_embedding_dim is not None:
             raise ValueError(f"{key} is not supported: a latent consistency model has the sampler lcm alone; remove it")
@@ -52,51 +82,58 @@ def inpainting_inputs(model: StableDiffusion, records: Records, count: int) -> I
 
 
 class Previews:
-    """Rows of images of a run's prompts: the teacher's, and the student's for each of its numbers of steps.
+    """Rows of images of a run's prompts: those of each candidate for each of its numbers of steps.
 
-    The teacher's row is generated once. Each sampler is compiled once.
+    candidates: the last one is trained; the rows of the others are generated once. Each sampler is compiled once.
     """
 
-    def __init__(
-        self, config, teacher: StableDiffusion, student: StableDiffusion, tokenize: Tokenize, dataset: CaptionedDataset
-    ):
-        self.teacher, self.student, self.tokenize, self.dataset = teacher, student, tokenize, dataset
+    def __init__(self, config, candidates: Sequence[Candidate], tokenize: Tokenize, dataset: CaptionedDataset):
+        self.candidates, self.tokenize, self.dataset = candidates, tokenize, dataset
         self.prompts = dataset.prompts(config.sample.prompts)
-        self.scored, self._settings = "verifier" in config.metrics, config.sample
-        inpainting = inpainting_inputs(student, dataset.held_out, len(self.prompts))
+        self.scored, self._scale = "verifier" in config.metrics, config.sample.guidance_scale
+        self._steps = {each.name: each.preview_steps(config) for each in candidates}
+        inpainting = inpainting_inputs(candidates[-1].model, dataset.held_out, len(self.prompts))
         self._samplers = {
-            name: PreviewSampler(
-                model, tokenize, self.prompts, config.data.size, config.sample.batch_size, inpainting=inpainting
+            each.name: PreviewSampler(
+                each.model, tokenize, self.prompts, config.data.size, config.sample.batch_size, inpainting=inpainting
             )
-            for name, model in (("teacher", teacher), ("student", student))
+            for each in candidates
         }
-        self._teacher_row: np.ndarray | None = None
+        self._fixed_rows: dict[str, np.ndarray] | None = None
 
-    def rows(self, ema: Params, frozen: Params) -> dict[str, np.ndarray]:
-        """Return uint8[len(prompts), H, W, 3] by label. ema: the trained networks; frozen: all of the teacher's."""
-        settings, scale = self._settings, self._settings.guidance_scale
-        if self._teacher_row is None:
-            self._teacher_row, _ = self._samplers["teacher"](frozen, "ddim", settings.teacher_steps, scale)
-        rows = {f"teacher, {settings.teacher_steps} steps": self._teacher_row}
-        for n in settings.student_steps:
-            images, _ = self._samplers["student"]({**frozen, **ema}, "lcm", n, scale)
-            rows[f"student, {n} step{'s' * (n > 1)}"] = images
-        return rows
+    def _rows(self, candidate: Candidate, trained: Params, frozen: Params) -> dict[str, np.ndarray]:
+        sampler, scale = self._samplers[candidate.name], candidate.guidance_scale(self._scale)
+        return {
+            f"{candidate.name}, {n} step{'s' * (n > 1)}": sampler(
+                candidate.params(trained, frozen), candidate.sampler, n, scale
+            )[0]
+            for n in self._steps[candidate.name]
+        }
 
-    def save(self, ema: Params, frozen: Params, path: Path) -> dict[str, np.ndarray]:
+    def rows(self, trained: Params, frozen: Params) -> dict[str, np.ndarray]:
+        """Return uint8[len(prompts), H, W, 3] by label. trained, frozen: as a candidate's `params` takes them."""
+        *fixed, student = self.candidates
+        if self._fixed_rows is None:
+            each = (self._rows(candidate, trained, frozen) for candidate in fixed)
+            self._fixed_rows = {label: row for rows in each for label, row in rows.items()}
+        return self._fixed_rows | self._rows(student, trained, frozen)
+
+    def save(self, trained: Params, frozen: Params, path: Path) -> dict[str, np.ndarray]:
         """Write `rows` as a PNG to `path`, and return them."""
-        rows = self.rows(ema, frozen)
+        rows = self.rows(trained, frozen)
         save_grid(list(rows.values()), path, list(rows))
         return rows
 
-    def write(self, ema: Params, frozen: Params, path: Path) -> dict[str, float]:
+    def write(self, trained: Params, frozen: Params, path: Path) -> dict[str, float]:
         """Write a PNG to `path` and the prompts beside it; return the verifier's scores if it is among the metrics."""
-        rows = self.save(ema, frozen, path)
+        rows = self.save(trained, frozen, path)
         path.with_suffix(".txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
         if not self.scored:
             return {}
-        names = ["teacher", *(f"{n}_steps" for n in self._settings.student_steps)]
-        return {
-            f"verifier/{name}": verifier.score(row, self.prompts)["overall"]
-            for name, row in zip(names, rows.values(), strict=True)
-        }
+        scores = [verifier.score(row, self.prompts)["overall"] for row in rows.values()]
+        names = [
+            each.name if len(self._steps[each.name]) == 1 and each is not self.candidates[-1] else f"{n}_steps"
+            for each in self.candidates
+            for n in self._steps[each.name]
+        ]
+        return {f"verifier/{name}": score for name, score in zip(names, scores, strict=True)}

@@ -8,6 +8,7 @@ from lcm_jax import config_files
 from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
+from lcm_jax.evaluation.report import MODELS
 from lcm_jax.pipeline import DTYPES
 from lcm_jax.ranges import (
     ABOVE_ZERO,
@@ -52,15 +53,14 @@ RANGES: Mapping[str, Range] = {
     "sample.guidance_scale": GUIDANCE,
     "sample.steps": STEPS,
     "sample.teacher_steps": STEPS,
-    "sample.student_steps": MANY_STEPS,
+    "sample.*_steps": MANY_STEPS,  # of every other model that previews sample from
     "sample.images": Range(2, 512, multiple=2),  # half of them in each pair of rows
     "report.prompts": Range(2),  # a covariance takes two images
     "report.batch_size": POSITIVE,
     "report.reference": Range(2),
     "report.guidance_scale": GUIDANCE,
     "report.seed": Range(0, 2**31 - 1),
-    "report.teacher.*": MANY_STEPS,
-    "report.student.*": MANY_STEPS,
+    **{f"report.{who}.*": MANY_STEPS for who in MODELS},
     "unet.block_out_channels": MANY,
     "unet.layers_per_block": MANY,
     "unet.attention_head_dim": MANY,
@@ -99,7 +99,7 @@ def check(config, groups: Sequence[str] = GROUPS) -> None:
         if (allowed := range_of(key) or CHOICES.get(key)) is not None:
             check_setting(key, value, allowed)
     _check_pairs(settings)
-    for who in ("teacher", "student"):
+    for who in MODELS:
         plan = config.get("report", {}).get(who)
         if plan is not None and not any(plan.to_dict().values()):
             raise ValueError(f"report.{who} has no steps; use numbers for a sampler, such as (1, 2, 4)")
@@ -121,7 +121,7 @@ def check_keys(config, examples: Sequence[Any]) -> None:
     """
     keys = [{key for key, _ in leaves(each.to_dict())} for each in examples]
     required = set.intersection(*keys) if keys else set()
-    free = ("objective.", "data.", "report.teacher.", "report.student.")
+    free = ("objective.", "data.", *(f"report.{who}." for who in MODELS))
     present = {key for key, _ in leaves(config.to_dict())}
     if missing := sorted(key for key in required - present if not key.startswith(free)):
         raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
@@ -137,7 +137,7 @@ def _check_pairs(settings: Mapping[str, Any]) -> None:
                 f"lower the one, or raise the other"
             )
     known = sorted(SAMPLERS)
-    for who in ("teacher", "student"):
+    for who in MODELS:
         plan = {key: steps for key, steps in settings.items() if key.startswith(f"report.{who}.")}
         for key in plan:
             if (name := key.split(".", 2)[2]) not in known:

@@ -54,11 +54,12 @@ def guided_network(
 ) -> Network:
     """Return the network that a sampler evaluates, guided by the weight w: float32[].
 
-    params: of the UNet. negative: None for a UNet that has the weight as an input; else guidance is classifier-free,
-    and its two passes are one batch of 2B.
+    params: of the UNet. negative: None for a UNet that has the weight as an input, and for a model that is not guided;
+    else guidance is classifier-free, and its two passes are one batch of 2B.
     """
     if negative is None:
-        guided = prompt._replace(guidance=jnp.full(len(prompt.context), weight))
+        takes_weight = model.guidance_embedding_dim is not None
+        guided = prompt._replace(guidance=jnp.full(len(prompt.context), weight) if takes_weight else None)
         return lambda z, t: model.denoise(params, z, t, guided)
     both = concatenate(prompt, negative)
 
@@ -89,7 +90,7 @@ def generate(
     """
     prompt = model.encode_prompt(params, inputs.token_ids, inputs.time_ids, clip_skip=clip_skip, zero_empty=False)
     negative = masked = None
-    if model.guidance_embedding_dim is None:
+    if model.guidance_embedding_dim is None and inputs.negative_ids is not None:
         negative = model.encode_prompt(params, inputs.negative_ids, inputs.time_ids, zero_empty=zero_empty)
     encoded = (prompt, negative)
     batch, *shape = inputs.latents.shape

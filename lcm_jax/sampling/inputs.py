@@ -28,9 +28,9 @@ class Inputs(NamedTuple):
     """Inputs of B images; an absent part is None.
 
     token_ids, negative_ids: int32[B, L], or int32[B, 2, L] for SDXL, of the prompts and of what to guide away from, as
-    a rule the empty prompt. latents: float32[B, h, w, c], standard normal. noise: key[B], from which `step_noise` makes
-    the noise that steps add. guidance_scale: float32[] in diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's
-    sizes. inpainting: for an inpainting model.
+    a rule the empty prompt; None samples without classifier-free guidance, in one pass. latents: float32[B, h, w, c],
+    standard normal. noise: key[B], from which `step_noise` makes the noise that steps add. guidance_scale: float32[] in
+    diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model.
     """
 
     token_ids: Any

@@ -76,12 +76,13 @@ class PreviewSampler:
 
     def _inputs(self, start: int, guidance_scale: float) -> Inputs:
         rows = np.minimum(start + np.arange(self._batch_size), len(self.prompts) - 1)
+        unguided = guidance_scale == 1 and self.model.guidance_embedding_dim is None  # one pass then
         side = self._size // self.model.downscale
         shape = (side, side, self.model.vae.config["latent_channels"])
         latents, noise = draw_noise(self._seed, np.arange(start, start + len(rows), dtype=np.uint32), shape)
         return Inputs(
             token_ids=self._token_ids[rows],
-            negative_ids=np.repeat(self._negative_ids, len(rows), axis=0),
+            negative_ids=None if unguided else np.repeat(self._negative_ids, len(rows), axis=0),
             latents=latents,
             noise=noise,
             guidance_scale=np.float32(guidance_scale),
@@ -90,8 +91,8 @@ class PreviewSampler:
         )
 
     def _program(self, sampler: str, params, inputs: Inputs, table):
-        """Return the compiled program for parameters that are placed as these are."""
-        key = (sampler, *(leaf.sharding for leaf in jax.tree.leaves(params)))
+        """Return the compiled program for parameters that are placed, and inputs that are guided, as these are."""
+        key = (sampler, inputs.negative_ids is None, *(leaf.sharding for leaf in jax.tree.leaves(params)))
         if key not in self._programs:
             function = jax.jit(partial(generate, self.model, sampler=sampler))
             self._programs[key] = function.lower(params, inputs, table=table).compile()
