@@ -130,31 +130,37 @@ class GroupNorm(nn.Module):
         return (grouped * a + b).reshape(x.shape).astype(self.dtype)
 
 
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding | None = None) -> jax.Array:
+    """Return the convolution of x: [B, H, W, C] with kernel: [k, k, C, features]; by default padded by k // 2."""
+    size = len(kernel)
+    if size == 1:  # the gradient of a matrix product is several times faster than a convolution's on a CPU
+        return jnp.tensordot(x, kernel[0, 0], 1)
+    half = size // 2
+    padding = padding or ((half, half), (half, half))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=dimensions)
+
+
 class Conv(nn.Module):
     """Convolution of x: [B, H, W, C] with PyTorch's symmetric padding, or `padding` per side."""
 
     features: int
     size: int = 3
     stride: int = 1
-    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    padding: Padding | None = None
     dtype: Dtype = jnp.float32
     zero: bool = False
     bias: bool = True
 
     @nn.compact
     def __call__(self, x):
-        half = self.size // 2
-        padding = self.padding or ((half, half), (half, half))
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.size == 1:  # the gradient of a matrix product is several times faster than a convolution's on a CPU
-            y = jnp.tensordot(x, kernel[0, 0], 1)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
         if not self.bias:
             return y
         return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
