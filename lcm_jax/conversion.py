@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lcm_jax.files import whole_file
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import lora, lora_settings, orbax_folder, single_file, single_file_configs, stored, trees
+from lcm_jax.weights import layout, lora, lora_settings, orbax_folder, single_file, single_file_configs, stored, trees
 from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model
 from lcm_jax.weights.stored import Tensors, get_specs, total_bytes
@@ -69,7 +69,8 @@ def convert(
         raise ModelError(f"dtype {dtype!r} is not supported; use {', '.join(trees.DTYPES)}")
     write = None if dry_run else _choose_writer(target, format, overwrite)
     path = Path(source)
-    is_adapter = (path / lora_settings.FILE).is_file()
+    folder_marks = (lora_settings.FILE, layout.LORA_FILE)
+    is_adapter = str(source) in layout.SHIPPED_LORAS or any((path / mark).is_file() for mark in folder_marks)
     if is_adapter or path.is_file() and lora.is_lora(folders.open_file(path)[0]):
         given = {
             "merge": merge,

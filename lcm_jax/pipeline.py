@@ -1,10 +1,10 @@
 """Images from prompts, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from PIL import Image
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
+from lcm_jax.models.lora import add_updates
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.finite import check_finite
@@ -23,7 +24,8 @@ from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import naming, trees
-from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.errors import ModelError, overflowing
+from lcm_jax.weights.lora_files import to_adapter
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +36,14 @@ class Output:
     """images: a list of PIL images, float32[N, H, W, 3] in [0, 1] (`np`), or latents float32[N, h, w, c]."""
 
     images: Any
+
+
+class LowRank(NamedTuple):
+    """An update of a kernel on the device: down and up as in models/lora.py, and scale, alpha / rank."""
+
+    down: jax.Array
+    up: jax.Array
+    scale: float
 
 
 class Pipeline:
@@ -60,7 +70,7 @@ class Pipeline:
         put = partial(jnp.array, copy=True)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
         self._compiled: dict = {}  # (sampler, options) -> jitted
-        self._adapters: dict[str, tuple[loras.LoRA, float]] = {}
+        self._adapters: dict[str, tuple[dict[tuple[str, ...], LowRank], float]] = {}
         self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
 
     @classmethod
@@ -104,19 +114,22 @@ class Pipeline:
         return {name: weight for name, (_, weight) in self._adapters.items()}
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
-        """Add the LoRA of a file, in kohya's naming or PEFT's, to the parameters; return its name.
+        """Add a LoRA, in kohya's naming or PEFT's, to the parameters; return its name.
 
-        name: by default the file's, without its ending. Several add up, each at its weight. Nothing is compiled again.
-        Raises ModelError for a name that is taken, and for a LoRA of another model; then nothing has changed.
+        path: a file, a folder that holds pytorch_lora_weights.safetensors or what PEFT has saved, the workdir of a run
+        that has trained a LoRA, or the name of a bundled one. name: by default that of the file, folder or run. Several
+        add up, each at its weight. No program that generates images is compiled again. Raises ModelError for a name
+        that is taken, and for a LoRA of another model; then nothing has changed.
         """
-        name = Path(path).stem if name is None else name
+        file = loras.find_file(path)
+        name = loras.short_name(file) if name is None else name
         if name in self._adapters:
             raise ModelError(
                 f"a LoRA named {name!r} is loaded already; give this one another name, or use set_lora_weight"
             )
         base = {component: trees.from_params(params).specs for component, params in self.params.items()}
-        tensors, metadata = loras.read_file(Path(path))
-        self._adapt(self._adapters | {name: (loras.read_lora(tensors, metadata, base, self.family), weight)})
+        updates = loras.open_lora(file, base, self.family).updates
+        self._adapt(self._adapters | {name: (_put_updates(updates, self.params), weight)})
         return name
 
     def set_lora_weight(self, name: str, weight: float) -> None:
@@ -132,34 +145,26 @@ class Pipeline:
             self._adapter(name)
         self._adapt({other: each for other, each in self._adapters.items() if name not in (None, other)})
 
-    def _adapter(self, name: str) -> loras.LoRA:
+    def _adapter(self, name: str) -> dict[tuple[str, ...], LowRank]:
         if name not in self._adapters:
             loaded = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
             raise ModelError(f"there is no LoRA named {name!r}: {loaded}")
         return self._adapters[name][0]
 
-    def _adapt(self, adapters: dict[str, tuple[loras.LoRA, float]]) -> None:
+    def _adapt(self, adapters: dict[str, tuple[dict[tuple[str, ...], LowRank], float]]) -> None:
         """Set the parameters to those that were read, plus every adapter at its weight."""
         for name, (_, weight) in adapters.items():
             if not np.isfinite(weight):
                 raise ModelError(f"the weight of LoRA {name!r} is {weight}; use a finite number")
         flat: dict[tuple[str, ...], Any] = flatten_dict(self.params) | self._originals
-        keys = {
-            (component, f"{module}.weight")
-            for adapter, _ in adapters.values()
-            for component, updates in adapter.updates.items()
-            for module in updates
-        }
-        adapted = {path: (path[0], naming.to_key(path[1:])) for path in flat}
-        adapted = {path: key for path, key in adapted.items() if key in keys}
-        tensors: dict = {}
-        for path, (component, key) in adapted.items():
-            tensors.setdefault(component, {})[key] = naming.to_tensor(path[1:], np.asarray(flat[path]))
-        merged = loras.merge(tensors, adapters.values())
-        originals = {path: flat[path] for path in adapted}
-        for path, (component, key) in adapted.items():  # put as at first: an array bound to a device compiles again
-            flat[path] = jax.device_put(naming.to_array(path[1:], merged[component][key]))
-        self.params, self._originals, self._adapters = unflatten_dict(flat), originals, adapters
+        originals = {path: flat[path] for each, _ in adapters.values() for path in each}
+        merged, finite = {}, {}
+        for path, kernel in originals.items():
+            found = [(each[path], weight) for each, weight in adapters.values() if path in each]
+            updates = [(low.down, low.up, np.float32(weight * low.scale)) for low, weight in found]
+            merged[path], finite[path] = _merge_kernel(kernel, updates)
+        _check_sums(jax.device_get(finite), originals)
+        self.params, self._originals, self._adapters = unflatten_dict(flat | merged), originals, adapters
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return token ids int32[B, L], or int32[B, 2, L] for SDXL; longer prompts are cut."""
@@ -254,6 +259,37 @@ class Pipeline:
     def __getstate__(self) -> dict:
         """Return the state without compiled programs, which cannot be pickled; a call compiles them again."""
         return self.__dict__ | {"_compiled": {}}
+
+
+@jax.jit
+def _merge_kernel(kernel: jax.Array, updates: list) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return the sum, and a bool[] each for kernel and sum that is True if it is finite; one program for each shape."""
+    total = add_updates(kernel, updates)
+    return total, (jnp.isfinite(kernel).all(), jnp.isfinite(total).all())
+
+
+def _put_updates(updates: loras.Updates, params: Mapping[str, Any]) -> dict[tuple[str, ...], LowRank]:
+    """Return the updates on the device, by the path of the kernel that each changes."""
+    placed = {}
+    for component, each in updates.items():
+        for module, update in each.items():
+            path, adapter = to_adapter(module, update, params[component])
+            down, up = (jnp.array(adapter[name], copy=True) for name in ("down", "up"))
+            placed[component, *path, "kernel"] = LowRank(down, up, update.scale)
+    return placed
+
+
+def _check_sums(finite: Mapping[tuple[str, ...], tuple], originals: Mapping[tuple[str, ...], jax.Array]) -> None:
+    """Raise ModelError for kernels that are not finite, and for sums that overflow in a kernel's dtype."""
+    key_of = lambda path: f"{path[0]}.{naming.to_key(path[1:])}"  # noqa: E731
+    bad: dict[str, list[str]] = {}  # by dtype
+    for path, (before, after) in finite.items():
+        if not before:
+            raise ModelError(f"{key_of(path)} of the model contains NaN or infinity; use another model")
+        if not after:
+            bad.setdefault(originals[path].dtype.name, []).append(key_of(path))
+    for dtype, keys in bad.items():
+        raise overflowing(keys, dtype, "use a smaller weight, or a model in bfloat16 or float32")
 
 
 def _output(images: np.ndarray, output_type: str) -> Output:

@@ -120,7 +120,8 @@ def test_we_load_what_diffusers_saves(models, tmp_path):
     try:
         theirs.save_lora_weights(str(tmp_path), **layers, **metadata)
         ours.load_lora(tmp_path / "pytorch_lora_weights.safetensors", name="theirs")
-        assert ours._adapters["theirs"][0].updates.keys() == {key.removesuffix("_lora_layers") for key in layers}
+        found = {path[0] for path in ours._adapters["theirs"][0]}
+        assert found == {key.removesuffix("_lora_layers") for key in layers}
         assert np.abs(agree(theirs, ours) - plain).max() > 0.1
     finally:
         theirs.unload_lora_weights()
@@ -132,7 +133,7 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
         written, metadata = loras.to_peft(adapter(tensors, seed))
         save_file(written, tmp_path / f"{seed}.safetensors", metadata)
     ours = lcm_jax.Pipeline.from_pretrained(folder)
-    before, untouched = jax.device_get(ours.params), ours.params["vae"]
+    read, before, untouched = ours.params, jax.device_get(ours.params), ours.params["vae"]
     assert ours.load_lora(tmp_path / "1.safetensors", 0.5) == "1"
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, untouched, ours.params["vae"])), "no copy of what stays"
     one = jax.device_get(ours.params)
@@ -140,8 +141,10 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}
     both = jax.device_get(ours.params["unet"])
     expected = loras.merge(tensors, [(adapter(tensors, 1), 0.5), (adapter(tensors, 2), -0.25)])["unet"]
-    for key, tensor in trees.from_params(both).items():
-        np.testing.assert_array_equal(tensor, expected[key], err_msg=key)
+    for key, tensor in trees.from_params(both).items():  # matrix products of two libraries
+        np.testing.assert_allclose(
+            tensor, expected[key], rtol=1e-6, atol=1e-6 * np.abs(expected[key]).max(), err_msg=key
+        )
 
     same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, jax.device_get(b))  # noqa: E731
     with pytest.raises(ModelError, match="named '1' is loaded already"):
@@ -165,5 +168,6 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     ours.save_pretrained(tmp_path / "merged")
     same(one, lcm_jax.Pipeline.from_pretrained(tmp_path / "merged").params)
     ours.unload_lora()
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, read, ours.params)), "the very arrays that were read"
     same(before, ours.params)
     assert ours.lora_weights == {}

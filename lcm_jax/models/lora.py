@@ -71,7 +71,8 @@ def kernels(params: Tree) -> dict[Path, Any]:
 
 def modules(adapters: Tree) -> dict[Path, dict[str, Any]]:
     """Return {"down", "up"} of each adapted module, by its path."""
-    return flatten_dict(adapters, is_leaf=lambda _, value: value.keys() == {"down", "up"})
+    each: dict[Path, Any] = flatten_dict(adapters, is_leaf=lambda _, value: value.keys() == {"down", "up"})
+    return each
 
 
 def count(adapters: Tree) -> int:
@@ -158,7 +159,9 @@ def applied(adapters: Tree, scale: float, dropout: float = 0.0, keys: jax.Array 
     The network must be called in the context itself: a compiled program has no adapters but those it was traced with.
     Raises ValueError if no module of an adapter's name was called, and for keys of another batch.
     """
-    if dropout and keys is None:
+    if not dropout:
+        keys = None
+    elif keys is None:
         raise ValueError(f"lora.dropout {dropout} needs random keys, one for each example; pass keys, or dropout=0")
     each, called = modules(adapters), set()
 
@@ -169,7 +172,7 @@ def applied(adapters: Tree, scale: float, dropout: float = 0.0, keys: jax.Array 
         called.add(module.path)
         down, up = (each[module.path][name].astype(output.dtype) for name in ("down", "up"))
         x = args[0].astype(output.dtype)
-        if dropout:
+        if keys is not None:
             x = drop(x, dropout, keys, module.path)
         low = convolve(x, down, module.stride, module.padding) if isinstance(module, Conv) else x @ down
         return output + jnp.asarray(scale, output.dtype) * jnp.tensordot(low, up, 1)

@@ -13,7 +13,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lcm_jax import files
 from lcm_jax.weights import pickles
 from lcm_jax.weights.errors import ModelError, plural, write_error
-from lcm_jax.weights.layout import CLASSES, FILES, NETWORKS, SECOND, choose_variant, read_json, shown, weight_file
+from lcm_jax.weights.layout import (
+    CLASSES,
+    FILES,
+    LORA_FILE,
+    NETWORKS,
+    SECOND,
+    choose_variant,
+    read_json,
+    shown,
+    weight_file,
+)
 from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, total_bytes, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
@@ -122,7 +132,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise ModelError(f"{target} exists already; use another folder, or pass --overwrite (overwrite=True)")
-        if not any((target / part).exists() for part in ("model_index.json", "configs.json", *NETWORKS)):
+        if not any((target / part).exists() for part in ("model_index.json", "configs.json", LORA_FILE, *NETWORKS)):
             raise ModelError(f"{target} is not a model folder and was not overwritten; use another folder")
 
 

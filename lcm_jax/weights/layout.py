@@ -15,6 +15,8 @@ from lcm_jax.weights.errors import ModelError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = ("shapes", "shapes-lcm")
+SHIPPED_LORAS = ("shapes-lcm-lora",)
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of the weights of a LoRA in a folder
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 FILES = {
     "unet": "diffusion_pytorch_model",
@@ -51,6 +53,8 @@ def locate(model: str | Path, variant: str | None = None, allow_single_network: 
     if folder.is_file():
         raise conversion_needed_error(model, "a file")
     if not folder.is_dir():
+        if str(model) in SHIPPED_LORAS:
+            raise ModelError(f"{str(model)!r} is a LoRA; use the model shapes, and add it with --lora (load_lora)")
         if str(model) in SHIPPED:
             raise ModelError(f"the bundled model {str(model)!r} is not at {folder}; install lcm_jax again")
         near = difflib.get_close_matches(str(model), SHIPPED, n=1, cutoff=0.5)

@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcm_jax.weights import lora_settings
+from lcm_jax.weights import layout, lora_settings
 from lcm_jax.weights.diffusers_folder import open_file
 from lcm_jax.weights.errors import ModelError, overflowing
-from lcm_jax.weights.layout import read_json, shown
+from lcm_jax.weights.layout import LORA_FILE, read_json, shown
 from lcm_jax.weights.lora_settings import METADATA
 from lcm_jax.weights.single_file import names_in_folder, rename
 from lcm_jax.weights.stored import Tensors, get_specs
@@ -68,6 +68,8 @@ PEFT = re.compile(
     r"\.(?:lora_(A|B)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?[._](down|up)\.weight|(alpha))"
 )
 OLD_ATTENTION = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+KOHYA_FILE = "kohya.safetensors"
+NAMES = (LORA_FILE, "adapter_model.safetensors", "adapter_model.bin")  # of the weights in a folder
 LEAVES = {"lora_down.weight": "down", "lora_up.weight": "up", "A": "down", "B": "up"}
 # Marks of adapters whose update is not a product of two matrices.
 OTHERS = {
@@ -103,18 +105,34 @@ def detect_naming(keys: Iterable[str]) -> str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def find_file(path: Path) -> Path:
-    """Return `path`, or the weights in it where it is the folder of a PEFT adapter. Raises ModelError without any."""
+def find_file(name: str | Path) -> Path:
+    """Return the file of a LoRA: `name` itself, or the one in a folder, in a run's export/, or of a bundled name.
+
+    Raises ModelError if there is none.
+    """
+    path = layout.ASSETS / str(name) if str(name) in layout.SHIPPED_LORAS else Path(name)
+    if not path.exists():
+        kinds = f"a file, a folder, the workdir of a run, or a bundled LoRA ({', '.join(layout.SHIPPED_LORAS)})"
+        raise ModelError(f"there is no LoRA {str(name)!r}; use {kinds}")
     if not path.is_dir():
         return path
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    raise ModelError(f"{path} has no adapter_model.safetensors: use a LoRA file, or a folder that PEFT has saved")
+    for folder in (path, path / "export"):
+        for file in NAMES:
+            if (folder / file).is_file():
+                return folder / file
+    raise ModelError(f"{path} has none of {', '.join(NAMES)}; use a LoRA file, or a folder that has one")
+
+
+def short_name(path: Path) -> str:
+    """Return the name of a LoRA for people: of its file, or of the run or folder that a usual name does not tell."""
+    path = path.resolve().with_suffix("")
+    while path.name in ("export", *(Path(name).stem for name in (*NAMES, KOHYA_FILE))):
+        path = path.parent
+    return path.name
 
 
 def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return (tensors, metadata) of a LoRA: a .safetensors file, a pickle, or a folder that PEFT has saved.
+    """Return (tensors, metadata) of a LoRA: a .safetensors file, a pickle, or any other name of `find_file`.
 
     The metadata include adapter_config.json beside `adapter_model.*`. Raises ModelError that names the file, and the
     key, for NaN, an alpha that is not a scalar, and settings that are not supported.
