@@ -4,7 +4,7 @@ Nothing is allocated or compiled. The trees are those of a real run, split by th
 program is an estimate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rich.table import Table
 from lcm_jax import cost
 from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
-from lcm_jax.recipes import RECIPES, check_config
+from lcm_jax.recipes import check_config, find_recipe
+from lcm_jax.recipes.models import OpenModel
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import check_batch_size
 from lcm_jax.training.state import create_state, make_optimizer
@@ -38,15 +39,15 @@ ACCELERATORS = {
 ASSUMED_MFU = 0.4  # of that peak: what diffusion training reaches on large matrices
 
 
-def open_or_published(config) -> Callable[[str], StoredModel]:
+def open_or_published(config) -> OpenModel:
     """Return an opener of models that takes the published configs of `config.family` if a model is not on this disk.
 
     The opener raises ValueError if there is neither.
     """
 
-    def open_local(name: str) -> StoredModel:
+    def open_local(name: str, base: str | None = None) -> StoredModel:
         if name in layout.SHIPPED or Path(name).exists():
-            return open_model(name)
+            return open_model(name, base=base)
         if (family := config.get("family")) not in FAMILIES:
             remedy = f"; use a path, or set --config.family to one of {', '.join(FAMILIES)}"
             if "family" not in config:
@@ -70,12 +71,12 @@ def estimate(config) -> dict[str, Any]:
     check_config(config)
     open_any, sources = open_or_published(config), []
 
-    def open_noted(name: str) -> StoredModel:
-        stored = open_any(name)
+    def open_noted(name: str, base: str | None = None) -> StoredModel:
+        stored = open_any(name, base)
         sources.append(stored.name)
         return stored
 
-    task = RECIPES[config.objective.name](config, Path(), open_noted)
+    task = find_recipe(config)(config, Path(), open_noted)
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
     local, accumulate = check_batch_size(config, mesh.size), config.train.accumulate
     optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -19,7 +19,8 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.distillation import bind_unets, make_prepare
+from lcm_jax.recipes.distillation import bind_networks, make_prepare
+from lcm_jax.recipes.trained import bind_unet
 from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting, draw_image_noise
 from lcm_jax.training.loop import train
@@ -100,7 +101,8 @@ def test_loss_and_every_gradient_equal_the_pytorch_reference():
         distance="huber",
     )
 
-    bind = bind_unets(StableDiffusion.from_configs(configs), model)
+    own = lambda params, _: bind_unet(model, params["unet"])  # noqa: E731
+    bind = bind_networks(own, StableDiffusion.from_configs(configs), model.schedule)
     step = jax.jit(jax.value_and_grad(make_loss(LCD(), bind, make_prepare(model)), has_aux=True))
     (total, _), gradients = step({"unet": student}, {"unet": target}, frozen, batch, draws)
     assert total == pytest.approx(expected.loss, rel=1e-4)

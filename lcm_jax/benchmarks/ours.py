@@ -24,7 +24,8 @@ from lcm_jax.models.families import FAMILIES
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.recipes.distillation import add_guidance_input, bind_unets, make_prepare
+from lcm_jax.recipes.distillation import bind_networks, make_prepare
+from lcm_jax.recipes.trained import add_guidance_input, bind_unet
 from lcm_jax.training.state import create_state
 from lcm_jax.training.step import make_train_step
 from lcm_jax.weights import naming
@@ -146,9 +147,10 @@ def prepare_train(case: Case):
     optimizer = optax.chain(
         optax.clip_by_global_norm(cases.CLIP_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY)
     )
+
     step = make_train_step(
         LCD(num_ddim_steps=cases.DDIM_STEPS, w_min=cases.W[0], w_max=cases.W[1], huber_c=cases.HUBER_C),
-        bind_unets(teacher, model),
+        bind_networks(lambda params, frozen: bind_unet(model, params["unet"]), teacher, model.schedule),
         make_prepare(model),
         optimizer,
         latents=latents,

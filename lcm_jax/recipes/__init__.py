@@ -1,4 +1,4 @@
-"""Recipes: from a config to the task that the training loop runs. `RECIPES` is the table of objectives by name."""
+"""Recipes: from a config to the task that the training loop runs. `RECIPES` is the table of them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,24 +7,36 @@ from lcm_jax.data.sources import check_data
 from lcm_jax.recipes import settings
 from lcm_jax.recipes.autoencoder import autoencoder_task
 from lcm_jax.recipes.diffusion import diffusion_task
+from lcm_jax.recipes.finetune import finetune_task
 from lcm_jax.recipes.lcd import lcd_task
+from lcm_jax.recipes.lcf import lcf_task
 from lcm_jax.training.loop import TrainTask, check_run
 
 RECIPES: Mapping[str, Callable[..., TrainTask]] = {
     "autoencoder": autoencoder_task,
     "diffusion": diffusion_task,
+    "finetune": finetune_task,
     "lcd": lcd_task,
+    "lcf": lcf_task,
 }
+
+OBJECTIVES = tuple(name for name in RECIPES if name != "finetune")
+
+
+def find_recipe(config) -> Callable[..., TrainTask]:
+    """Return the recipe of a config, by its objective: diffusion of a `teacher` that exists is fine-tuning."""
+    name = config.objective.name
+    return RECIPES["finetune" if name == "diffusion" and "teacher" in config else name]
 
 
 def check_config(config) -> None:
     """Raise ValueError for settings that are not supported; nothing is read."""
     settings.check(config)
-    if config.objective.get("name") not in RECIPES:
+    if config.objective.get("name") not in OBJECTIVES:
         raise ValueError(
-            f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(RECIPES)}"
+            f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(OBJECTIVES)}"
         )
-    settings.check_keys(config, settings.alike(config.objective.name))
+    settings.check_keys(config, settings.alike(config))
 
 
 def make_task(config, workdir: Path) -> TrainTask:
@@ -35,4 +47,4 @@ def make_task(config, workdir: Path) -> TrainTask:
     check_config(config)
     check_data(config)
     check_run(workdir, config)
-    return RECIPES[config.objective.name](config, workdir)
+    return find_recipe(config)(config, workdir)

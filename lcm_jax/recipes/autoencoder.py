@@ -18,7 +18,7 @@ from lcm_jax.models.layers import apply
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives.autoencoder import Autoencoder, Networks
 from lcm_jax.ranges import from_settings
-from lcm_jax.recipes.distillation import OpenModel
+from lcm_jax.recipes.models import OpenModel
 from lcm_jax.sampling.preview import save_grid
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.training.state import Params

@@ -19,7 +19,8 @@ from lcm_jax.objectives.diffusion import Diffusion
 from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
-from lcm_jax.recipes.distillation import OpenModel, batch_shapes, latent_batches, latent_shape, make_prepare
+from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
+from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.training.state import Params

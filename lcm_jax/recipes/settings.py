@@ -107,10 +107,11 @@ def check(config, groups: Sequence[str] = GROUPS) -> None:
         check_metrics(config.metrics, config.data.source)
 
 
-def alike(objective: str) -> list:
-    """Return the bundled configs of an objective."""
+def alike(config) -> list:
+    """Return the bundled configs of the same objective, with the same of the groups that decide what is trained."""
+    kind = lambda each: (each.get("objective", {}).get("name"), "teacher" in each, "lora" in each)  # noqa: E731
     bundled = [config_files.load(name) for name, _ in config_files.bundled()]
-    return [each for each in bundled if each.get("objective", {}).get("name") == objective]
+    return [each for each in bundled if kind(each) == kind(config)]
 
 
 def check_keys(config, examples: Sequence[Any]) -> None:

@@ -1,0 +1,138 @@
+"""The models of a run: those that it begins from, in their files, and its student; frozen weights and their shapes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
+
+
+class OpenModel(Protocol):
+    """`open_complete`, or for a dry run another opener that needs no weights."""
+
+    def __call__(self, name: str, base: str | None = None, /) -> StoredModel: ...
+
+
+def open_complete(name: str, base: str | None = None) -> StoredModel:
+    """Open a model to train from, and check that it is complete before any work.
+
+    base: a model that supplies what a single file lacks. Raises ModelError.
+    """
+    stored = open_model(name, base=base)
+    try:
+        check_complete(stored)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}: set --config.base to it, or convert {name} to a folder by lcm_jax.convert and train from that"
+        ) from None
+    check_params(stored, StableDiffusion.from_configs(stored.configs).abstract_params())
+    return stored
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run.
+
+    role: what the run calls the model it begins from: "teacher", or "init" if it is fine-tuned itself. stored: that
+    model in its files. base: its networks. configs: the student's, as they are exported. student: its networks.
+    """
+
+    role: str
+    stored: StoredModel
+    base: StableDiffusion
+    configs: Mapping[str, Mapping[str, Any]]
+    student: StableDiffusion
+
+    @cached_property
+    def tokenizers(self) -> list:
+        """The tokenizers, opened at the first use. Raises ModelError if there is none."""
+        return tokenizers.open_tokenizers(check_complete(self.stored), self.stored.configs)
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return token ids, int32[B, L], or int32[B, 2, L] for SDXL."""
+        return tokenizers.encode_for(self.tokenizers, prompts)
+
+
+def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping], open_model: OpenModel) -> Models:
+    """Open the model that `config[role]` names, and build its networks and the student's; no tensor is read.
+
+    make_configs(stored) returns the student's configs. `config.base`, if there is one, supplies what a single file
+    lacks. Raises ModelError, and ValueError for configs that are not supported.
+    """
+    stored, dtype = open_model(config[role], config.get("base") or None), jnp.dtype(config.train.dtype)
+    configs = make_configs(stored)
+    # A model before its fine-tuning is sampled as it is afterwards.
+    base = StableDiffusion.from_configs(stored.configs if role == "teacher" else configs, dtype)
+    return Models(role, stored, base, configs, StableDiffusion.from_configs(configs, dtype, remat=config.train.remat))
+
+
+def is_consistency_model(stored: StoredModel) -> bool:
+    """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler."""
+    guided = stored.configs["unet"].get("time_cond_proj_dim") is not None
+    return guided or stored.configs["scheduler"].get("_class_name") == "LCMScheduler"
+
+
+def is_turbo(stored: StoredModel) -> bool:
+    """Return True for a model of few steps without guidance, such as SDXL-Turbo, by its scheduler."""
+    scheduler = stored.configs["scheduler"]
+    return scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+
+
+# ---- frozen weights -------------------------------------------------------------------------------------------------
+
+
+def frozen_dtype(dtype: Any) -> Callable[[Any], np.dtype]:
+    """Return leaf -> the dtype in which a network that computes in `dtype` holds a frozen parameter.
+
+    Such a network casts matrices and kernels before each use, so that these lose nothing; biases and scales stay
+    float32.
+    """
+    return lambda leaf: jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
+
+
+def abstract_frozen(model: StableDiffusion, unet: bool = True) -> dict[str, Any]:
+    """Return the shapes and dtypes of a model's frozen parameters by network, and of the empty prompt's tokens.
+
+    unet: False to leave out the UNet, if all of it is trained.
+    """
+    trees: dict[str, Any] = {"empty_ids": jax.ShapeDtypeStruct(token_shape(model), jnp.int32)}
+    for name, tree in model.abstract_params().items():
+        if unet or name != "unet":
+            cast = frozen_dtype(model.dtype_of(name))
+            trees[name] = jax.tree.map(lambda x, cast=cast: jax.ShapeDtypeStruct(x.shape, cast(x)), tree)
+    return trees
+
+
+def load_frozen(models: Models, unet: bool = True) -> dict[str, Any]:
+    """Read what `abstract_frozen` describes, each tensor cast as it is read, so that no second copy exists.
+
+    Each is copied out of its file: on a CPU the device may use these very arrays, and files may change.
+    """
+    trees: dict[str, Any] = {"empty_ids": np.asarray(models.tokenize([""])[0], np.int32)}
+    return trees | {name: load_network(models, name) for name in models.base.networks if unet or name != "unet"}
+
+
+def load_network(models: Models, name: str) -> Any:
+    """Read one network of `load_frozen`."""
+    cast = frozen_dtype(models.base.dtype_of(name))
+    return read_params(models.stored, name, models.base.abstract_params()[name], cast, put=np.array)
+
+
+def token_shape(model: StableDiffusion) -> tuple[int, ...]:
+    """Return the shape of a prompt's tokens: (L,), or (2, L) for the two encoders of SDXL."""
+    length = model.text_encoder.config.max_position_embeddings
+    return (length,) if model.text_encoder_2 is None else (2, length)
+
+
+def latent_shape(model: StableDiffusion, size: int, count: int) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the scaled latents of `count` images of size x size pixels."""
+    side = size // model.downscale
+    return jax.ShapeDtypeStruct((count, side, side, model.vae.config["latent_channels"]), jnp.float32)
