@@ -1,11 +1,14 @@
 """Captioned images, whatever their source: the shape that every recipe trains and evaluates on."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from lcm_jax.files import check_unicode, decode
 
 
 class Records(Protocol):
@@ -54,3 +57,17 @@ def time_ids(record: Mapping[str, Any]) -> np.ndarray:
         return record["time_ids"]
     size = record["image"].shape[:2]
     return np.array((*size, 0, 0, *size), np.float32)
+
+
+def parse_caption(data: bytes, field: str | None) -> str:
+    """Return the caption in a file's bytes: all of the text, or if `field` is not None, that field of the JSON object.
+
+    Raises ValueError that says why there is none.
+    """
+    text = decode(data, "the caption")
+    if field is None:
+        return text.strip()
+    fields = json.loads(text)
+    if not isinstance(fields, Mapping) or not isinstance(fields.get(field), str):
+        raise ValueError(f"its JSON has no text {field!r}; set --config.data.caption_field")
+    return check_unicode(fields[field], "the caption").strip()

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 2**26  # of an image to train on: a small file can unpack to more than the memory holds
 
 
 class ImageError(ValueError):
@@ -29,7 +31,8 @@ def open_upright(
         if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission
             raise
         what = "" if hasattr(file, "read") else f"{file} is not an undamaged image; use another file: "
-        raise ImageError(f"{what}{error}") from error
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"{what}{reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -51,6 +54,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def crop_square(
+    image: Image.Image, size: int, rng: np.random.Generator | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a square of an RGB image, uint8[size, size, 3], and SDXL's sizes for it, float32[6] (see `time_ids`).
+
+    As in the published scripts, the shorter side is resized to `size`, up or down, with Pillow's bilinear filter, which
+    averages when it shrinks. The square is at a place that `rng` chooses, or in the middle.
+    Raises ImageError if the image is so narrow that resizing it takes more than `MAX_PIXELS`.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    resized = (size * width // shorter, size * height // shorter)
+    if max(resized) > MAX_PIXELS // size:
+        raise ImageError(f"{width} x {height} pixels are too narrow a strip")
+    image = image.resize(resized, Image.Resampling.BILINEAR)
+    room = [side - size for side in reversed(resized)]
+    top, left = (side // 2 if rng is None else int(rng.integers(side + 1)) for side in room)
+    sizes = np.array([height, width, top, left, size, size], np.float32)
+    return np.asarray(image.crop((left, top, left + size, top + size))), sizes
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:

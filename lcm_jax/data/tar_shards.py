@@ -8,31 +8,27 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import tarfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from lcm_jax.data import images
-from lcm_jax.data.captioned import CaptionedDataset
-from lcm_jax.files import check_unicode, decode, whole_file
+from lcm_jax.data.captioned import CaptionedDataset, parse_caption
+from lcm_jax.data.substitutes import Substitutes
+from lcm_jax.files import whole_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 REMEDY = "set --config.data.shards to the shards, such as data/{00000..00015}.tar or data/*.tar"
 BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 MAX_MEMBER_BYTES = 2**28  # an image or a caption; images of training sets are smaller
 MAX_NAME_BYTES = 2**20  # an extended header
-MAX_PIXELS = 2**26  # an image before it is resized: a small file can unpack to more than the memory holds
-MAX_ATTEMPTS = 1000  # records tried in place of an unreadable one before the set counts as unreadable
 COMPRESSED = {  # pattern of a file's first bytes, with which no name in a tar begins -> the command that unpacks it
     rb"\x1f\x8b": "gunzip",
     rb"BZh[1-9]1AY&SY": "bunzip2",
@@ -250,19 +246,19 @@ class TarShards:
 
     def __init__(self, index: Index, size: int, seed: int = 0, caption_field: str = "caption", log=print):
         self.index, self.size, self.seed, self.caption_field = index, size, seed, caption_field
-        self.unreadable: dict[int, str] = {}  # record number -> reason
-        self._causes: Counter = Counter()  # unreadable records by kind of error
-        self._log, self._lock = log, threading.Lock()
+        failure = ("data.shards", "fetch the shards again")
+        self.substitutes = Substitutes(len(index.records), self._name, log, failure, (ShardError,))
+        self._log = log
 
     def __len__(self) -> int:
         return len(self.index.records)
 
     def __getitem__(self, i: int) -> dict:
-        return self._readable(i, self._read)
+        return self.substitutes.read(i, self._read)
 
     def caption(self, i: int) -> str:
         """Return the caption of record i without reading its image."""
-        return self._readable(i, self._caption)
+        return self.substitutes.read(i, self._caption)
 
     def part(self, first: int, last: int) -> "TarShards":
         """Return records first..last-1 as a set of their own: unreadable ones are replaced by records of this part."""
@@ -278,40 +274,6 @@ class TarShards:
         pixels = "upright, on white"  # change it with the way pixels are made, so that caches are encoded again
         settings = json.dumps([shards, self.size, self.seed, self.caption_field, pixels])
         return hashlib.sha256(settings.encode() + self.index.records.tobytes()).hexdigest()
-
-    def _readable(self, i: int, read: Callable):
-        total = len(self)
-        if not 0 <= i < total:
-            raise IndexError(f"record {i} of {total}")
-        # Far apart, so that the record behind a damaged shard is not repeated for each of it; coprime, to reach all.
-        stride = next(s for s in range(int(0.618 * total), 2 * total + 2) if math.gcd(s, total) == 1)
-        for attempt in range(min(total, MAX_ATTEMPTS)):
-            number = (i + attempt * stride) % total
-            if number in self.unreadable:
-                continue
-            try:
-                return read(number)
-            except ShardError:
-                raise
-            except Exception as error:  # Pillow's decoders raise many kinds; every one of them is reported
-                self._report(number, f"{type(error).__name__}: {error}".splitlines()[0])
-        number, reason = next(iter(self.unreadable.items()))
-        raise ValueError(
-            f"data.shards: none of {min(total, MAX_ATTEMPTS)} records can be read; {self._name(number)}: {reason}; "
-            "fetch the shards again"
-        )
-
-    def _report(self, number: int, reason: str) -> None:
-        with self._lock:
-            if number in self.unreadable:
-                return
-            self.unreadable[number] = reason
-            self._causes[reason.split(":")[0]] += 1
-            count, causes = len(self.unreadable), ", ".join(f"{n} {kind}" for kind, n in self._causes.most_common())
-        if count <= 10 or count % 100 == 0:
-            self._log(
-                f"{self._name(number)} cannot be read ({reason}); skipped; {count} of {len(self)} so far ({causes})"
-            )
 
     def _name(self, number: int) -> str:
         record = self.index.records[number]
@@ -337,29 +299,15 @@ class TarShards:
 
     def _caption(self, number: int) -> str:
         record = self.index.records[number]
-        content = decode(self._bytes(record, "caption"), "the caption")
-        if record["plain"]:
-            return content.strip()
-        fields = json.loads(content)
-        if not isinstance(fields, Mapping) or not isinstance(fields.get(self.caption_field), str):
-            raise ValueError(f"its JSON has no text {self.caption_field!r}; set --config.data.caption_field")
-        return check_unicode(fields[self.caption_field], "the caption").strip()
+        return parse_caption(self._bytes(record, "caption"), None if record["plain"] else self.caption_field)
 
     def _read(self, number: int) -> dict:
         caption = self._caption(number)
         data = self._bytes(self.index.records[number], "image")
-        image = images.to_rgb(images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), MAX_PIXELS))
-        width, height = image.size
-        shorter = min(width, height)
-        resized = (self.size * width // shorter, self.size * height // shorter)
-        if max(resized) > MAX_PIXELS // self.size:
-            raise images.ImageError(f"{width} x {height} pixels are too narrow a strip")
-        image = image.resize(resized, Image.Resampling.BILINEAR)
+        image = images.to_rgb(images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), images.MAX_PIXELS))
         rng = np.random.default_rng([self.seed, number])
-        top, left = (int(rng.integers(side - self.size + 1)) for side in resized[::-1])
-        image = image.crop((left, top, left + self.size, top + self.size))
-        sizes = np.array([height, width, top, left, self.size, self.size], np.float32)
-        return {"image": np.asarray(image), "caption": caption, "time_ids": sizes}
+        pixels, sizes = images.crop_square(image, self.size, rng)
+        return {"image": pixels, "caption": caption, "time_ids": sizes}
 
 
 # ---- the source -----------------------------------------------------------------------------------------------------
