@@ -50,10 +50,15 @@ def get_config(model: str = "sd15") -> ConfigDict:
     config.student = ConfigDict({"guidance_embedding_dim": 256})  # published
     config.data = ConfigDict(
         {
-            "source": "tar",  # or shapes
+            "source": "tar",  # or folder, or shapes
             "length": 100_000,  # of shapes: training images
             "shards": "data/{00000..00015}.tar",  # of tar: or a glob, such as data/*.tar
-            "caption_field": "caption",  # of tar: in a key.json, if there is no key.txt
+            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
+            "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv
+            "caption": "",  # of folder: of all images without their own
+            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
+            "crop": "center",  # of folder: a square in the middle, or random
+            "flip": False,  # of folder: mirror half of the images
             "size": published["size"],
             "held_out": 1024,  # a choice: the last records are not trained on, the report compares with them
             "encode": "step",  # each step encodes its own images; or cache: once, before training

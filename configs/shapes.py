@@ -34,10 +34,15 @@ def get_config() -> ConfigDict:
     config.student = ConfigDict({"guidance_embedding_dim": 256})
     config.data = ConfigDict(
         {
-            "source": "shapes",  # or tar
+            "source": "shapes",  # or tar, or folder
             "length": 5000,  # of shapes: training images
             "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
-            "caption_field": "caption",  # of tar: in a key.json, if there is no key.txt
+            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
+            "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv
+            "caption": "",  # of folder: of all images without their own
+            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
+            "crop": "center",  # of folder: a square in the middle, or random
+            "flip": False,  # of folder: mirror half of the images
             "size": 64,
             "held_out": 1024,  # images that are not trained on; the report compares with them
             "encode": "cache",  # once, before training; or step: each step encodes its own images

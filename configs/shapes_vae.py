@@ -18,7 +18,22 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.init = ""  # initial model, such as `shapes` (bundled); if empty, train from scratch
     config.objective = ConfigDict({"name": "autoencoder", "kl_weight": 1e-5})
-    config.data = ConfigDict({"source": "shapes", "size": 64, "length": 200_000, "held_out": 512, "encode": "step"})
+    config.data = ConfigDict(
+        {
+            "source": "shapes",  # or folder, or tar
+            "length": 200_000,  # of shapes: training images
+            "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
+            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
+            "folder": "",  # of folder: of images at any depth
+            "caption": "an image",  # of folder: of all images without their own; an autoencoder reads none
+            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
+            "crop": "random",  # of folder: or center
+            "flip": False,  # of folder: mirror half of the images
+            "size": 64,
+            "held_out": 512,
+            "encode": "step",
+        }
+    )
     config.vae = ConfigDict(
         {
             "block_out_channels": (16, 32, 64),

@@ -1,9 +1,11 @@
-"""The table of data sources: either works with either config by flags alone, and a mistake is one line."""
+"""The table of data sources: each works with each config by flags alone, and a mistake is one line."""
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import write_folder
 from shards import write_shards
 from whole_runs import load_config
 
@@ -26,12 +28,15 @@ TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an 
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory) -> str:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+    folder = tmp_path_factory.mktemp("data")
+    write_folder(folder / "folder")
+    return write_shards(folder / "shards")
 
 
 def small(config: str, pattern: str, **more):
     config = load_config(config)
-    config.update_from_flattened_dict(SMALL | {"data.shards": pattern} | more)
+    sources = {"data.shards": pattern, "data.folder": str(Path(pattern).parent.with_name("folder"))}
+    config.update_from_flattened_dict(SMALL | sources | more)
     return config
 
 
@@ -45,7 +50,7 @@ def tokenize(captions: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("config", ["shapes", "lcd"])
-def test_either_source_and_either_encoding_work_with_either_config(config, name, pattern, tmp_path):
+def test_every_source_and_encoding_works_with_every_config(config, name, pattern, tmp_path):
     config = small(config, pattern, **{"data.source": name})
     dataset = load_dataset(config, tmp_path, log=lambda line: None)
     assert len(dataset.train) == (24 if name == "shapes" else 18) and len(dataset.held_out) == 6
@@ -86,7 +91,7 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"data.source": "folder"}, "^data.source 'folder' is not supported; use shapes or tar$"),
+        ({"data.source": "files"}, "^data.source 'files' is not supported; use shapes or tar or folder$"),
         ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source .* from --config.metrics$"),
         (
             {"data.source": "tar", "data.shards": "", "metrics": ("frechet",)},
@@ -113,6 +118,7 @@ def test_a_key_that_a_source_requires_is_named():
     config = load_config("shapes_vae")
     assert check_data(config).length == 200_000
     config.data.source = "tar"
+    del config.data.shards
     with pytest.raises(ValueError, match="^the config has no data.shards, which data.source=tar requires; add it"):
         check_data(config)
 

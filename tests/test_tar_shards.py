@@ -134,7 +134,8 @@ def test_corrupt_records_are_skipped_counted_and_reported(tmp_path):
     assert source.substitutes.unreadable.keys() == {6, 7, 8, 9, 10}
     reasons = lines[1:]
     assert len(reasons) == 5 and "5 of 11 so far (3 ImageError, 1 ValueError, 1 TextError)" in reasons[-1]
-    for line, reason in zip(reasons, ["pixels", "Truncated", "format is unknown", "caption_field", "not UTF-8"], strict=True):
+    expected = ["pixels", "Truncated", "format is unknown", "caption_field", "not UTF-8"]
+    for line, reason in zip(reasons, expected, strict=True):
         assert reason in line, line
 
 

@@ -56,9 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def crop_square(
-    image: Image.Image, size: int, rng: np.random.Generator | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return a square of an RGB image, uint8[size, size, 3], and SDXL's sizes for it, float32[6] (see `time_ids`).
 
     As in the published scripts, the shorter side is resized to `size`, up or down, with Pillow's bilinear filter, which

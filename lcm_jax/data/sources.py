@@ -5,10 +5,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from lcm_jax.data.captioned import CaptionedDataset, Source
+from lcm_jax.data.folder import FolderSource
 from lcm_jax.data.shapes import ShapesSource
 from lcm_jax.data.tar_shards import TarSource
 
-SOURCES: Mapping[str, type[Source]] = {"shapes": ShapesSource, "tar": TarSource}
+SOURCES: Mapping[str, type[Source]] = {"shapes": ShapesSource, "tar": TarSource, "folder": FolderSource}
 HELD_OUT_USERS = ("sample.images", "sample.prompts", "report.prompts", "report.reference")
 
 

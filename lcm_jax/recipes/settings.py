@@ -31,6 +31,7 @@ RANGES: Mapping[str, Range] = {
     "data.size": Range(8),
     "data.length": POSITIVE,
     "data.held_out": POSITIVE,
+    "data.repeats": POSITIVE,
     "train.steps": POSITIVE,
     "train.batch_size": POSITIVE,
     "train.accumulate": POSITIVE,
@@ -79,6 +80,8 @@ GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log"
 CHOICES: Mapping[str, tuple] = {
     "data.source": tuple(SOURCES),
     "data.encode": ("cache", "step"),
+    "data.crop": ("center", "random"),
+    "data.flip": (False, True),
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
     "train.remat": (False, True),
