@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from whole_runs import load_config
 from lcm_jax.data import images
 from lcm_jax.data.batches import ImageRecords
 from lcm_jax.data.captioned import CaptionedDataset
-from lcm_jax.data.folder import FolderSource, index_folder
+from lcm_jax.data.folder import FolderImages, FolderSource, index_folder
 from lcm_jax.data.loader import batches
 from lcm_jax.recipes import make_task
 
@@ -30,9 +31,10 @@ def captions(folder: Path, caption: str = "", field: str = "caption") -> tuple[d
     return {entry.image: read(entry) for entry in entries}, lines
 
 
-def opened(folder: Path | str, tmp_path: Path, seed: int = 0, **settings) -> tuple[CaptionedDataset, list[str]]:
+def opened(folder: Path | str, tmp_path: Path, seed: int = 0, **settings: Any) -> tuple[CaptionedDataset, list[str]]:
     lines: list[str] = []
-    source = FolderSource(str(folder), **({"size": SIZE, "held_out": 2} | settings))
+    settings = {"size": SIZE, "held_out": 2} | settings
+    source = FolderSource(str(folder), **settings)
     return source.open(seed, tmp_path / "run" / "index", lines.append), lines
 
 
@@ -319,10 +321,11 @@ def test_a_resumed_reader_continues_exactly_with_a_broken_image(first, tmp_path)
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
-def parts(folder: Path, tmp_path: Path, **settings) -> tuple[set[str], set[str]]:
-    dataset, _ = opened(folder, tmp_path, **settings)
-    train, held_out = ({part.caption(i) for i in range(len(part))} for part in (dataset.train, dataset.held_out))
-    return train, held_out
+def parts(folder: Path, tmp_path: Path, held_out: int) -> tuple[set[str], set[str]]:
+    """Captions of the training part and of the held-out part."""
+    dataset, _ = opened(folder, tmp_path, held_out=held_out)
+    assert isinstance(dataset.train, FolderImages)
+    return {dataset.train.caption(i) for i in range(len(dataset.train))}, set(dataset.prompts(held_out))
 
 
 def test_the_held_out_part_resembles_a_sorted_set_and_stays_when_files_are_added(tmp_path):
