@@ -13,8 +13,11 @@ student has no input for the guidance weight. See docs/lcm_lora.md.
 from ml_collections import ConfigDict
 
 from lcm_jax import config_files
-from lcm_jax.models.lora import DEFAULT_TARGETS
 
+TARGETS = (  # published: of the UNet, by diffusers' names of modules
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
 MODELS = {"shapes": "shapes", "sd15": "lcd:sd15", "sdxl": "lcd:sdxl"}
 
 
@@ -29,7 +32,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
         {
             "rank": 64,  # published
             "alpha": 64.0,  # published by the scripts; alpha / rank scales the updates
-            "targets": DEFAULT_TARGETS,  # published
+            "targets": TARGETS,
             "dropout": 0.0,
             "init": "",  # a LoRA to begin from, of this rank and these targets
         }

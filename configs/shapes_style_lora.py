@@ -9,11 +9,11 @@ docs/lcm_lora.md.
 from ml_collections import ConfigDict
 
 from lcm_jax import config_files
-from lcm_jax.models.lora import DEFAULT_TARGETS
 
 
 def get_config() -> ConfigDict:
     config = config_files.load("finetune:shapes")  # what is not set here is as in that config
-    config.lora = ConfigDict({"rank": 16, "alpha": 16.0, "targets": DEFAULT_TARGETS, "dropout": 0.0, "init": ""})
+    config.lora = config_files.load("lcm_lora:shapes").lora
+    config.lora.rank, config.lora.alpha = 16, 16.0
     config.train.ema_rate = 0.0
     return config

@@ -45,7 +45,7 @@ def open_or_published(config) -> OpenModel:
     The opener raises ValueError if there is neither.
     """
 
-    def open_local(name: str, base: str | None = None) -> StoredModel:
+    def open_local(name: str, *, base: str | None = None) -> StoredModel:
         if name in layout.SHIPPED or Path(name).exists():
             return open_model(name, base=base)
         if (family := config.get("family")) not in FAMILIES:
@@ -71,8 +71,8 @@ def estimate(config) -> dict[str, Any]:
     check_config(config)
     open_any, sources = open_or_published(config), []
 
-    def open_noted(name: str, base: str | None = None) -> StoredModel:
-        stored = open_any(name, base)
+    def open_noted(name: str, *, base: str | None = None) -> StoredModel:
+        stored = open_any(name, base=base)
         sources.append(stored.name)
         return stored
 

@@ -18,10 +18,10 @@ from lcm_jax.weights.model import StoredModel, check_complete, check_params, ope
 class OpenModel(Protocol):
     """`open_complete`, or for a dry run another opener that needs no weights."""
 
-    def __call__(self, name: str, base: str | None = None, /) -> StoredModel: ...
+    def __call__(self, name: str, /, *, base: str | None = None) -> StoredModel: ...
 
 
-def open_complete(name: str, base: str | None = None) -> StoredModel:
+def open_complete(name: str, *, base: str | None = None) -> StoredModel:
     """Open a model to train from, and check that it is complete before any work.
 
     base: a model that supplies what a single file lacks. Raises ModelError.
@@ -67,7 +67,7 @@ def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping
     make_configs(stored) returns the student's configs. `config.base`, if there is one, supplies what a single file
     lacks. Raises ModelError, and ValueError for configs that are not supported.
     """
-    stored, dtype = open_model(config[role], config.get("base") or None), jnp.dtype(config.train.dtype)
+    stored, dtype = open_model(config[role], base=config.get("base") or None), jnp.dtype(config.train.dtype)
     configs = make_configs(stored)
     # A model before its fine-tuning is sampled as it is afterwards.
     base = StableDiffusion.from_configs(stored.configs if role == "teacher" else configs, dtype)
