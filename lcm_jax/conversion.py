@@ -57,7 +57,7 @@ def convert(
 
     source: anything that `weights.model.open_model` opens, or a LoRA. target: a folder (diffusers, orbax) or a
     .safetensors file (ldm, lora-kohya, lora-peft). base, ema, prediction_type, scaling_factor, variant: see
-    `open_model`; for a LoRA, base is the model that it belongs to. merge: LoRAs to add, each FILE or FILE:WEIGHT.
+    `open_model`; for a LoRA, base is the model that it belongs to. merge: LoRAs to add, each LORA or LORA:WEIGHT.
     dtype: float32, bfloat16 or float16; by default each tensor's own. component: write this component alone. with_ema:
     write a run's student together with its EMA to one file. overwrite: replace the target. dry_run: describe the
     source and write nothing; target and format may then be None. log: receives each printed line.

@@ -19,7 +19,7 @@ from lcm_jax.models.lora import add_updates
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.finite import check_finite
-from lcm_jax.sampling.generate import default_sampler, generate, sampler_table
+from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
@@ -232,13 +232,16 @@ class Pipeline:
             arguments.warn_of_overlong(name, each, self.tokenizers[0])
 
         ids, negative_ids = (np.repeat(self.tokenize(each), copies, axis=0) for each in (prompts, negatives))
+        if not is_classifier_free(self.model, scale):
+            negative_ids = None
         program = self._program(sampler, skip, negative_prompt is None, output_type != "latent")
         parts = []
         for start in range(0, count, batch):
             rows = np.minimum(start + np.arange(batch), count - 1)
             drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
             drawn = drawn if latents is None else jnp.asarray(latents[rows])
-            inputs = Inputs(ids[rows], negative_ids[rows], drawn, noise, np.float32(scale), time_ids, inpainting)
+            negative = None if negative_ids is None else negative_ids[rows]
+            inputs = Inputs(ids[rows], negative, drawn, noise, np.float32(scale), time_ids, inpainting)
             parts.append(self._run(program, inputs, table)[: count - start])
         return _output(np.concatenate(parts), output_type)
 

@@ -53,7 +53,13 @@ CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text enc
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
 )
-LORA = flags.DEFINE_list("lora", [], "LoRA files to apply, separated by commas: FILE or FILE:WEIGHT.", **OWN)
+LORA = flags.DEFINE_list(
+    "lora",
+    [],
+    "LoRAs to apply, separated by commas: LORA or LORA:WEIGHT. LORA is a file, a folder that has one, the workdir of a "
+    "run, or a bundled name (shapes-lcm-lora).",
+    **OWN,
+)
 VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; defaults to the model's.", **OWN)
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; defaults to the model's.", **OWN)

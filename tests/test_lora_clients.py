@@ -4,6 +4,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_families
@@ -12,8 +13,12 @@ from reference_families import LATENTS, PROMPTS, SIZE, to_torch
 from safetensors.numpy import save_file
 
 import lcm_jax
+from lcm_jax.models import lora as adapters
+from lcm_jax.models.layers import apply
+from lcm_jax.models.unet import UNet2DCondition
+from lcm_jax.pipeline import _merge_kernel
 from lcm_jax.weights import lora as loras
-from lcm_jax.weights import trees
+from lcm_jax.weights import lora_files, trees
 from lcm_jax.weights.errors import ModelError
 
 torch = pytest.importorskip("torch")
@@ -127,6 +132,96 @@ def test_we_load_what_diffusers_saves(models, tmp_path):
         theirs.unload_lora_weights()
 
 
+def test_outputs_and_gradients_equal_those_of_peft():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(2)
+    config = reference_families.SMALL | {"use_linear_projection": False}
+    theirs = reference_families.diffusers.UNet2DConditionModel(**config)
+    unet = UNet2DCondition.from_config(dict(theirs.config))
+    rng = np.random.default_rng(0)
+    z, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4, 4), (2, 5, 16)))
+    t = np.asarray([3, 700], np.int32)
+    shapes = jax.eval_shape(lambda: unet.init(jax.random.key(0), z, t, context)["params"])
+    params = trees.to_params("unet", {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}, shapes)
+
+    targets = [target for target in adapters.DEFAULT_TARGETS if "samplers" not in target]  # of one level
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets), theirs)
+    settings = adapters.LoRASettings(3, 5.0, tuple(targets))
+    begun = lora_files.to_updates(jax.jit(lambda: adapters.init(jax.random.key(0), shapes, settings))(), 5.0)
+    theirs_too = {name.partition(".lora_A")[0]: p for name, p in theirs.named_parameters() if "lora_A" in name}
+    assert theirs_too.keys() == begun.keys(), "the same modules"
+    for module, update in begun.items():  # uniform up to the same bound, which no other distribution of PEFT's has
+        for down in (update.down, theirs_too[module].detach().numpy()):
+            assert 0.6 < np.abs(down).max() * np.sqrt(down[0].size) <= 1 + 1e-6
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    named = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
+
+    def updates(tensor):
+        both = lambda m: (tensor(named[f"{m}.lora_{side}.default.weight"]).numpy() for side in "AB")  # noqa: E731
+        return {module: loras.Update(*both(module), np.asarray(5.0, np.float32)) for module in begun}
+
+    output = theirs(to_torch(z), torch.from_numpy(t), torch.from_numpy(context)).sample
+    output.square().mean().backward()
+
+    @jax.jit
+    def run(trees):
+        def loss(trees):
+            with adapters.applied(trees, settings.scale):
+                found = apply(unet, params, z, t, context)
+            return jnp.square(found).mean(), found
+
+        return jax.grad(loss, has_aux=True)(trees)
+
+    gradient, found = run(lora_files.to_adapters(updates(torch.detach), shapes))
+    expected = output.detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    wanted = updates(lambda p: p.grad)
+    for module, update in lora_files.to_updates(gradient, 5.0).items():
+        for mine, other in zip(update[:2], wanted[module][:2], strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4 * np.abs(other).max(), err_msg=module)
+
+
+def test_diffusers_loads_what_a_run_exports(models, tmp_path, caplog):
+    """Both files; alpha is not the rank. With LCMScheduler and without guidance the images are ours."""
+    theirs, folder, _ = models
+    ours = lcm_jax.Pipeline.from_pretrained(folder)
+    settings = adapters.LoRASettings(3, 7.0, tuple(adapters.DEFAULT_TARGETS))
+    shapes = jax.eval_shape(lambda: adapters.init(jax.random.key(0), ours.params["unet"], settings))
+    rng = np.random.default_rng(5)
+    trained = jax.tree.map(lambda leaf: np.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
+    lora_files.write_adapters(tmp_path / "run" / "export", trained, settings.alpha)
+    assert ours.load_lora(tmp_path / "run") == "run"
+    again = lora_files.read_adapters(tmp_path / "run", ours.params["unet"], settings, ours.family)
+    jax.tree.map(np.testing.assert_array_equal, again, trained)
+    logger, scheduler = logging.getLogger("diffusers"), theirs.scheduler
+    logger.addHandler(caplog.handler)
+    try:
+        theirs.scheduler = reference_families.diffusers.LCMScheduler.from_config(scheduler.config)
+        latents, _ = draw_noise(3, 2, 1, LATENTS[1:])
+        arguments = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"} | SIZE
+        found = None
+        for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+            theirs.load_lora_weights(str(tmp_path / "run" / "export"), weight_name=name)
+            layers = [key for key, _ in theirs.unet.named_parameters() if "lora_A" in key]
+            assert len(layers) == len(adapters.modules(trained))
+            if ours.family != "sdxl":
+                expected = theirs(PROMPTS, latents=to_torch(latents), **arguments).images
+                if found is None:
+                    found = ours(PROMPTS, latents=np.asarray(latents), sampler="lcm", **arguments).images
+                assert np.abs(expected - found).max() * 255 <= 2
+            theirs.unload_lora_weights()
+    finally:
+        theirs.scheduler = scheduler
+        logger.removeHandler(caplog.handler)
+    # It warns of every LoRA that changes no text encoder, which is "safe to ignore if" that was meant.
+    messages = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert not [text for text in messages if "No LoRA keys associated to CLIPTextModel" not in text], (
+        "no key is left over"
+    )
+
+
 def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     _, folder, tensors = models
     for seed in (1, 2):
@@ -162,12 +257,18 @@ def test_several_at_weights_and_back_to_the_same_bits(models, tmp_path):
     assert ours.lora_weights == {"1": 0.5, "other": -0.25}
     ours.unload_lora("other")
     same(one, ours.params)
+    compiled = _merge_kernel._cache_size()
     ours.set_lora_weight("1", 2.0)
     ours.set_lora_weight("1", 0.5)
     same(one, ours.params)
+    assert _merge_kernel._cache_size() == compiled, "another weight compiles nothing"
     ours.save_pretrained(tmp_path / "merged")
     same(one, lcm_jax.Pipeline.from_pretrained(tmp_path / "merged").params)
     ours.unload_lora()
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, read, ours.params)), "the very arrays that were read"
     same(before, ours.params)
-    assert ours.lora_weights == {}
+    ours.params = ours.params | {"unet": jax.tree.map(lambda leaf: leaf.astype(jnp.float16), ours.params["unet"])}
+    half = ours.params
+    with pytest.raises(ModelError, match=r"\d+ tensors overflow in float16: unet\.\S+weight, .*; use a smaller weight"):
+        ours.load_lora(tmp_path / "1.safetensors", 1e7)
+    assert ours.params is half and ours.lora_weights == {}

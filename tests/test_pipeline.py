@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from numbered_noise import draw_noise
 import lcm_jax
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.schedule import make_schedule
+from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import inputs
+from lcm_jax.sampling.generate import generate
 from lcm_jax.sampling.preview import PreviewSampler
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.scheduler import lcm_scheduler
@@ -151,11 +154,23 @@ def test_a_sampler_that_is_not_supported_is_refused_only_where_it_samples(models
     np.testing.assert_array_equal(make_schedule(student).alphas_cumprod, pipe.model.schedule.alphas_cumprod)
 
 
-def test_a_network_without_guidance_input_is_guided_by_two_passes(teacher):
+def test_a_network_without_guidance_input_is_guided_by_two_passes_above_a_scale_of_1(teacher, monkeypatch):
     """As after an LCM-LoRA: the consistency sampler with classifier-free guidance."""
+    called, run = [], teacher._run
+    monkeypatch.setattr(teacher, "_run", lambda *each: called.append(each) or run(*each))
     arguments = {"latents": draw_latents(), "num_inference_steps": 1, "sampler": "lcm", "output_type": "latent"}
     at = {w: teacher(PROMPT, guidance_scale=w, **arguments).images for w in (1.0, 2.0, 3.0)}
-    # One step is affine in the network's output, and so in the guidance.
+    sizes, denoise = [], StableDiffusion.denoise
+
+    def count(model, params, z, *rest):
+        sizes.append(len(z))
+        return denoise(model, params, z, *rest)
+
+    monkeypatch.setattr(StableDiffusion, "denoise", count)
+    for _, given, table in called[:2]:
+        jax.eval_shape(partial(generate, teacher.model, sampler="lcm", table=table), teacher.params, given)
+    assert sorted(set(sizes)) == [1, 2], "one pass at a scale of 1, as in diffusers"
+    # One step is affine in the network's output, and so in the guidance; the one pass is what two make of w = 0.
     assert np.abs(at[2.0] - at[1.0]).max() > 1e-4
     np.testing.assert_allclose(at[3.0] - at[1.0], 2 * (at[2.0] - at[1.0]), rtol=1e-3, atol=1e-4 * np.abs(at[1.0]).max())
 
@@ -339,6 +354,11 @@ def test_previews_take_parameters_from_the_host_and_from_devices(student):
     broken["vae"]["decoder"]["conv_out"]["bias"] = jnp.full_like(broken["vae"]["decoder"]["conv_out"]["bias"], jnp.nan)
     with pytest.raises(ModelError, match="lcm at 2 steps: decoder.conv_out.bias of the vae contains NaN"):
         sampler(broken, "lcm", 2, 6.0)
+
+
+def test_previews_without_guidance_take_one_pass(teacher):
+    sampler = PreviewSampler(teacher.model, teacher.tokenize, [PROMPT], 16, 1)
+    assert sampler._inputs(0, 1.0).negative_ids is None and sampler._inputs(0, 2.0).negative_ids is not None
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):

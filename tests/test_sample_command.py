@@ -193,7 +193,7 @@ def test_pictures_with_loras(model, tmp_path):
 
     before = (output / "000.png").read_bytes()
     for lora, parts in [
-        (f"{files[0]}:much", ["'much' is not a number", "FILE:WEIGHT"]),
+        (f"{files[0]}:much", ["'much' is not a number", "LORA:WEIGHT"]),
         (f"{files[0]},{files[0]}:2", ["'one' is loaded already"]),
         (tmp_path / "none.safetensors", ["none.safetensors"]),
     ]:

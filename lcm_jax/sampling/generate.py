@@ -38,6 +38,11 @@ def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
     return table.padded(len(model.schedule.alphas_cumprod) + 1)  # PNDM has a row more than steps
 
 
+def is_classifier_free(model: StableDiffusion, guidance_scale: float) -> bool:
+    """Return True if guidance takes a second pass, for a negative prompt: above 1, without the weight as an input."""
+    return guidance_scale != 1 and model.guidance_embedding_dim is None
+
+
 def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting) -> jax.Array:
     """Return the `masked` part of a Conditioning, float32[N, h, w, 1 + c].
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling.finite import check_finite
-from lcm_jax.sampling.generate import generate, sampler_table
+from lcm_jax.sampling.generate import generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inpainting, Inputs, draw_noise, make_time_ids
 
 
@@ -76,13 +76,13 @@ class PreviewSampler:
 
     def _inputs(self, start: int, guidance_scale: float) -> Inputs:
         rows = np.minimum(start + np.arange(self._batch_size), len(self.prompts) - 1)
-        unguided = guidance_scale == 1 and self.model.guidance_embedding_dim is None  # one pass then
         side = self._size // self.model.downscale
         shape = (side, side, self.model.vae.config["latent_channels"])
+        guided = is_classifier_free(self.model, guidance_scale)
         latents, noise = draw_noise(self._seed, np.arange(start, start + len(rows), dtype=np.uint32), shape)
         return Inputs(
             token_ids=self._token_ids[rows],
-            negative_ids=None if unguided else np.repeat(self._negative_ids, len(rows), axis=0),
+            negative_ids=np.repeat(self._negative_ids, len(rows), axis=0) if guided else None,
             latents=latents,
             noise=noise,
             guidance_scale=np.float32(guidance_scale),

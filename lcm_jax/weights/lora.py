@@ -163,12 +163,12 @@ def open_lora(path: Path, base: "Components | None" = None, family: str = "sd1")
 
 
 def file_and_weight(text: str) -> tuple[Path, float]:
-    """Parse FILE or FILE:WEIGHT; the weight is 1 by default. Raises ModelError if it is not a number."""
+    """Parse LORA or LORA:WEIGHT; the weight is 1 by default. Raises ModelError if it is not a number."""
     file, _, weight = text.rpartition(":") if ":" in text else (text, "", "1")
     try:
         value = float(weight)
     except ValueError:
-        raise ModelError(f"{text}: {weight!r} is not a number; write FILE or FILE:WEIGHT") from None
+        raise ModelError(f"{text}: {weight!r} is not a number; write LORA or LORA:WEIGHT") from None
     if not np.isfinite(value):
         raise ModelError(f"{text}: the weight is {weight}; use a finite number")
     return Path(file), value
