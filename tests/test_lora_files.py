@@ -158,6 +158,8 @@ def test_names_of_a_lora(tmp_path, monkeypatch):
         loras.find_file(tmp_path)
     # A bundled one, for the pipeline, for --lora and for convert.
     monkeypatch.setattr(layout, "ASSETS", tmp_path)
+    with pytest.raises(ModelError, match="the bundled LoRA 'shapes-lcm-lora' is not at .*; install lcm_jax again"):
+        loras.find_file("shapes-lcm-lora")
     (tmp_path / "style" / "export").rename(tmp_path / "shapes-lcm-lora")
     assert loras.short_name(loras.find_file("shapes-lcm-lora")) == "shapes-lcm-lora"
     assert loras.file_and_weight("shapes-lcm-lora:0.5") == (Path("shapes-lcm-lora"), 0.5)

@@ -110,7 +110,10 @@ def find_file(name: str | Path) -> Path:
 
     Raises ModelError if there is none.
     """
-    path = layout.ASSETS / str(name) if str(name) in layout.SHIPPED_LORAS else Path(name)
+    bundled = str(name) in layout.SHIPPED_LORAS
+    path = layout.ASSETS / str(name) if bundled else Path(name)
+    if bundled and not path.exists():
+        raise ModelError(f"the bundled LoRA {str(name)!r} is not at {path}; install lcm_jax again")
     if not path.exists():
         kinds = f"a file, a folder, the workdir of a run, or a bundled LoRA ({', '.join(layout.SHIPPED_LORAS)})"
         raise ModelError(f"there is no LoRA {str(name)!r}; use {kinds}")
