@@ -710,7 +710,7 @@ def test_a_lora_is_merged_at_its_weight(model, style, tmp_path):
         (("--input={style}", "--format=lora-peft", "--base={model}", "--component=unet"), "omit component"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--with_ema"), "omit with_ema"),
         (("--input={style}", "--format=lora-peft", "--base={model}", "--dtype=float16"), "omit dtype"),
-        (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is not a number; write FILE or"),
+        (("--input={model}", "--format=ldm", "--merge={style}:much"), "'much' is not a number; write LORA or"),
     ],
 )
 def test_mistakes_with_a_lora_are_errors(model, style, tmp_path, arguments, message):
