@@ -27,6 +27,17 @@ COLORS = {  # sRGB
     "purple": (152, 54, 196),
     "orange": (246, 130, 20),
 }
+OUTLINE_COLORS = {  # sRGB; at least 77 away from colors of other names, here and above
+    "red": (166, 40, 30),
+    "green": (0, 130, 20),
+    "blue": (16, 84, 170),
+    "yellow": (255, 255, 60),
+    "purple": (236, 26, 224),
+    "orange": (255, 150, 60),
+}
+STYLES = {"fill": COLORS, "outline": OUTLINE_COLORS}  # the palette of each style
+STROKE = 3.0  # width of an outline in pixels of an image of 64, inside the shape, so that its size is that of a fill
+HOLE = 0.5  # and the least distance from the stroke to the center: the arms of a small cross have a thinner stroke
 HELD_OUT_PAIRS = (("yellow", "triangle"), ("purple", "square"), ("blue", "cross"))
 SIZES = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # radius in pixels of an image of 64
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -88,6 +99,7 @@ class Scene:
     specification: Specification
     objects: tuple[Object, ...]
     ground: Ground
+    style: str = "fill"
 
 
 # ---- the grammar ----------------------------------------------------------------------------------------------------
@@ -244,8 +256,11 @@ def _place(rng: np.random.Generator, radii: list[float], relation: str | None) -
         radii[:] = [max(7.0, 0.92 * r) for r in radii]  # too crowded: smaller objects
 
 
-def compose(caption: str, specification: Specification, rng: np.random.Generator) -> Scene:
-    """Sample a scene that satisfies `specification`. Colors that it leaves open never make a held-out pair."""
+def compose(caption: str, specification: Specification, rng: np.random.Generator, style: str = "fill") -> Scene:
+    """Sample a scene that satisfies `specification`. Colors that it leaves open never make a held-out pair.
+
+    style: one of STYLES; the same draws of `rng` give the same scene in each.
+    """
     things = []
     for thing in specification.things:
         free = [c for c in COLORS if (c, thing.shape) not in HELD_OUT_PAIRS]
@@ -253,9 +268,9 @@ def compose(caption: str, specification: Specification, rng: np.random.Generator
     radii = [_radius(rng, thing, len(things)) for thing in things]
     objects = []
     for thing, r, (x, y) in zip(things, radii, _place(rng, radii, specification.relation), strict=True):
-        rgb = tuple(np.clip(np.array(COLORS[thing.color]) + rng.integers(-8, 9, 3), 0, 255).tolist())
+        rgb = tuple(np.clip(np.array(STYLES[style][thing.color]) + rng.integers(-8, 9, 3), 0, 255).tolist())
         objects.append(Object(thing.shape, thing.color, x, y, r, rgb))
-    return Scene(caption, specification, tuple(objects), _ground(rng))
+    return Scene(caption, specification, tuple(objects), _ground(rng), style)
 
 
 # ---- rendering ------------------------------------------------------------------------------------------------------
@@ -298,13 +313,17 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
     first, second = np.array(g.first, np.float32), np.array(g.second, np.float32)
     image = first + (0.75 * mix)[..., None].astype(np.float32) * (second - first)
     for thing in scene.objects:
-        cover = np.clip(0.5 - outline(thing.shape, x - thing.x, y - thing.y, thing.radius) / scale, 0, 1)[..., None]
+        distance = outline(thing.shape, x - thing.x, y - thing.y, thing.radius)
+        if scene.style == "outline":
+            inradius = -outline(thing.shape, np.float64(0), np.float64(0), thing.radius)
+            distance = np.maximum(distance, -distance - min(STROKE, inradius - HOLE))
+        cover = np.clip(0.5 - distance / scale, 0, 1)[..., None]
         image += cover.astype(np.float32) * (np.array(thing.rgb, np.float32) - image)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 class Shapes:
-    """Random access to {"image": uint8[size, size, 3], "caption": str}; record i depends on (seed, split, i) alone."""
+    """Random access to {"image": uint8[size, size, 3], "caption": str}; record i depends on (seed, split, style, i) alone."""
 
     def __init__(
         self,
@@ -314,11 +333,12 @@ class Shapes:
         seed: int = 0,
         tasks: Sequence[str] = TASKS,
         relations: Sequence[str] = tuple(RELATIONS),
+        style: str = "fill",
     ):
         """Raise ValueError for settings without scenes.
 
         tasks: of the scenes, in turn; a task that is listed twice is twice as frequent. relations: of the scenes of the
-        task position.
+        task position. style: one of STYLES, in which the same scenes are drawn.
         """
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not supported; use one of {', '.join(SPLITS)}")
@@ -326,7 +346,10 @@ class Shapes:
             raise ValueError(f"data.tasks {unknown[0]!r} is not supported; use some of {', '.join(TASKS)}")
         if not relations or (unknown := [relation for relation in relations if relation not in RELATIONS]):
             raise ValueError(f"data.relations {list(relations)} is not supported; use some of {', '.join(RELATIONS)}")
-        self.split, self.length, self.size, self.seed, self._relations = split, length, size, seed, tuple(relations)
+        if style not in STYLES:
+            raise ValueError(f"data.style {style!r} is not supported; use one of {', '.join(STYLES)}")
+        self.split, self.length, self.size, self.seed, self.style = split, length, size, seed, style
+        self._relations = tuple(relations)
         self._tasks = [task for task in tasks if _captions(split, task)]
         if not self._tasks:
             raise ValueError(f"data.tasks {list(tasks)} have no captions in split {split!r}; use other tasks")
@@ -349,7 +372,7 @@ class Shapes:
                 if bool(option[1].things[0].color) == colored and option[1].relation in self._relations
             ]
         caption, specification = options[rng.integers(len(options))]
-        return compose(caption, specification, rng)
+        return compose(caption, specification, rng, self.style)
 
     def __getitem__(self, i: int) -> dict:
         scene = self.scene(i)
@@ -374,7 +397,7 @@ def evaluation_prompts(split: str, count: int) -> list[str]:
 class ShapesSource:
     """The source `shapes`: `length` training images of size x size pixels, and `held_out` of other captions.
 
-    tasks, relations: of the training images, see `Shapes`.
+    tasks, relations: of the training images; style: of all images; see `Shapes`.
     """
 
     length: int
@@ -382,20 +405,23 @@ class ShapesSource:
     held_out: int
     tasks: Sequence[str] = TASKS
     relations: Sequence[str] = tuple(RELATIONS)
+    style: str = "fill"
 
     def check(self, batch_size: int) -> None:
         self._train()
         check_length(self.length, batch_size)
 
     def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
-        settings = ("shapes", self.size, self.length, *self.tasks, *self.relations)
+        settings = ["shapes", self.size, self.length, *self.tasks, *self.relations]
+        if self.style != "fill":  # whose fingerprint is that of caches which were made before there were styles
+            settings.append(self.style)
         return CaptionedDataset(
             train=self._train(),
-            held_out=Shapes("test", self.held_out, self.size),
+            held_out=Shapes("test", self.held_out, self.size, style=self.style),
             prompts=lambda n: evaluation_prompts("test", n),
             compositional_prompts=lambda n: evaluation_prompts("composition", n),
             fingerprint=" ".join(map(str, settings)),
         )
 
     def _train(self) -> Shapes:
-        return Shapes("train", self.length, self.size, tasks=self.tasks, relations=self.relations)
+        return Shapes("train", self.length, self.size, 0, self.tasks, self.relations, self.style)

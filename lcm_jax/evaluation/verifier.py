@@ -3,8 +3,9 @@
 The grounds of `shapes` are nearly gray and its objects are not, so the chroma of a pixel, relative to that of the
 object, is the share of the pixel that the object covers. Connected components are counted, and each is named by its
 color and by the outline that, with the component's center and area, overlaps its coverage most. A component that
-resembles no color or no outline has no name and satisfies no caption. The six tasks and the strictness (exactly the
-objects named, no more) follow GenEval (arXiv 2310.11513).
+resembles no color or no outline has no name and satisfies no caption. An object through whose middle the ground is
+visible is an outline: its shape is that of what it encloses, and its color may be of either style's palette. The six
+tasks and the strictness (exactly the objects named, no more) follow GenEval (arXiv 2310.11513).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,9 @@ MAX_RADIUS = 16.0  # pixels; a larger component is not an object of the set
 SIZE_LIMIT = 10.0  # radius in pixels between small (up to 8.5) and large (from 11.5)
 MIN_OVERLAP = 0.78  # intersection over union with the best outline; softly decoded crosses reach 0.79
 RAMPS = (1.0, 3.0)  # pixels from full to no coverage across an edge: sharp, or as soft as decoders leave it
-COLOR_RADIUS = 60.0  # RGB distance to a named color; two of them are at least 90 apart
+MIDDLE = 0.6  # of the largest distance from the border of an object; what is farther from it is the object's middle
+MIN_FILLED = 0.75  # mean coverage of the middle of a fill; outlines have up to 0.65, fills of one step 0.75 and more
+COLOR_RADIUS = 60.0  # RGB distance to a named color; two with other names are at least 77 apart
 MIN_PURITY = 0.85  # of the pixels inside an object, the share whose nearest named color is the object's
 
 
@@ -82,15 +85,29 @@ def detect(image: np.ndarray) -> list[Detection]:
         background = np.median(strength[near & ~core]) if (near & ~core).any() else 0.0
         background = min(float(background), 0.25 * full)
         cover = np.where(near, np.clip((strength - background) / (full - background), 0, 1), 0)
-        detections.append(_name(cover, pixels[rows, columns], columns.start, rows.start, scale))
+        silhouette, palettes = cover, [shapes.COLORS]
+        if _is_outline(core, cover):
+            inside = ndimage.binary_erosion(ndimage.binary_fill_holes(core), np.ones((3, 3)))
+            silhouette, palettes = np.where(inside, 1, cover), list(shapes.STYLES.values())
+        color = _color(pixels[rows, columns][cover > 0.8], palettes)
+        detections.append(_name(silhouette, color, columns.start, rows.start, scale))
     return sorted(detections, key=lambda d: d.x)
 
 
-def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: float) -> Detection:
+def _is_outline(core: np.ndarray, cover: np.ndarray) -> bool:
+    """Return True if the ground is visible in the middle of an object.
+
+    core: bool[h, w], its component; cover: float[h, w] in [0, 1], the share of each pixel that the object covers.
+    """
+    depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(core))
+    return bool(cover[depth >= MIDDLE * depth.max()].mean() < MIN_FILLED)
+
+
+def _name(cover: np.ndarray, color: str | None, left: int, top: int, scale: float) -> Detection:
     """Name the object in a window of an image.
 
-    cover: float[h, w] in [0, 1], the share of each pixel that the object covers; pixels: float[h, w, 3]; left, top: of
-    the window, in pixels; scale: pixels of an image of 64 per pixel of this one.
+    cover: float[h, w] in [0, 1], the share of each pixel that the object covers, or encloses if it is an outline; left,
+    top: of the window, in pixels; scale: pixels of an image of 64 per pixel of this one.
     """
     x = (left + 0.5 + np.arange(cover.shape[1])) * scale
     y = (top + 0.5 + np.arange(cover.shape[0])) * scale
@@ -108,18 +125,24 @@ def _name(cover: np.ndarray, pixels: np.ndarray, left: int, top: int, scale: flo
                 best = overlap, radius, shape
     overlap, radius, shape = best
     fits = overlap >= MIN_OVERLAP and radius <= MAX_RADIUS
-    return Detection(shape if fits else None, _color(pixels[cover > 0.8]), cx, cy, radius, overlap)
+    return Detection(shape if fits else None, color, cx, cy, radius, overlap)
 
 
-def _color(inside: np.ndarray) -> str | None:
-    """inside: float[n, 3]. Return the named color of the median, or None if it is too far or too few pixels agree."""
-    names, table = list(shapes.COLORS), np.array(list(shapes.COLORS.values()), np.float32)
+def _color(inside: np.ndarray, palettes: Sequence[Mapping[str, tuple[int, int, int]]]) -> str | None:
+    """Name the median of an object's pixels, by the palette that has the nearest color.
+
+    inside: float[n, 3]. Returns None if that color is too far or too few pixels agree.
+    """
     if not len(inside):
         return None
-    distances = np.linalg.norm(np.median(inside, 0) - table, axis=1)
-    nearest = int(distances.argmin())
-    purity = (((inside[:, None] - table) ** 2).sum(-1).argmin(1) == nearest).mean()
-    return names[nearest] if distances[nearest] <= COLOR_RADIUS and purity >= MIN_PURITY else None
+    median = np.median(inside, 0)
+    tables = [np.array(list(palette.values()), np.float32) for palette in palettes]
+    distances = [np.linalg.norm(median - table, axis=1) for table in tables]
+    chosen = int(np.argmin([each.min() for each in distances]))
+    nearest = int(distances[chosen].argmin())
+    purity = (((inside[:, None] - tables[chosen]) ** 2).sum(-1).argmin(1) == nearest).mean()
+    near = distances[chosen][nearest] <= COLOR_RADIUS and purity >= MIN_PURITY
+    return list(palettes[chosen])[nearest] if near else None
 
 
 @cache
