@@ -89,12 +89,14 @@ def get_config(model: str = "sd15") -> ConfigDict:
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": max(published["steps"] // 20, 100), "keep": 2})
+    # best: a figure of the previews, such as frechet@4; its best checkpoint is kept in best/
+    config.checkpoint = ConfigDict({"every_steps": max(published["steps"] // 20, 100), "keep": 2, "best": ""})
     config.log = ConfigDict({"every_steps": 10})
     config.sample = ConfigDict(
         {
             "every_steps": max(published["steps"] // 10, 100),
             "prompts": 6,
+            "scored_prompts": 60,  # captions whose images the metrics measure at each preview; 0 is none
             "batch_size": 6,
             "guidance_scale": 8.0,
             "teacher_steps": 50,

@@ -73,12 +73,14 @@ def get_config() -> ConfigDict:
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 120, "keep": 2})
+    # best: a figure of the previews, such as frechet@4; its best checkpoint is kept in best/
+    config.checkpoint = ConfigDict({"every_steps": 120, "keep": 2, "best": ""})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict(
         {
             "every_steps": 300,
             "prompts": 12,
+            "scored_prompts": 36,  # captions whose images the metrics measure at each preview; 0 is none
             "batch_size": 12,
             "guidance_scale": 8.0,
             "teacher_steps": 50,

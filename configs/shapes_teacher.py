@@ -97,7 +97,8 @@ def get_config() -> ConfigDict:
     )
     config.export = ConfigDict({"dtype": "float16"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
+    # best: a figure of the previews, such as verifier@25; its best checkpoint is kept in best/
+    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best": ""})
     config.log = ConfigDict({"every_steps": 50})
     config.sample = ConfigDict(
         {"every_steps": 1500, "prompts": 72, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}

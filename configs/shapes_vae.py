@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2})
+    # best: a figure of the previews, such as held_out_absolute_error; its best checkpoint is kept in best/
+    config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2, "best": ""})
     config.log = ConfigDict({"every_steps": 20})
     config.sample = ConfigDict({"every_steps": 250, "images": 16})
     return config

@@ -56,12 +56,14 @@ def line(stops: bool) -> TrainTask:
         write_preview=write_preview,
         on_complete=lambda ema, frozen, seconds: print(f"complete: {float(ema['slopes'].mean())}"),
         weight_digests=lambda: {"line": "digest"},
+        figures={"slope": False},
     )
 
 
 def run(workdir: Path, fsdp: int, steps: int = STEPS, stops: bool = False) -> bool:
     settings = {"mesh.data": 2 // fsdp, "mesh.fsdp": fsdp, "train.steps": steps, "checkpoint.every_steps": 2}
-    config = shrunk_lcd("a teacher that is never read", **QUICK | settings | {"sample.every_steps": 2})
+    previews = {"sample.every_steps": 2, "checkpoint.best": "slope"}
+    config = shrunk_lcd("a teacher that is never read", **QUICK | settings | previews)
     return train(line(stops), config, workdir)
 
 

@@ -73,9 +73,13 @@ def test_one_process_writes_and_prints(both):
     assert all(line.startswith("[Gloo]") for line in second.splitlines()), "by the library itself"
     for mesh in ("data", "fsdp"):
         assert checkpoints_of(folder / mesh) == [2, 3]
-        assert [line["step"] for line in records(folder / mesh) if "slope" in line] == [2]
+        previews = [line for line in records(folder / mesh) if "slope" in line]
+        assert [line["step"] for line in previews] == [0, 2, 3], "at the start, when it is due, and at the end"
+        assert previews[-1]["best_step"] == 3 and previews[-1]["slope"] == max(line["slope"] for line in previews)
+        assert [path.name for path in (folder / mesh / "best").iterdir()] == ["3"]
         written = {path.name for path in (folder / mesh).iterdir()}
         assert written == {
+            "best",
             "checkpoints",
             "config.json",
             "origin.json",

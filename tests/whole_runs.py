@@ -22,8 +22,9 @@ SHRUNK = {
 }
 SHRUNK_LCD = SHRUNK | {
     "optimizer.warmup_steps": 0,
-    "sample.every_steps": 100,
+    "sample.every_steps": 0,
     "sample.prompts": 6,
+    "sample.scored_prompts": 6,
     "sample.batch_size": 6,
     "sample.teacher_steps": 2,
     "sample.student_steps": (1, 2),
@@ -62,6 +63,7 @@ SHRUNK_PUBLISHED = {
     "log.every_steps": 1,
     "sample.every_steps": 2,
     "sample.prompts": 2,
+    "sample.scored_prompts": 2,
     "sample.batch_size": 2,
     "sample.teacher_steps": 2,
     "sample.student_steps": (1,),

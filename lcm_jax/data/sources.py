@@ -10,7 +10,7 @@ from lcm_jax.data.shapes import ShapesSource
 from lcm_jax.data.tar_shards import TarSource
 
 SOURCES: Mapping[str, type[Source]] = {"shapes": ShapesSource, "tar": TarSource, "folder": FolderSource}
-HELD_OUT_USERS = ("sample.images", "sample.prompts", "report.prompts", "report.reference")
+HELD_OUT_USERS = ("sample.images", "sample.prompts", "sample.scored_prompts", "report.prompts", "report.reference")
 
 
 def check_data(config) -> Source:

@@ -31,11 +31,13 @@ class Metric(Protocol):
     """A measure of images and their prompts that accumulates in a state, a pytree of arrays.
 
     Parts of a set, from batches or from processes, are measured apart and merged in any order. columns: every key of
-    `result`. note: what a reader has to know of them, one sentence. sources: the data sources whose captions the metric
-    can judge, or None for any.
+    `result`; the one that has the metric's name in `METRICS` is a number, by which models are compared, and
+    lower_is_better is True if a better model has a lower one. note: what a reader has to know of them, one sentence.
+    sources: the data sources whose captions the metric can judge, or None for any.
     """
 
     columns: ClassVar[Mapping[str, Column]]
+    lower_is_better: ClassVar[bool]
     note: ClassVar[str]
     sources: ClassVar[tuple[str, ...] | None]
 

@@ -100,6 +100,7 @@ class FrechetDistance:
     """Metric: the Frechet distance of the images' features to those of real images. Its state is `Moments`."""
 
     columns: ClassVar[Mapping[str, Column]] = {"frechet": Column("Frechet", ".2f")}
+    lower_is_better: ClassVar[bool] = True
     note: ClassVar[str] = (
         "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
         "of real images; with this few images it is biased upwards, for all rows alike."

@@ -114,6 +114,17 @@ def composition(report: Mapping[str, Any]) -> str:
     return f"Pairs of color and shape that no training image has, {scores['captions']} captions: {', '.join(figures)}."
 
 
+def checkpoints(report: Mapping[str, Any]) -> str:
+    """Return the best checkpoint of a run and its last by a figure of its previews, as a sentence; empty without it."""
+    if (compared := report.get("checkpoints")) is None:
+        return ""
+    best, last = compared["best"], compared["last"]
+    return (
+        f"Best {compared['figure']} of the previews: {best['value']:.4g} at step {best['step']} "
+        f"({compared['folder']}); last: {last['value']:.4g} at step {last['step']}."
+    )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as the text of report.md."""
     rows = rows_of(report)
@@ -128,6 +139,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{report['device']}." + (f" Training took {training:.0f} s." if training is not None else ""),
         "\n".join(f"| {' | '.join(texts)} |" for texts in lines),
         composition(report),
+        checkpoints(report),
         " ".join(notes),
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"

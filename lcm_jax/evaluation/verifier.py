@@ -217,6 +217,7 @@ class Verifier:
     """Metric: the share of images that satisfy their captions. Its state is that of `count_accepted`."""
 
     columns: ClassVar[Mapping[str, Column]] = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
+    lower_is_better: ClassVar[bool] = False
     note: ClassVar[str] = (
         "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
     )

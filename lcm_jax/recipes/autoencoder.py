@@ -18,6 +18,7 @@ from lcm_jax.models.layers import apply
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives.autoencoder import Autoencoder, Networks
 from lcm_jax.ranges import from_settings
+from lcm_jax.recipes.curve import finish_previews
 from lcm_jax.recipes.models import OpenModel
 from lcm_jax.sampling.preview import save_grid
 from lcm_jax.training.loop import TrainTask
@@ -95,6 +96,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
             summary += f"; the verifier accepts {overall:.1%} of held-out images after encoding and decoding"
         files.write_text(workdir / "report.json", json.dumps(figures, indent=1) + "\n")
         print(summary)
+        finish_previews(config, workdir)
 
     return TrainTask(
         title="autoencoder",
@@ -111,6 +113,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         write_preview=write_preview,
         on_complete=on_complete,
         weight_digests=lambda: {} if start is None else {"init": compute_digests(start)["vae"]},
+        figures={"held_out_absolute_error": True},
     )
 
 

@@ -19,6 +19,7 @@ from lcm_jax.objectives.diffusion import Diffusion
 from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
+from lcm_jax.recipes.curve import finish_previews
 from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
 from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
@@ -115,12 +116,13 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
 
     def write_preview(ema: Params, frozen: Params, path: Path) -> dict[str, float]:
         sampler = previews()
-        images, _ = sampler({**frozen, **ema}, "ddim", config.sample.steps, config.sample.guidance_scale)
+        images, _ = sampler({**frozen, **ema}, "ddim", steps, config.sample.guidance_scale)
         rows = np.array_split(images, min(len(shapes.TASKS), len(images)))  # a task in each
         save_grid([row[: min(10, len(rows[-1]))] for row in rows], path)
         path.with_suffix(".txt").write_text("\n".join(sampler.prompts) + "\n", encoding="utf-8")
         score = verifier.score(images, sampler.prompts)
-        return {"verifier": score["overall"]} | {f"verifier/{task}": value for task, value in score["tasks"].items()}
+        tasks = {f"verifier/{task}@{steps}": value for task, value in score["tasks"].items()}
+        return {f"verifier@{steps}": score["overall"]} | tasks
 
     def on_complete(ema: Params, frozen: Params, seconds: float) -> None:
         params = {**jax.device_get(ema), "vae": read_params(autoencoder, "vae", abstract["vae"])}
@@ -130,6 +132,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
                 folder, configs, params, workdir / "tokenizer", configs["scheduler"], dtype=config.export.dtype
             )
         print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
+        finish_previews(config, workdir)
 
     def weight_digests() -> dict[str, str]:
         models = {"autoencoder": autoencoder} | ({} if start is None else {"init": start})
@@ -139,7 +142,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             for part, digest in compute_digests(stored).items()
         }
 
-    empty = np.asarray(tokenize([""])[0], np.int32)
+    empty, steps = np.asarray(tokenize([""])[0], np.int32), config.sample.steps
     return TrainTask(
         title="diffusion",
         objective=objective,
@@ -165,4 +168,5 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
         write_preview=write_preview,
         on_complete=on_complete,
         weight_digests=weight_digests,
+        figures={f"verifier@{steps}": False},
     )

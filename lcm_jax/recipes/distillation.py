@@ -19,7 +19,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.networks import Bind, Denoiser, Examples, Networks, Objective, Prepare
 from lcm_jax.recipes.export import complete
 from lcm_jax.recipes.models import Models, abstract_frozen, latent_shape, load_frozen, load_network, token_shape
-from lcm_jax.recipes.previews import Candidate, Previews, check_samplers
+from lcm_jax.recipes.previews import Candidate, Previews, check_samplers, preview_figures
 from lcm_jax.recipes.trained import Trained
 from lcm_jax.sampling.generate import masked_channels
 from lcm_jax.sampling.inputs import Inpainting
@@ -185,4 +185,5 @@ def make_task(
         write_preview=lambda ema, frozen, path: previews().write(ema, frozen, path),
         on_complete=on_complete,
         weight_digests=lambda: {f"{models.role}'s {name}": digest for name, digest in digests().items()},
+        figures=preview_figures(config, candidates[-1]),
     )

@@ -2,18 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lcm_jax.errors import RunError
 from lcm_jax.evaluation import report, verifier
-from lcm_jax.evaluation.evaluate import Resources, evaluate
-from lcm_jax.evaluation.frechet import encoder_features
-from lcm_jax.evaluation.metrics import make_metrics
+from lcm_jax.evaluation.evaluate import evaluate
+from lcm_jax.recipes.curve import finish_previews
 from lcm_jax.recipes.previews import Previews, inpainting_inputs
 from lcm_jax.sampling.preview import PreviewSampler
 from lcm_jax.training.state import Params
@@ -55,11 +52,12 @@ def complete(
     frozen: Params,
     seconds: float,
 ) -> None:
-    """Write export/, samples/final.png and the report of a complete run, unless they are there already.
+    """Write curve.png, export/, samples/final.png and the report of a complete run, the latter unless they are there.
 
     export(folder): writes the model. ema, frozen: on the devices. seconds: the time that training took. A report that
     was made with other settings is made anew.
     """
+    compared = finish_previews(config, workdir)
     path, exported = workdir / "report.json", (workdir / "export").exists()
     before = read_object(path, "delete it, and the same command makes it again") if path.exists() else None
     settings = {"metrics": config.metrics} | config.report.to_dict()
@@ -79,13 +77,17 @@ def complete(
 
     began = time.monotonic()
     figures = measure(config, previews, ema, frozen)
-    result = figures | {
-        **report.environment(),
-        "guidance_scale": config.report.guidance_scale,
-        "settings": settings,
-        "config_digest": config_digest(config.to_dict()),
-        "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
-    }
+    result = (
+        figures
+        | ({} if compared is None else {"checkpoints": compared})
+        | {
+            **report.environment(),
+            "guidance_scale": config.report.guidance_scale,
+            "settings": settings,
+            "config_digest": config_digest(config.to_dict()),
+            "seconds": {"training": round(seconds, 1), "report": round(time.monotonic() - began, 1)},
+        }
+    )
     report.write(result, workdir)
     report.show(result)
     print(f"student in {workdir / 'export'}; images in {workdir / 'samples' / 'final.png'}; figures in {path}")
@@ -97,14 +99,7 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
     prompts = dataset.prompts(settings.prompts)
     # Fewer: they stand beside the others, and many steps take most of a report's time.
     unseen = dataset.compositional_prompts(max(settings.prompts // 4, 1)) if "verifier" in config.metrics else []
-
-    def real_images() -> Iterator[np.ndarray]:
-        for first in range(0, settings.reference, size):
-            last = min(first + size, settings.reference)
-            yield np.stack([dataset.held_out[i]["image"] for i in range(first, last)])
-
-    features = encoder_features(previews.candidates[-1].model, frozen["vae"], size)
-    metrics = make_metrics(config.metrics, Resources(features, real_images))
+    metrics = previews.metrics(frozen)
     rows, composition = [], {}
     for candidate in previews.candidates:
         who, model, params = candidate.name, candidate.model, candidate.params(ema, frozen)

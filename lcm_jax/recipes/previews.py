@@ -1,7 +1,8 @@
 """Images of the same prompts by the models that a run compares, and inputs of inpainting models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ from lcm_jax.data.captioned import CaptionedDataset, Records
 from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.masks import fixed_masks
 from lcm_jax.diffusion.pixels import to_float
-from lcm_jax.evaluation import verifier
+from lcm_jax.evaluation.evaluate import Metric, Resources, evaluate
+from lcm_jax.evaluation.frechet import encoder_features
+from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling.generate import sampler_table
 from lcm_jax.sampling.inputs import Inpainting
@@ -81,6 +84,12 @@ def inpainting_inputs(model: StableDiffusion, records: Records, count: int) -> I
     return Inpainting(to_float(images), masks, jax.random.normal(jax.random.key(POSTERIOR_SEED), shape, jnp.float32))
 
 
+def preview_figures(config, student: Candidate) -> dict[str, bool]:
+    """Return the student's figures in previews, `metric@steps`; True if lower is better."""
+    metrics = config.metrics if config.sample.scored_prompts else ()
+    return {f"{name}@{n}": METRICS[name].lower_is_better for name in metrics for n in student.preview_steps(config)}
+
+
 class Previews:
     """Rows of images of a run's prompts: those of each candidate for each of its numbers of steps.
 
@@ -88,10 +97,8 @@ class Previews:
     """
 
     def __init__(self, config, candidates: Sequence[Candidate], tokenize: Tokenize, dataset: CaptionedDataset):
-        self.candidates, self.tokenize, self.dataset = candidates, tokenize, dataset
+        self.candidates, self.tokenize, self.dataset, self._config = candidates, tokenize, dataset, config
         self.prompts = dataset.prompts(config.sample.prompts)
-        self.scored, self._scale = "verifier" in config.metrics, config.sample.guidance_scale
-        self._steps = {each.name: each.preview_steps(config) for each in candidates}
         inpainting = inpainting_inputs(candidates[-1].model, dataset.held_out, len(self.prompts))
         self._samplers = {
             each.name: PreviewSampler(
@@ -100,14 +107,15 @@ class Previews:
             for each in candidates
         }
         self._fixed_rows: dict[str, np.ndarray] | None = None
+        self._metrics: dict[str, Metric] | None = None
 
     def _rows(self, candidate: Candidate, trained: Params, frozen: Params) -> dict[str, np.ndarray]:
-        sampler, scale = self._samplers[candidate.name], candidate.guidance_scale(self._scale)
+        sampler, scale = self._samplers[candidate.name], candidate.guidance_scale(self._config.sample.guidance_scale)
         return {
             f"{candidate.name}, {n} step{'s' * (n > 1)}": sampler(
                 candidate.params(trained, frozen), candidate.sampler, n, scale
             )[0]
-            for n in self._steps[candidate.name]
+            for n in candidate.preview_steps(self._config)
         }
 
     def rows(self, trained: Params, frozen: Params) -> dict[str, np.ndarray]:
@@ -118,22 +126,43 @@ class Previews:
             self._fixed_rows = {label: row for rows in each for label, row in rows.items()}
         return self._fixed_rows | self._rows(student, trained, frozen)
 
-    def save(self, trained: Params, frozen: Params, path: Path) -> dict[str, np.ndarray]:
-        """Write `rows` as a PNG to `path`, and return them."""
+    def save(self, trained: Params, frozen: Params, path: Path) -> None:
+        """Write `rows` as a PNG to `path`."""
         rows = self.rows(trained, frozen)
         save_grid(list(rows.values()), path, list(rows))
-        return rows
+
+    def metrics(self, frozen: Params) -> dict[str, Metric]:
+        """Return the metrics of the config, which compare with real images that are encoded at the first call."""
+        if self._metrics is None:
+            settings, size = self._config, self._config.sample.batch_size
+
+            def real_images() -> Iterator[np.ndarray]:
+                for first in range(0, settings.report.reference, size):
+                    last = min(first + size, settings.report.reference)
+                    yield np.stack([self.dataset.held_out[i]["image"] for i in range(first, last)])
+
+            features = encoder_features(self.candidates[-1].model, frozen["vae"], size)
+            self._metrics = make_metrics(settings.metrics, Resources(features, real_images))
+        return self._metrics
+
+    def figures(self, trained: Params, frozen: Params) -> dict[str, float]:
+        """Return the `preview_figures` of the trained candidate's images of held-out captions."""
+        settings, student = self._config.sample, self.candidates[-1]
+        if not settings.scored_prompts:
+            return {}
+        prompts = self.dataset.prompts(settings.scored_prompts)
+        inpainting = inpainting_inputs(student.model, self.dataset.held_out, len(prompts))
+        sampler, scale = self._samplers[student.name], student.guidance_scale(settings.guidance_scale)
+        draw = partial(
+            sampler.with_prompts(prompts, inpainting).batches, student.params(trained, frozen), guidance_scale=scale
+        )
+        metrics, plan = self.metrics(frozen), {student.sampler: student.preview_steps(self._config)}
+        return {
+            f"{name}@{row['steps']}": row[name] for row in evaluate(draw, plan, prompts, metrics) for name in metrics
+        }
 
     def write(self, trained: Params, frozen: Params, path: Path) -> dict[str, float]:
-        """Write a PNG to `path` and the prompts beside it; return the verifier's scores if it is among the metrics."""
-        rows = self.save(trained, frozen, path)
+        """Write a PNG to `path` and the prompts beside it; return `figures`."""
+        self.save(trained, frozen, path)
         path.with_suffix(".txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
-        if not self.scored:
-            return {}
-        scores = [verifier.score(row, self.prompts)["overall"] for row in rows.values()]
-        names = [
-            each.name if len(self._steps[each.name]) == 1 and each is not self.candidates[-1] else f"{n}_steps"
-            for each in self.candidates
-            for n in self._steps[each.name]
-        ]
-        return {f"verifier/{name}": score for name, score in zip(names, scores, strict=True)}
+        return self.figures(trained, frozen)

@@ -50,6 +50,7 @@ RANGES: Mapping[str, Range] = {
     "log.every_steps": EVERY,
     "sample.every_steps": EVERY,
     "sample.prompts": POSITIVE,
+    "sample.scored_prompts": Range(2, also=0),  # a covariance takes two images
     "sample.batch_size": POSITIVE,
     "sample.guidance_scale": GUIDANCE,
     "sample.steps": STEPS,

@@ -2,10 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,13 @@ def not_finite(state) -> list[str]:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, a numbered subfolder each, of which the newest `keep` are kept.
+    """The checkpoints in `folder`, a numbered subfolder each.
 
-    A subfolder is renamed to its number only when it is complete, so that a run that is killed while it writes leaves
-    the previous one intact.
+    keep: the number of the newest ones that are kept, or None to keep all. A subfolder is renamed to its number only
+    when it is complete, so that a run that is killed while it writes leaves the previous one intact.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int | None):
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._aside = self.folder.with_name(self.folder.name + "-unreadable")
@@ -69,11 +69,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True, create=True)
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, note: Mapping[str, Any] | None = None) -> None:
         """Start to write `state` in the background; return as soon as its arrays can be donated.
 
-        A step that is already saved is not written again. Raises CheckpointError if the state is not finite, and as
-        `wait` does.
+        note: JSON that `notes` returns. A step that is already saved is not written again. Raises CheckpointError if
+        the state is not finite, and as `wait` does.
         """
         step = int(state.step)
         if bad := not_finite(state):
@@ -83,8 +83,28 @@ class Checkpoints:
             )
         if step not in self._manager.all_steps():
             arguments = ocp.args.StandardSave(state)
+            metadata = {"crc32": checksums(state), "note": dict(note or {})}
             with self._writing():
-                self._manager.save(step, args=arguments, custom_metadata={"crc32": checksums(state)})
+                self._manager.save(step, args=arguments, custom_metadata=metadata, force=True)  # older steps as well
+
+    def notes(self) -> dict[int, dict[str, Any]]:
+        """Return the notes of the checkpoints by step; a note is empty if it was saved without one.
+
+        Raises CheckpointError for one that is damaged.
+        """
+        notes = {}
+        for step in self._manager.all_steps():
+            try:
+                notes[step] = dict((self._manager.metadata(step).custom_metadata or {}).get("note") or {})
+            except Exception as error:  # orbax raises many kinds
+                path = self.folder / str(step)
+                raise CheckpointError(f"the metadata of {path} is damaged ({first_line(error)}); delete it") from error
+        return notes
+
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint of a step; every process has to call it."""
+        with self._writing():
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.

@@ -17,17 +17,22 @@ from tensorboardX.summary import scalar
 
 from lcm_jax.files import write_text
 
+FILE = "metrics.jsonl"
+PREVIEW = "preview_seconds"  # in the records of previews alone
+BEST = "best_step"  # in those of a run that keeps its best checkpoint: the step of that
+
 
 class Recorder:
     """Writer of scalars to `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
     Opened at step N, it drops the lines after N, which a killed run wrote after its last checkpoint, and an incomplete
-    last line, so that no step is recorded twice. Other damaged lines are dropped and logged.
-    `seconds`: the duration of the run up to N, or 0. write: False in a process for which another one writes.
+    last line, so that no step is recorded twice; at step 0, of which there is no checkpoint, all lines. Other damaged
+    lines are dropped and logged. `seconds`: the duration of the run up to N, or 0. `previewed`: True if the preview of
+    step N is recorded. write: False in a process for which another one writes.
     """
 
     def __init__(self, workdir: Path, step: int, log: Callable[[str], None], write: bool = True):
-        self._path, self.seconds, self._write = Path(workdir) / "metrics.jsonl", 0.0, write
+        self._path, self.seconds, self.previewed, self._write = Path(workdir) / FILE, 0.0, False, write
         if not write:
             return
         if self._path.exists():
@@ -35,9 +40,11 @@ class Recorder:
             records = [_record(line) for line in lines]
             if damaged := records[:-1].count(None):
                 log(f"warning: {self._path} has {damaged} damaged lines, which are dropped")
-            kept = [(line, r) for line, r in zip(lines, records, strict=True) if r is not None and r["step"] <= step]
+            paired = zip(lines, records, strict=True) if step else ()
+            kept = [(line, record) for line, record in paired if record is not None and record["step"] <= step]
             write_text(self._path, "".join(line + "\n" for line, _ in kept))
             self.seconds = max((record.get("seconds", 0.0) for _, record in kept), default=0.0)
+            self.previewed = any(record["step"] == step and PREVIEW in record for _, record in kept)
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
         # The thread of SummaryWriter dies on a full disk, and the run would wait for it forever.
@@ -64,11 +71,19 @@ class Recorder:
             self._board.close()
 
 
+def read_previews(workdir: Path) -> list[dict[str, float]]:
+    """Return the records of a run's previews, in the order of their steps; none if nothing is recorded."""
+    path = Path(workdir) / FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    records = [record for line in lines if (record := _record(line)) is not None and PREVIEW in record]
+    return sorted(records, key=lambda record: record["step"])
+
+
 def _record(line: str) -> dict[str, float] | None:
     """Return the record of a line, or None if it is damaged."""
     try:
         record = json.loads(line)
-        numbers = all(isinstance(record.get(name, 0), int | float) for name in ("step", "seconds"))
+        numbers = all(isinstance(value, int | float) for value in record.values())
     except (ValueError, AttributeError):
         return None
     return record if numbers and "step" in record else None

@@ -1,10 +1,11 @@
 """The training loop: every effect of a run (devices, files, clocks, signals) in one file, top to bottom."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +17,9 @@ import numpy as np
 from lcm_jax.errors import RunError, first_line, memory_shortage, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
 from lcm_jax.training import distributed, sharding
+from lcm_jax.training.best import BestCheckpoint, check_best
 from lcm_jax.training.checkpoint import STABLER, Checkpoints
-from lcm_jax.training.logging import ProgressReport, Recorder
+from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
 from lcm_jax.training.state import Params, TrainState, create_state, make_optimizer
 from lcm_jax.training.step import make_train_step
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
@@ -28,13 +30,13 @@ MAX_PENDING = 100  # updates whose losses wait on the device if log.every_steps=
 
 
 class WritePreview(Protocol):
-    def __call__(self, ema: Params, frozen: Params, path: Path, /) -> Mapping[str, float]:
-        """Write a PNG to `path`; return scalars to record."""
+    def __call__(self, average: Params, frozen: Params, path: Path, /) -> Mapping[str, float]:
+        """Write a PNG to `path`; return its figures by name. average: see `TrainState`."""
         ...
 
 
 class OnComplete(Protocol):
-    def __call__(self, ema: Params, frozen: Params, seconds: float, /) -> None:
+    def __call__(self, average: Params, frozen: Params, seconds: float, /) -> None:
         """Write what a complete run leaves behind. seconds: the time that its training took."""
         ...
 
@@ -48,7 +50,7 @@ class TrainTask:
     that nothing else refers to. latents, batch: the shapes of a whole batch's z and of its records, by which the step
     is compiled before anything is loaded. make_batches(frozen, step): endless batches of numpy arrays, beginning with
     that of `step` (0-based); frozen as it lies on the devices. weight_digests(): of the weights that the run starts
-    from, by name.
+    from, by name. figures: those of previews by which a checkpoint can be the best, True if lower is better.
     """
 
     title: str
@@ -65,6 +67,7 @@ class TrainTask:
     write_preview: WritePreview
     on_complete: OnComplete
     weight_digests: Callable[[], Mapping[str, str]]
+    figures: Mapping[str, bool] = field(default_factory=dict)
 
 
 def check_run(workdir: Path, config) -> None:
@@ -88,11 +91,13 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 
     Returns True when the run is complete, False when SIGTERM, SIGHUP or Ctrl-C stopped it early, with its state saved.
-    Raises RunError on a loss or a state that is not finite, on too little memory and on a full disk, and Interrupted
-    if Ctrl-C ends a phase that has nothing to save; the last good checkpoint stays.
+    Raises ValueError if `config.checkpoint.best` is not a figure of the task; RunError on a loss or a state that is not
+    finite, on too little memory and on a full disk, and Interrupted if Ctrl-C ends a phase that has nothing to save;
+    the last good checkpoint stays.
     """
     began = time.monotonic()
     check_run(workdir, config)
+    check_best(config, task.figures)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     create = lambda params: create_state(params, optimizer, average=config.train.ema_rate > 0)  # noqa: E731
@@ -158,12 +163,12 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
         if done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
             return False
-        ema, alone = distributed.local((state.average, frozen))
+        average, alone = distributed.local((state.average, frozen))
         del state, advance  # what the report has no use for leaves the device
         memory = "lower report.batch_size" if "report" in config else "use a device with more memory"
         with phase("writing the export and the report", memory=memory, kept=checkpoints.summary):
             if distributed.is_main():
-                task.on_complete(ema, alone, seconds)
+                task.on_complete(average, alone, seconds)
             distributed.wait_for_all("report")
     return True
 
@@ -186,19 +191,33 @@ def run_steps(
     steps, batch_size, step = config.train.steps, config.train.batch_size, int(state.step)
     due = lambda group: bool(group.every_steps) and step % group.every_steps == 0  # noqa: E731
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
-    with (
-        closing(ProgressReport(steps, step, task.title)) as progress,
-        closing(Recorder(workdir, step, progress.log, write=distributed.is_main())) as recorder,
-        closing(_StopSignal()) as stop,
-    ):
+    with ExitStack() as stack:
+        hold = lambda each: stack.enter_context(closing(each))  # noqa: E731
+        progress = hold(ProgressReport(steps, step, task.title))
+        recorder = hold(Recorder(workdir, step, progress.log, write=distributed.is_main()))
+        best = hold(open_best(task, config, workdir, checkpoints)) if config.checkpoint.best else None
+        stop = hold(_StopSignal())
         if step:
             progress.log(f"resumed {workdir} at step {step}")
         began -= recorder.seconds  # what earlier processes of this run have taken
-        clock, clocked = time.monotonic(), step
         stopping = lambda: distributed.any_process(stop.requested)  # noqa: E731
-        while step < steps and not stopping():
+        previewed = distributed.any_process(recorder.previewed)
+        clock, clocked = time.monotonic(), step
+        while True:
+            # At the start as well, at the end, and again if the preview of the step that the run resumes at was lost.
+            if (due(config.sample) or (step == steps and config.sample.every_steps)) and not (previewed or stopping()):
+                path = workdir / "samples" / f"{step:06d}.png"
+                scalars = write_preview(task, state, frozen, path, checkpoints.summary, stop, progress.log)
+                # Recorded after that: the preview of a run that is killed meanwhile is made again.
+                if best is not None and best.consider(state, scalars):
+                    progress.log(f"step {step}: the best {best.figure} so far; its checkpoint is in {best.folder}")
+                if scalars:
+                    recorder.write(step, scalars | ({BEST: best.step} if best and best.step is not None else {}))
+                clock, clocked = time.monotonic(), step
+            if step >= steps or stopping():
+                break
             state, metrics = advance(state)
-            step += 1
+            step, previewed = step + 1, False
             pending.append((step, metrics))
 
             save = step == steps or stopping() or due(config.checkpoint)
@@ -214,32 +233,48 @@ def run_steps(
                 progress.update(step, scalars)
             elif not config.log.every_steps and len(pending) >= MAX_PENDING:
                 _read(pending, checkpoints)
-            if due(config.sample) and not stopping():
-                path = workdir / "samples" / f"{step:06d}.png"
-                path.parent.mkdir(exist_ok=True)
-                own_ema, own_frozen = distributed.local((state.average, frozen))
-                with (
-                    phase("sampling a preview", memory="lower sample.batch_size", kept=checkpoints.summary),
-                    stop.at_once(),
-                ):
-                    if distributed.is_main():
-                        try:
-                            scalars = task.write_preview(own_ema, own_frozen, path)
-                        except ModelError as error:  # images of NaN: training itself checks its loss and its state
-                            progress.log(f"step {step}: no preview, since {error}")
-                        else:
-                            if scalars:
-                                recorder.write(step, scalars)
-                            values = (f"{name} {value:.4g}" for name, value in scalars.items())
-                            progress.log("  ".join([f"step {step}: {path}", *values]))
-                distributed.wait_for_all("preview")
-                del own_ema, own_frozen  # the next step donates its arrays
-                clock, clocked = time.monotonic(), step
         if pending:  # the signal came after this step had been looked at
             _read(pending, checkpoints)
         checkpoints.save(state)  # which does nothing where the loop has saved this step
         checkpoints.wait()
     return state, time.monotonic() - began
+
+
+def open_best(task: TrainTask, config, workdir: Path, checkpoints: Checkpoints) -> BestCheckpoint:
+    """Open the checkpoint in `workdir`/best that has the best value of `config.checkpoint.best`."""
+    figure, settings = config.checkpoint.best, json.loads(json.dumps(config.sample.to_dict()))
+    del settings["every_steps"]  # by which no value changes
+    return BestCheckpoint(workdir / "best", figure, task.figures[figure], settings, checkpoints)
+
+
+def write_preview(
+    task: TrainTask,
+    state: TrainState,
+    frozen: Params,
+    path: Path,
+    kept: Callable[[], str],
+    stop: "_StopSignal",
+    log: Callable[[str], None],
+) -> dict[str, float]:
+    """Write the preview of `state` to `path`; return its scalars in the main process, in the others none.
+
+    kept: see `phase`. There are none either if a stop is asked for, which leaves the preview at once, or if an image is
+    NaN, which is logged: training itself checks its loss and its state.
+    """
+    began, step, scalars = time.monotonic(), int(state.step), {}
+    path.parent.mkdir(exist_ok=True)
+    average, alone = distributed.local((state.average, frozen))
+    with phase("sampling a preview", memory="lower sample.batch_size", kept=kept), stop.at_once():
+        if distributed.is_main():
+            try:
+                figures = task.write_preview(average, alone, path)
+            except ModelError as error:
+                log(f"step {step}: no preview, since {error}")
+            else:
+                scalars = dict(figures) | {PREVIEW: time.monotonic() - began}
+                log("  ".join([f"step {step}: {path}", *(f"{name} {value:.4g}" for name, value in figures.items())]))
+    distributed.wait_for_all("preview")
+    return scalars
 
 
 def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.sharding.Mesh) -> Callable:

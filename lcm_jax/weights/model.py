@@ -51,12 +51,11 @@ def open_model(
     """Open a model in any format; its configs and the names of its tensors are read, no tensor is.
 
     name: a .safetensors or .ckpt file, a folder in diffusers layout (also of a single network), a hub id (`org/name`),
-    a bundled name (`shapes`), the workdir of a run or one of its checkpoints, or an orbax model written by `convert`.
-    base: a model in diffusers layout that supplies what the input lacks: networks, tokenizer, config values; a model
-    that lacks nothing has no use for it. ema: use
-    the averaged weights; by default those of a run, but not those of a single file. variant: of the weight files of a
-    folder, such as `fp16`. prediction_type, scaling_factor: override the input and the base.
-    Raises ModelError.
+    a bundled name (`shapes`), the workdir of a run (or its best/, or one of its checkpoints), or an orbax model written
+    by `convert`. base: a model in diffusers layout that supplies what the input lacks: networks, tokenizer, config
+    values; a model that lacks nothing has no use for it. ema: use the averaged weights; by default those of a run, but
+    not those of a single file. variant: of the weight files of a folder, such as `fp16`. prediction_type,
+    scaling_factor: override the input and the base. Raises ModelError.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ModelError(f"prediction_type {prediction_type!r} is not supported; use {', '.join(PREDICTION_TYPES)}")
@@ -65,7 +64,7 @@ def open_model(
     if path.is_file():
         model = open_file(path, bool(ema), prediction_type, scaling_factor)
     elif run is not None:
-        model = open_run(*run, base, ema is not False, variant)
+        model = open_run(run, base, ema is not False, variant)
     elif ema is not None:
         raise ModelError(f"{name} has one set of weights; use --ema and --noema with runs and single files only")
     else:
@@ -129,14 +128,15 @@ def open_network(name: str | Path, folder: Path, variant: str | None = None) -> 
     return StoredModel(str(name), "vae" if part == "vae" else "", {part: config}, {part: tensors})
 
 
-def open_run(workdir: Path, step: int | None, base: str | Path | None, ema: bool, variant: str | None) -> StoredModel:
+def open_run(place: orbax_folder.RunPlace, base: str | Path | None, ema: bool, variant: str | None) -> StoredModel:
     """Open the student of a run, or its EMA, with the networks that the run does not train from its teacher.
 
     These come from `base`, else the run's export, else the teacher that its config names. Raises ModelError.
     """
+    workdir, folder, step = place
     config = orbax_folder.read_run_file(workdir)
     part = "ema" if ema else "params"
-    step, trained = orbax_folder.open_components(workdir / "checkpoints", step, part)
+    step, trained = orbax_folder.open_components(folder, step, part)
     name = f"{workdir}, the {'EMA target' if ema else 'student'} at step {step}"
     if config["objective"]["name"] == "autoencoder":
         return StoredModel(name, "vae", {}, trained)

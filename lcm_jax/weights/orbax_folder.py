@@ -1,13 +1,14 @@
 """The folders with orbax checkpoints: models that `convert` wrote, and the workdirs of runs.
 
 A model is a folder with configs.json, the tokenizers, and one step, 0, under checkpoints/, whose tree is
-{component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no configs of networks.
+{component: parameters}. A run has its whole state there (params, ema, opt_state, step), and no configs of networks; in
+the same form its best state is in best/.
 """
 
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -30,16 +31,24 @@ def is_model(folder: Path) -> bool:
     return (folder / CONFIGS).is_file()
 
 
-def find_run(path: Path) -> tuple[Path, int | None] | None:
-    """Return (workdir, step or None for the newest) if `path` is a workdir, its checkpoints/ or one of these."""
+class RunPlace(NamedTuple):
+    """A checkpoint of a run: the one of `step` in `folder`, by default the newest there."""
+
+    workdir: Path
+    folder: Path
+    step: int | None
+
+
+def find_run(path: Path) -> RunPlace | None:
+    """Return the checkpoint if `path` is a workdir (the newest one), its checkpoints/ or best/, or a step of these."""
     path = path.absolute()
-    places: list[tuple[Path, int | None]] = [(path, None), (path.parent, None)]
+    places = [RunPlace(path, path / "checkpoints", None), RunPlace(path.parent, path, None)]
     if path.name.isdigit():
-        places.append((path.parent.parent, int(path.name)))
-    for workdir, step in places:
-        inside = path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step))
-        if inside and (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            return workdir, step
+        places.append(RunPlace(path.parent.parent, path.parent, int(path.name)))
+    for place in places:
+        named = place.folder.name in ("checkpoints", "best")
+        if named and (place.workdir / "config.json").is_file() and place.folder.is_dir():
+            return place
     return None
 
 
