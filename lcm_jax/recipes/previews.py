@@ -157,9 +157,8 @@ class Previews:
             sampler.with_prompts(prompts, inpainting).batches, student.params(trained, frozen), guidance_scale=scale
         )
         metrics, plan = self.metrics(frozen), {student.sampler: student.preview_steps(self._config)}
-        return {
-            f"{name}@{row['steps']}": row[name] for row in evaluate(draw, plan, prompts, metrics) for name in metrics
-        }
+        rows = list(evaluate(draw, plan, prompts, metrics))
+        return {f"{name}@{row['steps']}": row[name] for name in metrics for row in rows}
 
     def write(self, trained: Params, frozen: Params, path: Path) -> dict[str, float]:
         """Write a PNG to `path` and the prompts beside it; return `figures`."""

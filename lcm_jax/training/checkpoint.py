@@ -67,7 +67,12 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True, create=True)
-        return ocp.CheckpointManager(self.folder, options=options)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options)
+        except (ValueError, TypeError) as error:  # orbax reads the metadata of every checkpoint
+            raise CheckpointError(
+                f"{self.folder} cannot be opened ({first_line(error)}); delete what is damaged"
+            ) from error
 
     def save(self, state: TrainState, note: Mapping[str, Any] | None = None) -> None:
         """Start to write `state` in the background; return as soon as its arrays can be donated.
