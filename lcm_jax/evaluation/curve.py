@@ -6,7 +6,8 @@ from pathlib import Path
 from lcm_jax.evaluation.evaluate import Column
 from lcm_jax.evaluation.metrics import METRICS
 
-PANEL = (4.8, 3.4)  # inches
+PANEL, LEGEND = (4.4, 3.4), 1.4  # inches
+SPREAD = 10.0  # a larger ratio of values has a logarithmic axis
 
 
 def group_figures(records: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
@@ -37,29 +38,38 @@ def draw_curve(
     from matplotlib import colormaps  # takes a second
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
     groups = group_figures(records)
-    figure = Figure(figsize=(PANEL[0] * len(groups), PANEL[1]), layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * len(groups) + LEGEND, PANEL[1]), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
+    lines = {}  # by label: every panel has the same colors
+    numbers = sorted({_steps(name) for names in groups.values() for name in names})
+    colors = colormaps["viridis"].resampled(len(numbers) + 1)  # its last, a light yellow, is left out
     for axes, (metric, names) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        colors = colormaps["viridis"].resampled(len(names) + 1)  # its last, a light yellow, is left out
-        for i, name in enumerate(names):
+        for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
-            label = f"{_steps(name)} step{'s' * (_steps(name) > 1)}" if "@" in name else None
-            axes.plot(*zip(*points, strict=True), color=colors(i), marker="o", markersize=3.5, label=label)
-            marked = [point for point in points if best == (name, point[0])]
-            if marked:
-                x, y = marked[0]
-                axes.plot(x, y, color=colors(i), marker="*", markersize=14, linestyle="", label=f"best {name}")
-        column = METRICS[metric].columns[metric] if metric in METRICS else Column(metric.replace("_", " "), "")
+            n, color = _steps(name), colors(numbers.index(_steps(name)))
+            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5)
+            if n:
+                lines[f"{n} step{'s' * (n > 1)}"] = line
+            for x, y in points:
+                if best == (name, x):
+                    (star,) = axes.plot(x, y, "*", color=color, markersize=14, markeredgecolor="black", zorder=5)
+                    lines[f"best {name}"] = star
+        known = METRICS.get(metric)
+        column = known.columns[metric] if known else Column(metric.replace("_", " "), "")
+        better = f" ({'lower' if known.lower_is_better else 'higher'} is better)" if known else ""
+        axes.set(xlabel="updates", ylabel=column.heading + better)
         if column.format.endswith("%"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        lower = f" ({'lower' if METRICS[metric].lower_is_better else 'higher'} is better)" if metric in METRICS else ""
-        axes.set(xlabel="updates", ylabel=column.heading + lower)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        values = [record[name] for record in records for name in names if name in record]
+        if known and known.lower_is_better and 0 < SPREAD * min(values) < max(values):  # one step is far above eight
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
-        if any("@" in name for name in names):
-            axes.legend(fontsize="small")
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)

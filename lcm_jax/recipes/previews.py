@@ -110,11 +110,10 @@ class Previews:
         self._metrics: dict[str, Metric] | None = None
 
     def _rows(self, candidate: Candidate, trained: Params, frozen: Params) -> dict[str, np.ndarray]:
-        sampler, scale = self._samplers[candidate.name], candidate.guidance_scale(self._config.sample.guidance_scale)
+        sampler, params = self._samplers[candidate.name], candidate.params(trained, frozen)
+        scale = candidate.guidance_scale(self._config.sample.guidance_scale)
         return {
-            f"{candidate.name}, {n} step{'s' * (n > 1)}": sampler(
-                candidate.params(trained, frozen), candidate.sampler, n, scale
-            )[0]
+            f"{candidate.name}, {n} step{'s' * (n > 1)}": sampler(params, candidate.sampler, n, scale)[0]
             for n in candidate.preview_steps(self._config)
         }
 
