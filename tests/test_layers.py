@@ -145,7 +145,9 @@ def test_flags_live_in_commands():
 def test_configs_are_data():
     for path in (ROOT / "configs").rglob("*.py"):
         # A config may begin from another one.
-        assert all(within(name, "ml_collections") or name == "lcm_jax.config_files" for name in imports(path)), path.name
+        assert all(within(name, "ml_collections") or name == "lcm_jax.config_files" for name in imports(path)), (
+            path.name
+        )
 
 
 def test_no_test_imports_from_another_test():

@@ -13,6 +13,9 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, naming, orbax_folder, single_file, single_file_configs, stored, trees
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.lora import LoRA, is_lora
+from lcm_jax.weights.lora import merge as merge_lora
+from lcm_jax.weights.lora_files import to_updates
 from lcm_jax.weights.scheduler import lcm_scheduler, merge_scheduler
 from lcm_jax.weights.single_file_family import detect_family
 from lcm_jax.weights.stored import NoTensors, Tensors, get_specs
@@ -64,7 +67,7 @@ def open_model(
     if path.is_file():
         model = open_file(path, bool(ema), prediction_type, scaling_factor)
     elif run is not None:
-        model = open_run(run, base, ema is not False, variant)
+        model = open_run(run, base, ema, variant)
     elif ema is not None:
         raise ModelError(f"{name} has one set of weights; use --ema and --noema with runs and single files only")
     else:
@@ -90,6 +93,10 @@ def open_file(
 ) -> StoredModel:
     """Open a single file; the options are those of `open_model`. Raises ModelError if its family is unknown."""
     tensors, metadata = folders.open_file(path)
+    if is_lora(tensors):
+        raise ModelError(
+            f"{path} is a LoRA, not a model; merge it into its model: lcm_jax.convert --input=MODEL --merge={path}"
+        )
     specs = get_specs(tensors)
     try:
         family = detect_family(specs)
@@ -128,35 +135,48 @@ def open_network(name: str | Path, folder: Path, variant: str | None = None) -> 
     return StoredModel(str(name), "vae" if part == "vae" else "", {part: config}, {part: tensors})
 
 
-def open_run(place: orbax_folder.RunPlace, base: str | Path | None, ema: bool, variant: str | None) -> StoredModel:
-    """Open the student of a run, or its EMA, with the networks that the run does not train from its teacher.
+def open_run(
+    place: orbax_folder.RunPlace, base: str | Path | None, ema: bool | None, variant: str | None
+) -> StoredModel:
+    """Open the student of a run, by default its EMA if it has one, with the networks that the run does not train.
 
-    These come from `base`, else the run's export, else the teacher that its config names. Raises ModelError.
+    These come from `base`, else the run's export, else the model that its config names as its teacher or, for LCF, its
+    init. Adapters are merged into the UNet of that model. Raises ModelError.
     """
     workdir, folder, step = place
     config = orbax_folder.read_run_file(workdir)
-    part = "ema" if ema else "params"
-    step, trained = orbax_folder.open_components(folder, step, part)
-    name = f"{workdir}, the {'EMA target' if ema else 'student'} at step {step}"
+    step, tree = orbax_folder.read_tree(folder, step)
+    averaged = bool(tree.get("ema"))  # None in a run without one
+    if ema and not averaged:
+        raise ModelError(f"{workdir} has no moving average (train.ema_rate is 0); omit --ema")
+    part = "ema" if averaged and ema is not False else "params"
+    name = f"{workdir}, the {'EMA target' if part == 'ema' else 'student'} at step {step}"
     if config["objective"]["name"] == "autoencoder":
-        return StoredModel(name, "vae", {}, trained)
-    if other := sorted(trained.keys() - set(layout.NETWORKS)):
+        return StoredModel(name, "vae", {}, orbax_folder.open_components(folder, step, part)[1])
+    adapted = tree[part].keys() == {"lora"}
+    if other := sorted(tree[part].keys() - {"lora"} - set(layout.NETWORKS)):
         raise ModelError(f"{workdir} trains {', '.join(other)}, which no model has; use the workdir of another run")
-    export = workdir / "export"
-    began = export if (export / "model_index.json").is_file() else config.get("teacher")
+    export, named = workdir / "export", "init" if config["objective"]["name"] == "lcf" else "teacher"
+    began = export if (export / "model_index.json").is_file() else config.get(named)
     if (rest := base or began) is None:
         raise ModelError(f"{workdir} has no export yet; pass a model of the same shape as base (--base)")
     try:
         rest = open_folder(rest, variant)
     except ModelError as error:
         raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
+    if adapted:
+        adapters = orbax_folder.read_arrays(folder, step, part, "lora")
+        lora = LoRA({"unet": to_updates(adapters, float(config["lora"]["alpha"]))}, {})
+        trained = {"unet": merge_lora(rest.tensors, [(lora, 1.0)])["unet"]}
+    else:
+        trained = orbax_folder.open_components(folder, step, part)[1]
     configs, index = dict(rest.configs), rest.index
     guided = get_specs(trained.get("unet", {})).get("time_embedding.cond_proj.weight")
     if guided is not None:
         configs["unet"] = {**configs["unet"], "time_cond_proj_dim": guided.shape[1]}
+    if (grid := config["objective"].get("num_ddim_steps")) is not None:
         if configs["scheduler"]["_class_name"] != "LCMScheduler":  # the rest is the teacher's
-            configs["scheduler"] = lcm_scheduler(configs["scheduler"], config["objective"]["num_ddim_steps"])
-            index = None
+            configs["scheduler"], index = lcm_scheduler(configs["scheduler"], grid), None
     return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
 
 

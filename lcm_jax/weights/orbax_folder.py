@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.weights import layout, naming
 from lcm_jax.weights.errors import ModelError
@@ -21,7 +21,8 @@ from lcm_jax.weights.stored import Tensors, get_specs, placeholder
 CONFIGS = "configs.json"  # in the folder of a model
 # The keys that are read of this file and of a run's config.json, as `layout.read_json` takes them.
 MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
-RUN_KEYS = {"objective": (dict, True), "teacher": (str, False)}
+RUN_KEYS = {"objective": (dict, True), "teacher": (str, False), "init": (str, False), "lora": (dict, False)}
+LORA_KEYS = {"alpha": (float, True)}
 OBJECTIVE_KEYS = {"name": (str, True), "num_ddim_steps": (int, False)}
 FILES = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}
 
@@ -68,7 +69,26 @@ def read_run_file(workdir: Path) -> dict[str, Any]:
     """Return config.json of a run, with the keys of its objective checked. Raises ModelError."""
     config = layout.read_json(workdir / "config.json", RUN_KEYS)
     layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE_KEYS)
+    layout.check_keys(workdir / "config.json", config.get("lora") or {"alpha": 1.0}, LORA_KEYS)
     return config
+
+
+def read_tree(folder: Path, step: int | None) -> tuple[int, dict[str, Any]]:
+    """Return (step, tree of shapes and dtypes) of a checkpoint, by default the newest. Raises ModelError."""
+    from lcm_jax.weights import orbax_tree  # orbax takes seconds to import
+
+    return orbax_tree.read_specs(folder, step)
+
+
+def read_arrays(folder: Path, step: int, *parents: str) -> dict[str, Any]:
+    """Read a part of a checkpoint's tree, at the path `parents`, as it is. Raises ModelError."""
+    from lcm_jax.weights import orbax_tree
+
+    tree = orbax_tree.read_specs(folder, step)[1]
+    for name in parents:
+        tree = tree[name]
+    leaves = orbax_tree.read_leaves(folder, step, [(*parents, *path) for path in flatten_dict(tree)])
+    return unflatten_dict({path[len(parents) :]: leaf for path, leaf in leaves.items()})
 
 
 def open_components(folder: Path, step: int | None, *parents: str) -> tuple[int, dict[str, Tensors]]:
