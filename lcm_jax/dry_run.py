@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,7 @@ ACCELERATORS = {
     "TPU v5p": (459, 95),
     "TPU v6e": (918, 32),
 }
+FULL_EMA_RATE = 0.95  # of the published scripts; what matters here is that there is one
 ASSUMED_MFU = 0.4  # of that peak: what diffusion training reaches on large matrices
 
 
@@ -127,10 +129,21 @@ def estimate(config) -> dict[str, Any]:
     }
 
 
+def without_adapters(config) -> ConfigDict:
+    """Return the config of a run that trains all of the UNet where `config` trains adapters, with a moving average."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        del config.lora
+        config.train.ema_rate = config.train.ema_rate or FULL_EMA_RATE
+        if config.objective.name == "lcd":
+            config.student = ConfigDict({"guidance_embedding_dim": 256})
+    return config
+
+
 def networks_of(tree: Mapping[str, Any], title: str) -> dict[str, Any]:
     """Return the networks of a tree of parameters by name; a tree that is one network has the task's title."""
     named = {name: part for name, part in tree.items() if name != "empty_ids"}
-    return named if set(named) <= set(layout.NETWORKS) else {title: named}
+    return named if set(named) <= {*layout.NETWORKS, "lora"} else {title: named}
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
@@ -178,8 +191,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print an `estimate`."""
+def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> None:
+    """Print an `estimate`, for adapters beside that of the same run with all of the UNet trained."""
     console = Console(width=None if Console().is_terminal else 120)
     write = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     devices = int(np.prod([*found["mesh"].values()]))
@@ -197,14 +210,15 @@ def show(found: Mapping[str, Any]) -> None:
     parts = f" in {found['accumulate']} micro-batches" if found["accumulate"] > 1 else ""
     table = Table(title=f"memory per device; mesh: {mesh}; {found['images_per_device']} images on each{parts}")
     table.add_column("part")
-    table.add_column("", justify="right")
-    for name, size in found["memory"].items():
-        table.add_row(name, gigabytes(size))
-    total = sum(found["memory"].values())
-    fused, unfused = found["activations"]["fused"], found["activations"]["unfused"]
-    table.add_row("activations (estimate), attention fused as on a GPU", gigabytes(fused))
-    table.add_row("activations (estimate), attention not fused", gigabytes(unfused))
-    table.add_row("total", f"{gigabytes(total + fused)} or {gigabytes(total + unfused)}", style="bold")
+    sides = [found] if full is None else [found, full]
+    for heading in [""] if full is None else ["adapters", "all of the UNet"]:
+        table.add_column(heading, justify="right")
+    for name in found["memory"]:
+        table.add_row(name, *(gigabytes(side["memory"][name]) for side in sides))
+    for kind, text in (("fused", "attention fused as on a GPU"), ("unfused", "attention not fused")):
+        table.add_row(f"activations (estimate), {text}", *(gigabytes(side["activations"][kind]) for side in sides))
+    totals = [[sum(side["memory"].values()) + size for size in side["activations"].values()] for side in sides]
+    table.add_row("total", *(" or ".join(map(gigabytes, both)) for both in totals), style="bold")
     console.print(table)
 
     write(f"{found['flops'] / 1e12:,.1f} TFLOP per step of {found['batch_size']} images, {found['steps']:,} steps")

@@ -48,7 +48,8 @@ def train() -> None:
         check_devices()
         config, workdir = CONFIG.value, Path(WORKDIR.value or "")
         if DRY_RUN.value:
-            dry_run.show(dry_run.estimate(config))
+            full = dry_run.estimate(dry_run.without_adapters(config)) if "lora" in config else None
+            dry_run.show(dry_run.estimate(config), full)
             return
         task = make_task(config, workdir)
     loop.train(task, config, workdir)
