@@ -393,6 +393,7 @@ def workdir(model, tmp_path_factory) -> Path:
     for step in (3, 7):
         checkpoints.save(state_at(step, model))
     checkpoints.close()
+    shutil.copytree(workdir / "checkpoints" / "3", workdir / "best" / "3")
     return workdir
 
 
@@ -420,6 +421,7 @@ def unet_of(tree) -> dict[str, np.ndarray]:
         ("", ["--noema"], 7, "params"),
         ("checkpoints", ["--noema"], 7, "params"),
         ("checkpoints/3", [], 3, "ema"),
+        ("best", [], 3, "ema"),
     ],
 )
 def test_a_run_gives_its_student_or_the_target(place, arguments, step, part, workdir, model, tmp_path):

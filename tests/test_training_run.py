@@ -15,10 +15,12 @@ from whole_runs import QUICK, ROOT, SHRUNK, load_config, shrunk_lcd
 from lcm_jax.conversion import convert
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES, make_task
+from lcm_jax.training.logging import read_previews
 from lcm_jax.training.loop import RunError, train
 from lcm_jax.training.step import make_loss
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.model import open_model
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,9 @@ def board(folder: Path) -> dict[tuple[int, str], float]:
 
 def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys):
     config = shrunk_lcd(teacher, **QUICK)
-    config.sample.every_steps = 1
+    config.sample.every_steps, config.checkpoint.best = 1, "frechet@2"
     assert run(config, tmp_path / "run")
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["teacher"]) == {"ddim", "dpmpp_2m"} and set(report["student"]["lcm"]) == {"1", "2"}
     for figures in [*report["teacher"]["ddim"].values(), *report["student"]["lcm"].values()]:
@@ -58,13 +61,28 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     assert "no training image has, 1 captions: teacher ddim 2" in (tmp_path / "run" / "report.md").read_text()
     assert report["versions"]["jax"] == jax.__version__ and report["device"] and len(report["config_digest"]) == 64
     assert "| teacher | ddim | 2 |" in (tmp_path / "run" / "report.md").read_text()
-    for name in ("000001.png", "000002.png", "final.png"):
+    previews = read_previews(tmp_path / "run")
+    assert [each["step"] for each in previews] == [0, 1, 2]
+    best = min(previews, key=lambda each: each["frechet@2"])
+    assert report["checkpoints"] == {
+        "figure": "frechet@2",
+        "folder": str(tmp_path / "run" / "best"),
+        "best": {"step": best["step"], "value": best["frechet@2"]},
+        "last": {"step": 2, "value": previews[-1]["frechet@2"]},
+    }
+    assert f"at step {best['step']} ({tmp_path / 'run' / 'best'}); last: " in printed
+    assert "Best frechet@2 of the previews: " in (tmp_path / "run" / "report.md").read_text()
+    opened = open_model(tmp_path / "run" / "best")
+    assert opened.name.endswith(f"the EMA target at step {best['step']}") and "unet" in opened.tensors
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+    for name in ("000000.png", "000001.png", "000002.png", "final.png"):
         assert (tmp_path / "run" / "samples" / name).stat().st_size > 1000
     scalars = board(tmp_path / "run" / "tensorboard")
     for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
         for name in line.keys() - {"step"}:
             np.testing.assert_allclose(scalars[line["step"], name], line[name], rtol=1e-5)
-    assert {"loss", "images_per_second", "verifier/teacher"} <= {name for _, name in scalars}
+    figures = {f"{name}@{n}" for name in ("verifier", "frechet") for n in (1, 2)}
+    assert {"loss", "images_per_second", "preview_seconds", *figures} <= {name for _, name in scalars}
 
     student = Pipeline.from_pretrained(tmp_path / "run" / "export")
     assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
@@ -156,7 +174,8 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
     assert pipe.params["unet"]["conv_in"]["kernel"].dtype == np.float16
     lines = [json.loads(line) for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()]
-    assert "verifier" in lines[-1]
+    assert {"verifier@2", "verifier/counting@2"} <= lines[-1].keys() and (tmp_path / "teacher/curve.png").exists()
+    assert (tmp_path / "vae" / "curve.png").exists()
 
 
 @pytest.mark.parametrize(

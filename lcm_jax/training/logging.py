@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import (  # protobuf defines them on import
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from lcm_jax.files import write_text
 
@@ -60,7 +60,8 @@ class Recorder:
         with self._path.open("a") as file:
             file.write(line + "\n")
         for name, value in scalars.items():
-            self._add(step, summary=scalar(name, value))
+            # tensorboardX's own function would replace the @ of frechet@4.
+            self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
         self._board.flush()
 
     def _add(self, step: int, **content) -> None:
