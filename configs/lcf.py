@@ -46,7 +46,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
             "w_max": distilled.w_max,
             "distance": distilled.distance,
             "huber_c": distilled.huber_c,
-            "weighting": distilled.weighting,
+            "weighting": "sqrt_snr" if small else distilled.weighting,  # a choice: it keeps the composition
             "prompt_dropout": 0.0,
         }
     )

@@ -165,6 +165,8 @@ def test_weights_are_one_or_the_inverse_of_sigma():
     np.testing.assert_array_equal(consistency.weights(plan, s, "uniform"), 1)
     sigma = np.sqrt(1 - np.asarray(plan.alphas_cumprod, np.float64)[np.asarray(s)])
     np.testing.assert_allclose(consistency.weights(plan, s, "inverse_sigma"), 1 / sigma, rtol=1e-5)
+    alpha = np.sqrt(np.asarray(plan.alphas_cumprod))[np.asarray(s)]
+    np.testing.assert_allclose(consistency.weights(plan, s, "sqrt_snr"), alpha / sigma, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Consistency:
     w_max: float = setting(14.0, REAL)
     distance: str = setting("huber", ("l2", "huber"))
     huber_c: float = setting(1e-3, ABOVE_ZERO)
-    weighting: str = setting("uniform", ("uniform", "inverse_sigma"))
+    weighting: str = setting("uniform", ("uniform", "inverse_sigma", "sqrt_snr"))
     prompt_dropout: float = setting(0.0, FRACTION)
 
     def __post_init__(self):
@@ -74,8 +74,11 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
 
     uniform: 1, as published. inverse_sigma: 1 / sigma_s, so that an error in the v that a network predicts counts the
     same at every s (x0 = alpha z - sigma v). Otherwise the steps near pure noise, whose errors are the largest, crowd
-    out those near the image, on which all others build. Consistency training weighs in the same spirit (2310.14189).
+    out those near the image, on which all others build. sqrt_snr: alpha_s / sigma_s, the weighting of consistency
+    training (arXiv 2310.14189), where a target is one of all images that z_s may come from: near pure noise, it tells
+    little more than their mean.
     """
     if weighting == "uniform":
         return jnp.ones(s.shape, jnp.float32)
-    return 1.0 / alpha_sigma(schedule, s)[1].reshape(s.shape)
+    alpha, sigma = (each.reshape(s.shape) for each in alpha_sigma(schedule, s))
+    return 1.0 / sigma if weighting == "inverse_sigma" else alpha / sigma
