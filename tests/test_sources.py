@@ -20,6 +20,7 @@ SMALL = {
     "data.held_out": 6,
     "train.batch_size": 4,
     "sample.prompts": 6,
+    "sample.scored_prompts": 6,
     "report.prompts": 6,
     "report.reference": 6,
 }
@@ -102,6 +103,7 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
             "^data.shards 'none/.*' matches no file; set --config.d",
         ),
         ({"train.batch_size": 25}, "^the data has 24 records, fewer than train.batch_size 25; lower it$"),
+        ({"sample.scored_prompts": 7}, "^sample.scored_prompts 7 is more than data.held_out 6; raise that, or lower s"),
         ({"sample.prompts": 7}, "^sample.prompts 7 is more than data.held_out 6; raise that, or lower sample.prompts"),
         ({"report.reference": 7}, "^report.reference 7 is more than data.held_out 6; raise that, or lower report.ref"),
         ({"data.encode": "once"}, "^data.encode 'once' is not supported; use cache or step$"),
