@@ -33,7 +33,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
         config.optimizer.learning_rate = 1e-5
         config.report.prompts = config.report.reference = 64
     steps = (8, 50) if model == "shapes" else (25,)
-    config.sample.student_steps = steps[-1:]
+    config.sample.student_steps, config.sample.scored_prompts = steps[:1], 12
     config.report.teacher = ConfigDict({"ddim": steps})
     config.report.student = ConfigDict({"ddim": steps})
     return config
