@@ -41,8 +41,8 @@ def get_config(model: str = "shapes") -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lcf",
-            # The smaller a skipping step, the less its two ends differ, and the sharper an image stays: the bundled LCM,
-            # which was distilled in steps of 125, is fine-tuned in steps of 25.
+            # The smaller a skipping step, the less its two ends differ, and the sharper an image stays: the bundled
+            # LCM, which was distilled in steps of 125, is fine-tuned in steps of 25.
             "num_ddim_steps": 40 if small else distilled.num_ddim_steps,
             "w_min": distilled.w_min,
             "w_max": distilled.w_max,
@@ -54,8 +54,8 @@ def get_config(model: str = "shapes") -> ConfigDict:
     )
     if small:
         config.data.style = "outline"
-        config.train.steps, config.optimizer.learning_rate = 300, 4e-4
-        config.sample.student_steps, config.sample.every_steps, config.sample.scored_prompts = (1, 4), 50, 72
+        config.train.steps, config.optimizer.learning_rate = 150, 4e-4
+        config.sample.student_steps, config.sample.every_steps, config.sample.scored_prompts = (1, 4), 25, 72
     else:
         config.data.source = "folder"
         config.data.held_out = 64  # a choice, for sets of a few hundred images or more

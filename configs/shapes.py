@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
         {
             "source": "shapes",  # or tar, or folder
             "length": 5000,  # of shapes: training images
+            "style": "fill",  # of shapes: or outline
             "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
             "caption_field": "caption",  # of tar and folder: in JSON files and metadata
             "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv

@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
             "source": "shapes",
             "size": 64,
             "length": 60_000,
+            "style": "fill",  # or outline
             "held_out": 512,
             "encode": "cache",
             "cache": "",

@@ -140,10 +140,8 @@ def open_models(names: Sequence[str], plan: Plan, size: int) -> list:
 
 def prepare_metrics(config) -> dict:
     """Return the metrics that the config names, with real images of `shapes`, encoded by `config.autoencoder`."""
-    import numpy as np
-
     from lcm_jax.data.shapes import Shapes
-    from lcm_jax.evaluation.evaluate import Resources
+    from lcm_jax.evaluation.evaluate import MAX_TRAIN_IMAGES, make_resources
     from lcm_jax.evaluation.frechet import encoder_features
     from lcm_jax.evaluation.metrics import make_metrics
     from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -156,14 +154,10 @@ def prepare_metrics(config) -> dict:
             f"data.size {size} is not supported by autoencoder {config.autoencoder}; use a multiple of "
             f"{model.downscale}"
         )
-    images = Shapes("test", config.report.reference, size)
-
-    def real_images():
-        for first in range(0, len(images), batch):
-            yield np.stack([images[i]["image"] for i in range(first, min(first + batch, len(images)))])
-
+    reference, style = config.report.reference, config.data.get("style", "fill")
+    held_out, train = Shapes("test", reference, size, style=style), Shapes("train", MAX_TRAIN_IMAGES, size, style=style)
     features = encoder_features(model, read_params(stored, "vae", model.abstract_params()["vae"]), batch)
-    return make_metrics(config.metrics, Resources(features, real_images))
+    return make_metrics(config.metrics, make_resources(features, held_out, reference, train, batch))
 
 
 def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, config) -> list[dict]:
@@ -171,6 +165,7 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
     from lcm_jax.evaluation import report
     from lcm_jax.evaluation.evaluate import evaluate
     from lcm_jax.pipeline import Pipeline
+    from lcm_jax.sampling.generate import effective_guidance_scale
     from lcm_jax.sampling.preview import PreviewSampler
 
     rows: list[dict] = []
@@ -185,9 +180,11 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
                 pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
             )
 
-            def draw(sampler, steps, name=name, preview=preview, params=pipe.params):
+            scale = effective_guidance_scale(pipe.model, settings.guidance_scale)
+
+            def draw(sampler, steps, name=name, preview=preview, params=pipe.params, scale=scale):
                 update(f"{name} {sampler} {steps}", 0)
-                for images, seconds in preview.batches(params, sampler, steps, settings.guidance_scale):
+                for images, seconds in preview.batches(params, sampler, steps, scale):
                     yield images, seconds
                     update(f"{name} {sampler} {steps}", steps * len(images))
 

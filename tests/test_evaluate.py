@@ -12,7 +12,7 @@ import tiny_model
 from lcm_jax import evaluate as command
 from lcm_jax.data import shapes
 from lcm_jax.evaluation import report
-from lcm_jax.evaluation.evaluate import Column, Resources, evaluate
+from lcm_jax.evaluation.evaluate import Column, evaluate, make_resources
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.evaluation.verifier import score
 
@@ -20,6 +20,7 @@ RECORDS = [shapes.Shapes("test", 24)[i] for i in range(24)]
 CAPTIONS = [record["caption"] for record in RECORDS]
 IMAGES = np.stack([record["image"] for record in RECORDS])
 IMAGES[::3] = IMAGES[1::3]  # a third of them shows something else
+REAL = [{"image": image, "caption": caption} for image, caption in zip(IMAGES, CAPTIONS, strict=True)]
 
 
 def colors(images: np.ndarray) -> np.ndarray:
@@ -28,7 +29,7 @@ def colors(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def metrics():
-    return make_metrics(METRICS, Resources(colors, lambda: np.split(IMAGES, [10, 11])))
+    return make_metrics(METRICS, make_resources(colors, REAL, len(REAL), 3 * REAL, 10))
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -66,6 +67,7 @@ class Brightness:
     columns = {"brightness": Column("bright", ".3f")}
     note = "Brightness is the mean of all values."
     sources = None
+    packages = {}
 
     @classmethod
     def create(cls, resources):
@@ -83,7 +85,7 @@ class Brightness:
 
 def test_a_new_metric_is_a_class_and_a_line_of_the_table(monkeypatch):
     monkeypatch.setitem(METRICS, "brightness", Brightness)
-    chosen = make_metrics(["brightness"], Resources(colors, lambda: [IMAGES]))
+    chosen = make_metrics(["brightness"], make_resources(colors, REAL, len(REAL), 3 * REAL, 10))
     draw = lambda sampler, steps: [(np.full((2, 8, 8, 3), 51, np.uint8), 0.1)]  # noqa: E731
     rows = [{"model": "any"} | row for row in evaluate(draw, {"ddim": (1, 2)}, ["a", "b"], chosen)]
     assert report.line(rows[0]) == "any ddim 1: 20.0 images/s, bright 0.200"
@@ -160,7 +162,7 @@ def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, cap
         (["--model=shape"], "did you mean 'shapes'"),
         (["--config.data.size=62", "--model=shapes"], "^data.size 62 is not supported by shapes; use a multiple of 4$"),
         (["--config.data.source=tar", "--config.metrics=('frechet',)"], "^data.source 'tar' is not supported; use sha"),
-        (["--config.metrics=('fid',)"], "^metrics 'fid' is not supported; use verifier or frechet$"),
+        (["--config.metrics=('fid',)"], "^metrics 'fid' is not supported; use verifier or frechet or classifier$"),
         (["--config.report.prompts=1"], "^report.prompts 1 is not supported; use a whole number of at least 2$"),
         (["--config.report.promts=1"], "^--config.report.promts is not a config key; Did you mean"),
         (["--config=eval/none"], "eval/none is neither a file nor a bundled config; use one of .*eval/shapes"),

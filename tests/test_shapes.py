@@ -1,12 +1,13 @@
 import hashlib
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from lcm_jax.data import shapes
-from lcm_jax.data.shapes import SPLITS, TASKS, Shapes, Specification, Thing, captions, describe, parse
+from lcm_jax.data.shapes import SPLITS, TASKS, Shapes, ShapesSource, Specification, Thing, captions, describe, parse
 
 
 def _scenes(split: str, count: int = 600) -> list[shapes.Scene]:
@@ -217,3 +218,54 @@ def test_a_task_that_is_named_twice_comes_twice_as_often():
         Shapes("train", 60, tasks=("texture",))
     with pytest.raises(ValueError, match="have no captions in split 'composition'"):
         Shapes("composition", 60, tasks=("counting",))
+
+
+# ---- styles ---------------------------------------------------------------------------------------------------------
+
+
+def test_fills_and_their_fingerprint_have_not_moved(tmp_path):
+    # The bundled models were trained on these images, and caches of them stay valid.
+    data = Shapes("train", 24)
+    digest = hashlib.sha256(b"".join(data[i]["image"].tobytes() for i in range(24))).hexdigest()
+    assert digest[:16] == "a80c5111048435cb"
+    fingerprint = "shapes 64 5000 single_object two_object counting colors position color_attribution "
+    assert ShapesSource(5000, 64, 8).open(0, tmp_path, print).fingerprint == fingerprint + "left right above below"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_styles_draw_the_same_scenes(split):
+    fills, outlines = Shapes(split, 40), Shapes(split, 40, style="outline")
+    for i in range(40):
+        fill, outline = fills.scene(i), outlines.scene(i)
+        assert (fill.caption, fill.ground) == (outline.caption, outline.ground)
+        for a, b in zip(fill.objects, outline.objects, strict=True):
+            assert a == replace(b, rgb=a.rgb) and a.rgb != b.rgb
+            assert np.abs(np.array(b.rgb) - shapes.OUTLINE_COLORS[b.color]).max() <= 8
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+@pytest.mark.parametrize("radius", [7.0, 8.5, 14.0])
+def test_an_outline_has_a_hole_and_the_extent_of_a_fill(shape, radius):
+    thing = shapes.Object(shape, "red", 32, 32, radius, (255, 0, 0))
+    ground = shapes.Ground("plain", (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0, 20.0, 0.0)
+    scene = shapes.Scene("", parse("a red circle"), (thing,), ground)
+    fill, outline = (shapes.render(replace(scene, style=style), 256)[..., 0] for style in ("fill", "outline"))
+    for axis in (0, 1):  # whichever pixels it reaches
+        np.testing.assert_array_equal(fill.max(axis) > 128, outline.max(axis) > 128)
+    assert fill[128, 128] == 255 and outline[128, 128] == 0 and np.all(outline <= fill)
+
+
+def test_colors_of_both_styles_are_apart():
+    named = [(name, np.array(rgb)) for palette in shapes.STYLES.values() for name, rgb in palette.items()]
+    assert all(list(palette) == list(shapes.COLORS) for palette in shapes.STYLES.values())
+    for (a, first), (b, second) in combinations(named, 2):
+        assert np.linalg.norm(first - second) >= (30 if a == b else 77), (a, b)
+
+
+def test_a_source_has_its_style_everywhere_and_in_its_fingerprint(tmp_path):
+    fill, outline = (ShapesSource(8, 64, 8, style=style).open(0, tmp_path, print) for style in ("fill", "outline"))
+    assert fill.fingerprint != outline.fingerprint and fill.prompts(8) == outline.prompts(8)
+    for part, split in ((outline.train, "train"), (outline.held_out, "test")):
+        np.testing.assert_array_equal(part[3]["image"], Shapes(split, 8, style="outline")[3]["image"])
+    with pytest.raises(ValueError, match="^data.style 'dots' is not supported; use one of fill, outline$"):
+        ShapesSource(8, 64, 8, style="dots").check(4)

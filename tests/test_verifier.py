@@ -13,9 +13,9 @@ PER_TASK = 300
 WRONG = 150  # scenes for each task and kind of wrong fact
 
 
-def _scenes(task: str, count: int, split: str = "test") -> list[shapes.Scene]:
+def _scenes(task: str, count: int, split: str = "test", style: str = "fill") -> list[shapes.Scene]:
     turn = len(TASKS)
-    data = Shapes(split, turn * count)
+    data = Shapes(split, turn * count, style=style)
     return [data.scene(turn * i + TASKS.index(task)) for i in range(count)]
 
 
@@ -173,6 +173,40 @@ def test_rejects_noise_and_flat_color():
     flat = np.full((64, 64, 3), COLORS["red"], np.uint8)
     for caption in shapes.captions("test"):
         assert not verify(noise, caption).ok and not verify(flat, caption).ok, caption
+
+
+# ---- outlines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accepts_outlines_clean_and_degraded(task):
+    rng = np.random.default_rng(0)
+    scenes = _scenes(task, 60, style="outline")
+    images = [shapes.render(scene) for scene in scenes]
+    assert sum(verify(image, s.caption).ok for image, s in zip(images, scenes, strict=True)) >= 59
+    assert sum(verify(_degrade(image, rng), s.caption).ok for image, s in zip(images, scenes, strict=True)) >= 58
+    assert sum(verify(shapes.render(s, 128), s.caption).ok for s in scenes[:20]) >= 19
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rejects_one_wrong_fact_of_outlines(kind):
+    rng = np.random.default_rng(len(kind))
+    change, tasks = KINDS[kind]
+    tried = accepted = 0
+    for scene in (scene for task in tasks for scene in _scenes(task, 90 // len(tasks), "train")):
+        if (wrong := change(scene.specification, rng)) is not None:
+            tried += 1
+            accepted += verify(shapes.render(shapes.compose("", wrong, rng, "outline")), scene.caption).ok
+    assert tried >= 30 and accepted <= 0.02 * tried
+
+
+def test_colors_of_outlines_are_not_those_of_fills():
+    """So that what is judged of fills does not depend on the palette of another style."""
+    filled = shapes.compose("", shapes.parse("a large purple circle"), np.random.default_rng(0))
+    thing = replace(filled.objects[0], rgb=shapes.OUTLINE_COLORS["purple"])
+    filled = replace(filled, objects=(thing,))
+    assert detect(shapes.render(filled))[0].color is None
+    assert detect(shapes.render(replace(filled, style="outline")))[0].color == "purple"
 
 
 # ---- detections, reasons and scores ---------------------------------------------------------------------------------

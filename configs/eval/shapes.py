@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.metrics = ("verifier", "frechet")
     config.autoencoder = "shapes"  # its features are compared; the same for all models, so that distances compare
-    config.data = ConfigDict({"source": "shapes", "size": 64})
+    config.data = ConfigDict({"source": "shapes", "size": 64, "style": "fill"})  # or outline
     config.report = ConfigDict(
         {
             "prompts": 216,  # captions, as many of each of the six tasks

@@ -315,7 +315,7 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
     for thing in scene.objects:
         distance = outline(thing.shape, x - thing.x, y - thing.y, thing.radius)
         if scene.style == "outline":
-            inradius = -outline(thing.shape, np.float64(0), np.float64(0), thing.radius)
+            inradius = -float(outline(thing.shape, np.zeros(()), np.zeros(()), thing.radius))
             distance = np.maximum(distance, -distance - min(STROKE, inradius - HOLE))
         cover = np.clip(0.5 - distance / scale, 0, 1)[..., None]
         image += cover.astype(np.float32) * (np.array(thing.rgb, np.float32) - image)
@@ -323,7 +323,10 @@ def render(scene: Scene, size: int = BASE) -> np.ndarray:
 
 
 class Shapes:
-    """Random access to {"image": uint8[size, size, 3], "caption": str}; record i depends on (seed, split, style, i) alone."""
+    """Random access to {"image": uint8[size, size, 3], "caption": str}.
+
+    Record i depends on (seed, split, i) and the style alone.
+    """
 
     def __init__(
         self,

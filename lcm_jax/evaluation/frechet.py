@@ -106,13 +106,14 @@ class FrechetDistance:
         "of real images; with this few images it is biased upwards, for all rows alike."
     )
     sources: ClassVar[tuple[str, ...] | None] = None
+    packages: ClassVar[Mapping[str, str]] = {}
 
     features: Callable[[np.ndarray], np.ndarray]
     reference: Moments
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
-        batches = (moments(resources.features(images)) for images in resources.real_images())
+        batches = (moments(resources.features(images)) for images, _ in resources.real_images())
         return cls(resources.features, reduce(merge_moments, batches))
 
     def measure(self, images: np.ndarray, prompts: Sequence[str]) -> Moments:

@@ -1,16 +1,19 @@
 """The table of metrics, by the names that `config.metrics` uses."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
+from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.evaluate import Metric, Resources
 from lcm_jax.evaluation.frechet import FrechetDistance
 from lcm_jax.evaluation.verifier import Verifier
 
-METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance}
+METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance, "classifier": Classifier}
 
 
 def check_metrics(names: Sequence[str], source: str) -> None:
-    """Raise ValueError for a metric that does not exist, comes twice, or cannot judge captions of the data source."""
+    """Raise ValueError for a metric that does not exist, comes twice, cannot judge captions of the data source, or
+    requires a package that is not installed."""
     if isinstance(names, str) or not names:
         raise ValueError(f"metrics {names!r} is not supported; use a tuple of {', '.join(METRICS)}")
     for i, name in enumerate(names):
@@ -24,6 +27,9 @@ def check_metrics(names: Sequence[str], source: str) -> None:
                 f"metrics {name!r} is not supported for data.source {source!r}, as it judges captions of "
                 f"{' or '.join(sources)} alone; remove it from --config.metrics"
             )
+        for module, package in METRICS[name].packages.items():
+            if find_spec(module) is None:
+                raise ValueError(f"metrics {name!r} requires {package}; install it (pip install {package})")
 
 
 def make_metrics(names: Sequence[str], resources: Resources) -> dict[str, Metric]:

@@ -99,7 +99,7 @@ def _is_outline(core: np.ndarray, cover: np.ndarray) -> bool:
 
     core: bool[h, w], its component; cover: float[h, w] in [0, 1], the share of each pixel that the object covers.
     """
-    depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(core))
+    depth = np.asarray(ndimage.distance_transform_edt(ndimage.binary_fill_holes(core)))
     return bool(cover[depth >= MIDDLE * depth.max()].mean() < MIN_FILLED)
 
 
@@ -222,6 +222,7 @@ class Verifier:
         "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
     )
     sources: ClassVar[tuple[str, ...] | None] = ("shapes",)
+    packages: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def create(cls, resources: Resources) -> Self:

@@ -1,6 +1,6 @@
 """Images of the same prompts by the models that a run compares, and inputs of inpainting models."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,11 @@ from lcm_jax.data.captioned import CaptionedDataset, Records
 from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.masks import fixed_masks
 from lcm_jax.diffusion.pixels import to_float
-from lcm_jax.evaluation.evaluate import Metric, Resources, evaluate
+from lcm_jax.evaluation.evaluate import Metric, evaluate, make_resources
 from lcm_jax.evaluation.frechet import encoder_features
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.sampling.generate import sampler_table
+from lcm_jax.sampling.generate import effective_guidance_scale, sampler_table
 from lcm_jax.sampling.inputs import Inpainting
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.state import Params
@@ -45,7 +45,7 @@ class Candidate:
 
     def guidance_scale(self, scale: float) -> float:
         """Return `scale`, or 1 for a latent consistency model without guidance input: its guidance is fixed."""
-        return 1.0 if self.sampler == "lcm" and self.model.guidance_embedding_dim is None else float(scale)
+        return effective_guidance_scale(self.model, scale)
 
     def preview_steps(self, config) -> tuple[int, ...]:
         """Return the numbers of steps of its previews."""
@@ -134,14 +134,10 @@ class Previews:
         """Return the metrics of the config, which compare with real images that are encoded at the first call."""
         if self._metrics is None:
             settings, size = self._config, self._config.sample.batch_size
-
-            def real_images() -> Iterator[np.ndarray]:
-                for first in range(0, settings.report.reference, size):
-                    last = min(first + size, settings.report.reference)
-                    yield np.stack([self.dataset.held_out[i]["image"] for i in range(first, last)])
-
             features = encoder_features(self.candidates[-1].model, frozen["vae"], size)
-            self._metrics = make_metrics(settings.metrics, Resources(features, real_images))
+            held_out, train = self.dataset.held_out, self.dataset.train
+            resources = make_resources(features, held_out, settings.report.reference, train, size)
+            self._metrics = make_metrics(settings.metrics, resources)
         return self._metrics
 
     def figures(self, trained: Params, frozen: Params) -> dict[str, float]:

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lcm_jax import config_files
+from lcm_jax.data.shapes import STYLES
 from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
@@ -80,6 +81,7 @@ RANGES: Mapping[str, Range] = {
 GROUPS = ("objective", "data", "train", "optimizer", "mesh", "checkpoint", "log", "sample")  # of every run's config
 CHOICES: Mapping[str, tuple] = {
     "data.source": tuple(SOURCES),
+    "data.style": tuple(STYLES),
     "data.encode": ("cache", "step"),
     "data.crop": ("center", "random"),
     "data.flip": (False, True),

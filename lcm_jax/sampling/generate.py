@@ -24,6 +24,12 @@ def default_sampler(model: StableDiffusion) -> str:
     return names[0]
 
 
+def effective_guidance_scale(model: StableDiffusion, scale: float) -> float:
+    """Return `scale`, or 1 for a latent consistency model without guidance input: its guidance is fixed."""
+    fixed = model.scheduler["_class_name"] == "LCMScheduler" and model.guidance_embedding_dim is None
+    return 1.0 if fixed else float(scale)
+
+
 def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
     """Return the steps of the sampler of that name for the model's scheduler_config.json.
 

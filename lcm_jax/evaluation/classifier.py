@@ -1,0 +1,88 @@
+"""Classifier of captions, for sets with few different ones: a support vector machine, fitted on the training images."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from lcm_jax.evaluation.evaluate import Column, Resources
+
+MAX_CAPTIONS = 100
+SIDE = 16  # pixels of the images that are classified
+REMEDY = "remove it from --config.metrics"
+
+
+def shrink(images: Iterable[np.ndarray]) -> np.ndarray:
+    """images: uint8[N, H, W, 3]. Return float32[N, SIDE * SIDE * 3] in [0, 1], each value the mean of an area."""
+    small = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images]
+    return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
+
+
+def fit(images: np.ndarray, captions: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """images: of `shrink`; captions: str[N]. Return a function of other images that returns a caption for each.
+
+    Raises ValueError for one caption alone, and for more than MAX_CAPTIONS different ones.
+    """
+    from sklearn.svm import SVC  # an optional dependency, see `Classifier.packages`
+
+    different = np.unique(captions)
+    if not 2 <= len(different) <= MAX_CAPTIONS:
+        raise ValueError(
+            f"metrics 'classifier' is not supported: the training images have {len(different)} different captions, "
+            f"and it tells 2 to {MAX_CAPTIONS} apart; {REMEDY}"
+        )
+    return SVC(C=10.0).fit(images, captions).predict
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Metric: the share of images that are assigned to their captions. Its state is int64[2]: these images, and all.
+
+    predict: see `fit`. captions: those that it tells apart.
+    """
+
+    columns: ClassVar[Mapping[str, Column]] = {"classifier": Column("classifier", ".1%")}
+    lower_is_better: ClassVar[bool] = False
+    note: ClassVar[str] = (
+        "The classifier's score is the share of images that a support vector machine, fitted on real training images, "
+        "assigns to their captions."
+    )
+    sources: ClassVar[tuple[str, ...] | None] = None
+    packages: ClassVar[Mapping[str, str]] = {"sklearn": "scikit-learn"}
+
+    predict: Callable[[np.ndarray], np.ndarray]
+    captions: frozenset[str]
+
+    @classmethod
+    def create(cls, resources: Resources) -> Self:
+        """Fit the classifier, and print its accuracy on held-out images. Raises ValueError as `fit` does."""
+        images, captions = _read(resources.train_images())
+        predict = fit(images, captions)
+        images, expected = _read(resources.real_images())
+        accuracy = np.mean(predict(images) == expected)
+        print(f"the classifier assigns {accuracy:.1%} of {len(expected)} held-out images to their captions")
+        return cls(predict, frozenset(captions.tolist()))
+
+    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Raise ValueError for a prompt that no training image has as its caption."""
+        if unknown := [prompt for prompt in prompts if prompt not in self.captions]:
+            raise ValueError(
+                f"metrics 'classifier' is not supported: no training image has the caption {unknown[0]!r} of a "
+                f"held-out one; {REMEDY}"
+            )
+        return np.array([np.sum(self.predict(shrink(images)) == np.array(prompts)), len(prompts)])
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def result(self, state: np.ndarray) -> dict[str, float]:
+        right, count = state
+        return {"classifier": round(float(right / count), 4)}
+
+
+def _read(batches: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (images of `shrink`, captions str[N])."""
+    parts = [(shrink(images), captions) for images, captions in batches]
+    return np.concatenate([images for images, _ in parts]), np.array([each for _, some in parts for each in some])
