@@ -47,14 +47,14 @@ SHALLOW = UNET | {
 }
 
 
-def write(folder: Path, prediction_type: str = "v_prediction", unet=UNET) -> Path:
-    """Writes a teacher (DDIMScheduler) to `folder` and returns it."""
+def write(folder: Path, prediction_type: str = "v_prediction", unet=UNET, scheduler="DDIMScheduler", **options) -> Path:
+    """Writes a teacher (or another model, by its scheduler) to `folder` and returns it."""
     tokens = folder.with_name(folder.name + "-tokenizer")
     tokenizers.build(shapes.words(), tokens, model_max_length=20)
     tokenizer = tokenizers.load(tokens)
     text = TEXT | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
-    scheduler = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": prediction_type}
-    configs = {"unet": unet, "vae": VAE, "text_encoder": text, "scheduler": scheduler}
+    settings = SCHEDULE | {"_class_name": scheduler, "prediction_type": prediction_type} | options
+    configs = {"unet": unet, "vae": VAE, "text_encoder": text, "scheduler": settings}
     abstract = StableDiffusion.from_configs(configs).abstract_params()
     rng = np.random.default_rng(0)
     random = lambda leaf: np.asarray(rng.standard_normal(leaf.shape) * (0.2 if leaf.ndim > 1 else 0.05), np.float32)  # noqa: E731
@@ -63,5 +63,5 @@ def write(folder: Path, prediction_type: str = "v_prediction", unet=UNET) -> Pat
         lambda path, leaf: leaf + 1 if path[-1].key == "scale" else leaf, params
     )
     with folders.new_folder(folder) as temporary:
-        folders.write_pipeline(temporary, configs, params, tokens, scheduler)
+        folders.write_pipeline(temporary, configs, params, tokens, settings)
     return folder

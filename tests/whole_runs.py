@@ -44,6 +44,21 @@ def shrunk_lcd(teacher: Path, **more):
     return config
 
 
+def shrunk(name: str, model: Path | str, **more):
+    """A config of LCF, adapters or fine-tuning, for a model of `tiny_model`."""
+    config = load_config(*name.split(":"))
+    role = "init" if "init" in config else "teacher"
+    sampler = "lcm" if role == "init" else "ddim"
+    small = SHRUNK_LCD | QUICK | {"sample.scored_prompts": 0, "checkpoint.best": "", "sample.student_steps": (1,)}
+    small |= {role: str(model), f"sample.{role}_steps": (1,) if role == "init" else 1}
+    if "lora" in config:
+        small |= {"lora.rank": 4, "lora.alpha": 8.0, "lora.targets": ("to_q", "to_out.0", "conv1")}
+    config.update_from_flattened_dict(small | more)
+    config.report[role] = {sampler: (1,)}
+    config.report.student = {"ddim" if config.objective.name == "diffusion" else "lcm": (1,)}
+    return config
+
+
 def shrunk_for_processes(teacher: Path):
     """For runs in processes of their own, which import it without torch: few pictures are drawn."""
     few = {"train.batch_size": 2, "checkpoint.every_steps": 4, "sample.teacher_steps": 1, "sample.student_steps": (1,)}

@@ -102,12 +102,13 @@ def train_adapters(config, models: Models) -> Trained:
     unet = models.student.abstract_params()["unet"]
     begin = partial(lora.init, params=unet, settings=settings)
     merge = jax.jit(partial(lora.merge, scale=settings.scale))
+    read = partial(read_adapters, start, unet, settings, models.stored.family)
 
     def load() -> Params:
-        if start:
-            return {"lora": read_adapters(start, unet, settings, models.stored.family)}
-        return {"lora": jax.jit(begin)(jax.random.key(config.train.seed))}
+        return {"lora": read() if start else jax.jit(begin)(jax.random.key(config.train.seed))}
 
+    if start:
+        read()  # what does not fit is named before the step is compiled
     return Trained(
         params={"lora": jax.eval_shape(begin, jax.eval_shape(lambda: jax.random.key(0)))},
         load=load,
