@@ -113,7 +113,7 @@ def test_the_teacher_is_held_once_and_the_optimizer_has_the_adapters_alone(teach
 
 
 def test_a_style_with_dropout_resumes_exactly(teacher, tmp_path):
-    more = {"lora.dropout": 0.25, "train.accumulate": 2, "train.ema_rate": 0.5, "data.encode": "step"}
+    more = {"lora.dropout": 0.25, "train.accumulate": 2, "train.ema_rate": 0.5, "data.cache": str(tmp_path / "latents")}
     config = shrunk("shapes_style_lora", teacher, **more)
     assert run(config, tmp_path / "whole")
     adapters = lambda name: read_file(tmp_path / name / "export")[0]  # noqa: E731
@@ -153,7 +153,7 @@ def test_settings_of_adapters_that_are_wrong_are_named(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["lcm_lora:sd15", "lcf:sdxl"])
+@pytest.mark.parametrize("name", ["lcm_lora:sd15", pytest.param("lcf:sdxl", marks=pytest.mark.slow)])
 def test_full_size_runs_are_estimated_without_weights(name, capsys):
     config = load_config(*name.split(":"))
     config.mesh.data, config.train.batch_size = 1, 2
