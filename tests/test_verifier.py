@@ -184,8 +184,7 @@ def test_accepts_outlines_clean_and_degraded(task):
     scenes = _scenes(task, 60, style="outline")
     images = [shapes.render(scene) for scene in scenes]
     assert sum(verify(image, s.caption).ok for image, s in zip(images, scenes, strict=True)) >= 59
-    # A thin stroke loses more to blur and noise than a filled shape.
-    assert sum(verify(_degrade(image, rng), s.caption).ok for image, s in zip(images, scenes, strict=True)) >= 52
+    assert sum(verify(_degrade(image, rng), s.caption).ok for image, s in zip(images, scenes, strict=True)) >= 58
     assert sum(verify(shapes.render(s, 128), s.caption).ok for s in scenes[:20]) >= 19
 
 

@@ -27,7 +27,7 @@ SIZE_LIMIT = 10.0  # radius in pixels between small (up to 8.5) and large (from 
 MIN_OVERLAP = 0.78  # intersection over union with the best outline; softly decoded crosses reach 0.79
 RAMPS = (1.0, 3.0)  # pixels from full to no coverage across an edge: sharp, or as soft as decoders leave it
 MIDDLE = 0.6  # of the largest distance from the border of an object; what is farther from it is the object's middle
-MIN_FILLED = 0.75  # mean coverage of the middle of a fill; outlines have up to 0.65, fills of one step 0.75 and more
+MIN_FILLED = 0.85  # mean coverage of the middle of a fill; less than 2% of fills in images of one step have less
 COLOR_RADIUS = 60.0  # RGB distance to a named color; two with other names are at least 77 apart
 MIN_PURITY = 0.85  # of the pixels inside an object, the share whose nearest named color is the object's
 
