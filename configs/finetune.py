@@ -24,7 +24,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
     config.objective = ConfigDict({"name": "diffusion", "prompt_dropout": 0.1, "timestep_power": 1.0})
     if model == "shapes":
         config.data.style = "outline"
-        config.train.ema_rate = 0.99
+        config.train.ema_rate, config.optimizer.learning_rate = 0.99, 3e-4
     else:
         config.data.source = "folder"
         config.data.held_out = 64  # a choice, for sets of a few hundred images or more

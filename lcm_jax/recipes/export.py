@@ -128,5 +128,5 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
             rows.append({"model": who} | row)
     counted = {"composition": {"captions": len(unseen)} | composition} if unseen else {}
     scales = {each.name: each.guidance_scale(settings.guidance_scale) for each in previews.candidates}
-    own = {"guidance_scales": scales} if len(set(scales.values())) > 1 else {}
+    own = {"guidance_scales": scales} if set(scales.values()) != {settings.guidance_scale} else {}
     return report.nest(rows) | counted | {"captions": len(prompts)} | own
