@@ -167,3 +167,12 @@ def test_full_size_runs_are_estimated_without_weights(name, capsys):
         assert "all of the UNet" in capsys.readouterr().out
     else:
         assert found["trained"].keys() == {"unet"} and "unet" not in found["frozen"]
+
+
+@pytest.mark.parametrize("name", ["shapes_teacher", "shapes_vae"])
+def test_a_model_from_scratch_has_no_adapters(name, tmp_path):
+    config = load_config(name)
+    with config.unlocked():
+        config.lora = load_config("shapes_style_lora").lora
+    with pytest.raises(ValueError, match="lora is not supported for a model that is trained from scratch; remove"):
+        make_task(config, tmp_path / "run")

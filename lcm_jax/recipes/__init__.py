@@ -36,6 +36,10 @@ def check_config(config) -> None:
         raise ValueError(
             f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(OBJECTIVES)}"
         )
+    if "lora" in config and find_recipe(config) in (autoencoder_task, diffusion_task):
+        raise ValueError(
+            "lora is not supported for a model that is trained from scratch; remove the group, or fine-tune a teacher"
+        )
     settings.check_keys(config, settings.alike(config))
 
 
