@@ -7,8 +7,9 @@ ink and its sharp edge are what the bundled autoencoder can represent: it has se
 script needs scikit-learn (pip install scikit-learn), and no network. The source `folder` holds out the last images by
 the digests of their names, which are a random part of every digit:
 
-    python -m lcm_jax.main --config=configs/lcf.py --workdir=runs/lcf --config.data.source=folder \\
-        --config.data.folder=runs/digits --config.data.held_out=180 --config.metrics="('classifier','frechet')"
+    python -m lcm_jax.main --config=configs/lcf.py --workdir=runs/lcf_digits --config.data.source=folder \\
+        --config.data.folder=runs/digits --config.data.held_out=180 --config.report.reference=180 \\
+        --config.metrics="('classifier','frechet')"
 """
 
 import json

@@ -19,7 +19,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import layout, lora, lora_settings, orbax_folder, single_file, single_file_configs, stored, trees
 from lcm_jax.weights.errors import ModelError, plural, write_error
-from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model, open_run_lora
 from lcm_jax.weights.stored import Tensors, get_specs, total_bytes
 
 MODEL_FORMATS = ("diffusers", "ldm", "orbax")
@@ -70,7 +70,9 @@ def convert(
     write = None if dry_run else _choose_writer(target, format, overwrite)
     path = Path(source)
     folder_marks = (lora_settings.FILE, layout.LORA_FILE)
+    is_model = (path / "model_index.json").is_file()  # which may have a LoRA beside it
     is_adapter = str(source) in layout.SHIPPED_LORAS or any((path / mark).is_file() for mark in folder_marks)
+    is_adapter = is_adapter and not is_model
     if is_adapter or path.is_file() and lora.is_lora(folders.open_file(path)[0]):
         given = {
             "merge": merge,
@@ -83,7 +85,10 @@ def convert(
         }
         if names := [name for name, value in given.items() if value]:
             raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole; omit {names[0]}")
-        return _convert_lora(path, target, format, None if base is None else open_folder(base, variant), dry_run, log)
+        adapter = _open_lora(path, None if base is None else open_folder(base, variant))
+        return _convert_lora(adapter, path, target, format, dry_run, log)
+    if format in LORA_FORMATS and (place := orbax_folder.find_run(path)) is not None:
+        return _convert_lora(open_run_lora(place, ema), path, target, format, dry_run, log)
     if format in LORA_FORMATS:
         raise ModelError(f"format {format} is for LoRAs, and {source} has none by its keys; use another format")
     if with_ema and (format != "ldm" or merge or ema is not None or orbax_folder.find_run(path) is None):
@@ -168,9 +173,8 @@ def _open_lora(path: Path, base: StoredModel | None) -> lora.LoRA:
     return lora.open_lora(path, specs, base.family if base else "sd1")
 
 
-def _convert_lora(path: Path, target, format: str | None, base: StoredModel | None, dry_run: bool, log: Log):
-    """Convert a LoRA from one naming to the other."""
-    adapter = _open_lora(path, base)
+def _convert_lora(adapter: lora.LoRA, path: Path, target, format: str | None, dry_run: bool, log: Log):
+    """Write the LoRA of a file or of a run in a naming."""
     log(f"{path}: a LoRA")
     for component, updates in adapter.updates.items():
         ranks = ", ".join(map(str, sorted({len(update.down) for update in updates.values()})))

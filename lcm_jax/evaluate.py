@@ -71,14 +71,14 @@ def plan_of(name: str, model, plan: Plan, size: int) -> Plan:
 
     Raises ValueError, which names the model, if it cannot sample by this plan or images of this size.
     """
-    from lcm_jax.sampling.generate import default_sampler, sampler_table
+    from lcm_jax.sampling.generate import default_sampler, is_consistency_model, sampler_table
 
     if model.inpaints:
         raise ValueError(f"{name} is an inpainting model, which is not supported; use a text-to-image model")
     if size % model.downscale:
         raise ValueError(f"data.size {size} is not supported by {name}; use a multiple of {model.downscale}")
-    takes_weight = model.guidance_embedding_dim is not None
-    own = {sampler: steps for sampler, steps in plan.items() if (sampler == "lcm") == takes_weight}
+    few_steps = is_consistency_model(model)
+    own = {sampler: steps for sampler, steps in plan.items() if (sampler == "lcm") == few_steps}
     try:
         if not own:
             sampler = default_sampler(model)

@@ -73,7 +73,7 @@ def test_too_few_or_too_many_captions_are_an_error(count):
     captions = [str(i) for i in range(count)]
     batches = lambda: [(solid(*range(count)), captions)]  # noqa: E731
     message = (
-        f"^metrics 'classifier' is not supported: the training images have {count} different captions, and it tells"
+        f"^metrics 'classifier' is not supported: the training images have {count} different captions, and it supports"
     )
     with pytest.raises(ValueError, match=message) as error:
         Classifier.create(Resources(features, batches, batches))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,8 @@ def opened(folder: Path | str, tmp_path: Path, seed: int = 0, **settings: Any) -
     lines: list[str] = []
     settings = {"size": SIZE, "held_out": 2} | settings
     source = FolderSource(str(folder), **settings)
-    return source.open(seed, tmp_path / "run" / "index", lines.append), lines
+    run = tempfile.mkdtemp(prefix="run", dir=tmp_path)  # a new one each time
+    return source.open(seed, Path(run) / "index", lines.append), lines
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
@@ -325,7 +327,9 @@ def parts(folder: Path, tmp_path: Path, held_out: int) -> tuple[set[str], set[st
     """Captions of the training part and of the held-out part."""
     dataset, _ = opened(folder, tmp_path, held_out=held_out)
     assert isinstance(dataset.train, FolderImages)
-    return {dataset.train.caption(i) for i in range(len(dataset.train))}, set(dataset.prompts(held_out))
+    assert isinstance(dataset.held_out, FolderImages)
+    train, held = dataset.train, dataset.held_out
+    return {train.caption(i) for i in range(len(train))}, {held.caption(i) for i in range(len(held))}
 
 
 def test_the_held_out_part_resembles_a_sorted_set_and_stays_when_files_are_added(tmp_path):
@@ -414,9 +418,18 @@ def test_what_cannot_be_read_is_named_once_and_replaced(tmp_path):
         ({"x": "y"}, {"folder": "x"}, "^data.folder '.*x' is not a folder; set --config.data.folder to"),
         ({}, {}, "^data.folder '.*' has no image .*.tiff.; set --config.data.folder to a folder of images$"),
         ({"a.txt": "a"}, {}, "^data.folder '.*' has no image "),
-        ({"a.png": b"", "b.png": b""}, {}, "leaves none of the 2 images of data.folder to train on; lower it$"),
         (
-            {f"{i}.png": b"" for i in range(5)},
+            {"a.png": b"", "b.png": b"", "caption.txt": "a"},
+            {},
+            "leaves none of the 2 images of data.folder to train on; ",
+        ),
+        (
+            {"a.png": b""},
+            {},
+            "has no image with a caption .*; put a name.txt beside each name.jpg, or set --config.data.c",
+        ),
+        (
+            {f"{i}.png": b"" for i in range(5)} | {"caption.txt": "a"},
             {},
             "^data.folder '.*' has 3 images to train on, each data.repeats 1 times, fewer than train.batch_size 4; low",
         ),
@@ -479,3 +492,28 @@ def test_an_autoencoder_trains_on_a_folder_without_captions(tmp_path):
     task = make_task(config, tmp_path / "run")
     batch = next(task.make_batches({}, 0))
     assert batch.keys() == {"image"} and batch["image"].shape == (8, SIZE, SIZE, 3)
+
+
+def test_a_run_does_not_resume_with_other_images(tmp_path):
+    """Batches are chosen by the order of the images, which others would change."""
+    source = FolderSource(write_folder(tmp_path / "images"), 16, 4)
+    open_it = lambda: source.open(0, tmp_path / "run" / "index", lambda line: None)  # noqa: E731
+    first = open_it()
+    assert open_it().fingerprint == first.fingerprint
+    write(tmp_path / "images", {"more.png": image(99), "more.txt": "a circle"})
+    with pytest.raises(ValueError, match="has other images than when this run began, 25 now; restore .*folder.sha256"):
+        open_it()
+    (tmp_path / "run" / "index" / "folder.sha256").unlink()
+    assert len(open_it().train) == len(first.train) + 1
+
+
+def test_empty_captions_are_none(tmp_path):
+    """Taggers leave empty files; an image is not trained with the empty prompt because of one."""
+    folder = write(tmp_path / "images", {"a.png": image(1), "a.txt": "", "b.png": image(2)})
+    rows = [{"file_name": "d.png", "text": " "}, {"file_name": "e.png", "text": "a star"}]
+    write(folder, {"c/metadata.jsonl": rows, "c/d.png": image(3), "c/e.png": image(4)})
+    lines = []
+    dataset = FolderSource(str(folder), 16, 1, "a dog").open(0, tmp_path / "index", lines.append)
+    captions = [dataset.train[i]["caption"] for i in range(len(dataset.train))] + dataset.prompts(1)
+    assert sorted(captions) == ["a dog", "a dog", "a dog", "a star"]
+    assert any("the caption is empty" in line for line in lines)

@@ -72,7 +72,9 @@ def test_a_model_without_guidance_input_is_trained_at_its_one_weight(tmp_path, c
     assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
     assert student.configs["unet"].get("time_cond_proj_dim") is None
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "guidance scale 1.0 (init), 1.0 (student)" in (tmp_path / "run" / "report.md").read_text() and "init" in report
+    assert (
+        "guidance scale 1.0 (init), 1.0 (student)" in (tmp_path / "run" / "report.md").read_text() and "init" in report
+    )
     # by its LCMScheduler, such a model is an LCM, as one is that has an LCM-LoRA merged in
     make_task(shrunk("lcf:shapes", tmp_path / "run" / "export", **settings), tmp_path / "again")
     assert says in capsys.readouterr().out

@@ -22,6 +22,7 @@ from PIL import Image
 from lcm_jax.data import images, metadata
 from lcm_jax.data.captioned import CaptionedDataset, parse_caption
 from lcm_jax.data.substitutes import Substitutes
+from lcm_jax.files import write_text
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the extension says
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class Skipped:
-    """What is left out of a set, by reason."""
+    """Names of the files that are left out of a set, by reason."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
@@ -110,6 +111,7 @@ def index_folder(root: str, folder: str, caption: str, field: str, log: Callable
     found = select_images(files, folder, skipped)
     rows = _read_rows(root, files, set(found), field, skipped)
     texts = {posixpath.splitext(path)[0] + _extension(path): path for path in files if _is_caption(path)}
+    texts = {name: path for name, path in texts.items() if files[path][0]}  # taggers leave empty files
     entries = []
     for image in found:
         stem, shared = posixpath.splitext(image)[0], posixpath.join(posixpath.dirname(image), SHARED_CAPTION)
@@ -219,7 +221,9 @@ class FolderImages:
             return entry.caption
         plain = _extension(entry.caption_file) == ".txt"
         data = Path(self._root, entry.caption_file).read_bytes()
-        return parse_caption(data, None if plain else self._field)
+        if not (caption := parse_caption(data, None if plain else self._field)):
+            raise ValueError(f"the caption in {entry.caption_file} is empty; write one, or delete the file")
+        return caption
 
     def _read(self, number: int, repeat: int) -> dict:
         caption = self._caption(number)
@@ -254,9 +258,8 @@ class FolderSource:
     flip: bool = False
 
     def check(self, batch_size: int) -> None:
-        skipped = Skipped()
-        found = select_images(list_files(self._root(), skipped), self.folder, skipped)
-        count = self._count_train(len(found))
+        entries = index_folder(self._root(), self.folder, self.caption, self.caption_field, lambda line: None)
+        count = self._count_train(len(entries))
         if count * self.repeats < batch_size:
             raise ValueError(
                 f"data.folder {self.folder!r} has {count} images to train on, each data.repeats {self.repeats} times, "
@@ -271,6 +274,7 @@ class FolderSource:
             )
         entries = index_folder(root, self.folder, self.caption, self.caption_field, log)
         count = self._count_train(len(entries))
+        self._check_unchanged(entries, folder)
         train = FolderImages(
             root,
             entries[:count],
@@ -286,7 +290,7 @@ class FolderSource:
         return CaptionedDataset(
             train=train,
             held_out=held_out,
-            prompts=lambda n: [held_out.caption(i) for i in range(n)],
+            prompts=lambda n: [held_out[i]["caption"] for i in range(n)],  # of the images that are shown beside them
             compositional_prompts=lambda n: [],
             fingerprint=train.fingerprint,
         )
@@ -299,6 +303,20 @@ class FolderSource:
             what = "is not a folder" if os.path.exists(self.folder) else "does not exist"
             raise ValueError(f"data.folder {self.folder!r} {what}; {REMEDY}")
         return os.path.realpath(self.folder)
+
+    def _check_unchanged(self, entries: Sequence[Entry], folder: Path) -> None:
+        """Raise ValueError if a run that resumes would find other images: batches are chosen by their order."""
+        names = "".join(f"{entry.image}\n" for entry in entries)
+        now = hashlib.sha256(os.fsencode(names)).hexdigest() + "\n"
+        path = folder / "folder.sha256"
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, now)
+        elif path.read_bytes() != now.encode():
+            raise ValueError(
+                f"data.folder {self.folder!r} has other images than when this run began, {len(entries)} now; restore "
+                f"them to resume exactly, delete {path} to go on with these, or use another --workdir"
+            )
 
     def _count_train(self, count: int) -> int:
         """Return how many of `count` images are trained on. Raises ValueError if none are left."""

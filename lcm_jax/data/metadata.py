@@ -102,6 +102,8 @@ def _caption(row: Mapping[str, Any], field: str) -> str:
         raise ValueError(
             f"no text {field!r} or {DEFAULT_FIELD!r}, but {_columns(row)}; set --config.data.caption_field"
         )
+    if not caption.strip():
+        raise ValueError("the caption is empty; write one, or remove the row")
     return check_unicode(caption, "the caption").strip()
 
 

@@ -341,7 +341,7 @@ class TarSource:
         return CaptionedDataset(
             train=train,
             held_out=held_out,
-            prompts=lambda n: [held_out.caption(i) for i in range(n)],
+            prompts=lambda n: [held_out[i]["caption"] for i in range(n)],  # of the images that are shown beside them
             compositional_prompts=lambda n: [],
             fingerprint=train.fingerprint,
         )

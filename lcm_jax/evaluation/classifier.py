@@ -31,7 +31,7 @@ def fit(images: np.ndarray, captions: np.ndarray) -> Callable[[np.ndarray], np.n
     if not 2 <= len(different) <= MAX_CAPTIONS:
         raise ValueError(
             f"metrics 'classifier' is not supported: the training images have {len(different)} different captions, "
-            f"and it tells 2 to {MAX_CAPTIONS} apart; {REMEDY}"
+            f"and it supports 2 to {MAX_CAPTIONS}; {REMEDY}"
         )
     return SVC(C=10.0).fit(images, captions).predict
 
@@ -61,6 +61,11 @@ class Classifier:
         images, captions = _read(resources.train_images())
         predict = fit(images, captions)
         images, expected = _read(resources.real_images())
+        if unknown := sorted(set(expected.tolist()) - set(captions.tolist())):
+            raise ValueError(
+                f"metrics 'classifier' is not supported: no training image has the caption {unknown[0]!r} of a "
+                f"held-out one; {REMEDY}"
+            )
         accuracy = np.mean(predict(images) == expected)
         print(f"the classifier assigns {accuracy:.1%} of {len(expected)} held-out images to their captions")
         return cls(predict, frozenset(captions.tolist()))

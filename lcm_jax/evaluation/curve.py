@@ -43,7 +43,7 @@ def draw_curve(
     groups = group_figures(records)
     figure = Figure(figsize=(PANEL[0] * len(groups) + LEGEND, PANEL[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     lines = {}  # by label: every panel has the same colors
     numbers = sorted({_steps(name) for names in groups.values() for name in names})
     colors = colormaps["viridis"].resampled(len(numbers) + 1)  # its last, a light yellow, is left out

@@ -8,6 +8,7 @@ from lcm_jax.evaluation.curve import draw_curve, group_figures
 from lcm_jax.training.logging import BEST, PREVIEW, read_previews
 
 EXPORT = "python -m lcm_jax.convert --input={folder} --output={folder}-export --format=diffusers"
+EXPORT_LORA = "python -m lcm_jax.convert --input={folder} --output={folder}.safetensors --format=lora-peft"
 
 
 def finish_previews(config, workdir: Path) -> dict[str, Any] | None:
@@ -28,7 +29,8 @@ def finish_previews(config, workdir: Path) -> dict[str, Any] | None:
     elif compared is not None:
         folder = workdir / "best"
         print(report.checkpoints({"checkpoints": compared}))
-        print(f"export/ has the last; for the best: {EXPORT.format(folder=folder)}")
+        command = EXPORT_LORA if "lora" in config else EXPORT
+        print(f"export/ has the last; for the best: {command.format(folder=folder)}")
     return compared
 
 

@@ -17,7 +17,7 @@ from lcm_jax.evaluation.evaluate import Metric, evaluate, make_resources
 from lcm_jax.evaluation.frechet import encoder_features
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.sampling.generate import effective_guidance_scale, sampler_table
+from lcm_jax.sampling.generate import effective_guidance_scale, is_consistency_model, sampler_table
 from lcm_jax.sampling.inputs import Inpainting
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.state import Params
@@ -63,7 +63,7 @@ def check_samplers(config, candidates: Sequence[Candidate]) -> None:
         for sampler, steps in config.report[each.name].items():
             plans[f"report.{each.name}.{sampler}"] = (each.model, sampler, steps)
     for key, (model, sampler, numbers) in plans.items():
-        if numbers and sampler != "lcm" and model.guidance_embedding_dim is not None:
+        if numbers and sampler != "lcm" and is_consistency_model(model):
             raise ValueError(f"{key} is not supported: a latent consistency model has the sampler lcm alone; remove it")
         for steps in numbers:
             try:

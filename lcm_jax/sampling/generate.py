@@ -24,9 +24,14 @@ def default_sampler(model: StableDiffusion) -> str:
     return names[0]
 
 
+def is_consistency_model(model: StableDiffusion) -> bool:
+    """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler."""
+    return model.guidance_embedding_dim is not None or model.scheduler["_class_name"] == "LCMScheduler"
+
+
 def effective_guidance_scale(model: StableDiffusion, scale: float) -> float:
     """Return `scale`, or 1 for a latent consistency model without guidance input: its guidance is fixed."""
-    fixed = model.scheduler["_class_name"] == "LCMScheduler" and model.guidance_embedding_dim is None
+    fixed = is_consistency_model(model) and model.guidance_embedding_dim is None
     return 1.0 if fixed else float(scale)
 
 

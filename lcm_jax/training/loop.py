@@ -158,9 +158,9 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
                     batches = task.make_batches(alone, first)
                 inputs = (sharding.put_batch(mesh, batch) for batch in batches)
                 advance = lambda state: step(state, frozen, next(inputs))  # noqa: E731
-                state, seconds = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
+                state, seconds, stopped = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
         done = int(state.step)
-        if done < config.train.steps:
+        if stopped or done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
             return False
         average, alone = distributed.local((state.average, frozen))
@@ -182,11 +182,11 @@ def run_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     began: float,
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, float, bool]:
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
     frozen: on the devices. began: when this process began, by time.monotonic(). Return (state, seconds that the run has
-    taken in all).
+    taken in all, True if it was stopped).
     """
     steps, batch_size, step = config.train.steps, config.train.batch_size, int(state.step)
     due = lambda group: bool(group.every_steps) and step % group.every_steps == 0  # noqa: E731
@@ -237,13 +237,15 @@ def run_steps(
             _read(pending, checkpoints)
         checkpoints.save(state)  # which does nothing where the loop has saved this step
         checkpoints.wait()
-    return state, time.monotonic() - began
+        stopped = stopping()
+    return state, time.monotonic() - began, stopped
 
 
 def open_best(task: TrainTask, config, workdir: Path, checkpoints: Checkpoints) -> BestCheckpoint:
     """Open the checkpoint in `workdir`/best that has the best value of `config.checkpoint.best`."""
     figure, settings = config.checkpoint.best, json.loads(json.dumps(config.sample.to_dict()))
     del settings["every_steps"]  # by which no value changes
+    settings["reference"] = config.report.reference if "report" in config else None
     return BestCheckpoint(workdir / "best", figure, task.figures[figure], settings, checkpoints)
 
 

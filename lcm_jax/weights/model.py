@@ -146,10 +146,7 @@ def open_run(
     workdir, folder, step = place
     config = orbax_folder.read_run_file(workdir)
     step, tree = orbax_folder.read_tree(folder, step)
-    averaged = bool(tree.get("ema"))  # None in a run without one
-    if ema and not averaged:
-        raise ModelError(f"{workdir} has no moving average (train.ema_rate is 0); omit --ema")
-    part = "ema" if averaged and ema is not False else "params"
+    part = choose_part(workdir, tree, ema)
     name = f"{workdir}, the {'EMA target' if part == 'ema' else 'student'} at step {step}"
     if config["objective"]["name"] == "autoencoder":
         return StoredModel(name, "vae", {}, orbax_folder.open_components(folder, step, part)[1])
@@ -165,9 +162,7 @@ def open_run(
     except ModelError as error:
         raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
     if adapted:
-        adapters = orbax_folder.read_arrays(folder, step, part, "lora")
-        lora = LoRA({"unet": to_updates(adapters, float(config["lora"]["alpha"]))}, {})
-        trained = {"unet": merge_lora(rest.tensors, [(lora, 1.0)])["unet"]}
+        trained = {"unet": merge_lora(rest.tensors, [(open_run_lora(place, ema), 1.0)])["unet"]}
     else:
         trained = orbax_folder.open_components(folder, step, part)[1]
     configs, index = dict(rest.configs), rest.index
@@ -175,9 +170,30 @@ def open_run(
     if guided is not None:
         configs["unet"] = {**configs["unet"], "time_cond_proj_dim": guided.shape[1]}
     if (grid := config["objective"].get("num_ddim_steps")) is not None:
-        if configs["scheduler"]["_class_name"] != "LCMScheduler":  # the rest is the teacher's
+        # The rest is the teacher's, or of LCF the LCM before, which may have another grid.
+        if configs["scheduler"]["_class_name"] != "LCMScheduler" or config["objective"]["name"] == "lcf":
             configs["scheduler"], index = lcm_scheduler(configs["scheduler"], grid), None
     return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
+
+
+def choose_part(workdir: Path, tree: Mapping[str, Any], ema: bool | None) -> str:
+    """Return "ema" or "params", the part of a checkpoint to open. Raises ModelError for an EMA that is not there."""
+    averaged = bool(tree.get("ema"))  # None in a run without one
+    if ema and not averaged:
+        raise ModelError(f"{workdir} has no moving average (train.ema_rate is 0); omit --ema")
+    return "ema" if averaged and ema is not False else "params"
+
+
+def open_run_lora(place: orbax_folder.RunPlace, ema: bool | None = None) -> LoRA:
+    """Return the adapters of a run, by default their EMA if it has one. Raises ModelError if it trains none."""
+    workdir, folder, step = place
+    config = orbax_folder.read_run_file(workdir)
+    step, tree = orbax_folder.read_tree(folder, step)
+    part = choose_part(workdir, tree, ema)
+    if "lora" not in tree[part] or "lora" not in config:
+        raise ModelError(f"{workdir} trains no LoRA; use format diffusers, ldm or orbax")
+    adapters = orbax_folder.read_arrays(folder, step, part, "lora")
+    return LoRA({"unet": to_updates(adapters, config["lora"]["alpha"])}, {})
 
 
 def open_orbax(folder: Path) -> StoredModel:
