@@ -5,7 +5,7 @@
         --config.data.folder=path/to/images --config.data.caption="a photo of sks dog"
 
 The argument is shapes (the default), sd15 or sdxl. shapes fine-tunes the bundled student on `shapes` drawn as outlines
-in other colors, in three minutes on two CPU cores; see docs/lcf.md. sd15 and sdxl fine-tune published LCMs on a folder
+in other colors, in two minutes on two CPU cores; see docs/lcf.md. sd15 and sdxl fine-tune published LCMs on a folder
 of images with captions. `--config.init` takes any LCM: a folder, a hub id, a run, a single file (with
 `--config.base=` for what it lacks). Watch `curve.png`: fine-tuning is at its best early, and a set of few images is
 soon learnt by heart; `--config.checkpoint.best=frechet@4` keeps the best state.
