@@ -32,6 +32,7 @@ def get_config(model: str = "sd15") -> ConfigDict:
     published = MODELS[model]
     config = ConfigDict()
     config.teacher = published["teacher"]  # a hub id or a diffusers folder
+    config.base = ""  # a model that supplies what a teacher in a single file lacks, such as the tokenizer
     config.family = model  # the published configs, which a dry run uses if the teacher is not available
     config.objective = ConfigDict(
         {

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.teacher = "shapes"
+    config.base = ""  # a model that supplies what a teacher in a single file lacks, such as the tokenizer
     config.objective = ConfigDict(
         {
             "name": "lcd",

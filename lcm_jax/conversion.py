@@ -73,22 +73,24 @@ def convert(
     is_model = (path / "model_index.json").is_file()  # which may have a LoRA beside it
     is_adapter = str(source) in layout.SHIPPED_LORAS or any((path / mark).is_file() for mark in folder_marks)
     is_adapter = is_adapter and not is_model
-    if is_adapter or path.is_file() and lora.is_lora(folders.open_file(path)[0]):
+    place = orbax_folder.find_run(path) if format in LORA_FORMATS else None
+    if is_adapter or place is not None or path.is_file() and lora.is_lora(folders.open_file(path)[0]):
         given = {
             "merge": merge,
             "component": component,
             "with_ema": with_ema,
-            "ema": ema is not None,
+            "ema": ema is not None and place is None,
             "dtype": dtype,
             "prediction_type": prediction_type,
             "scaling_factor": scaling_factor is not None,
         }
         if names := [name for name, value in given.items() if value]:
             raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole; omit {names[0]}")
-        adapter = _open_lora(path, None if base is None else open_folder(base, variant))
+        if place is not None:
+            adapter = open_run_lora(place, ema)
+        else:
+            adapter = _open_lora(path, None if base is None else open_folder(base, variant))
         return _convert_lora(adapter, path, target, format, dry_run, log)
-    if format in LORA_FORMATS and (place := orbax_folder.find_run(path)) is not None:
-        return _convert_lora(open_run_lora(place, ema), path, target, format, dry_run, log)
     if format in LORA_FORMATS:
         raise ModelError(f"format {format} is for LoRAs, and {source} has none by its keys; use another format")
     if with_ema and (format != "ldm" or merge or ema is not None or orbax_folder.find_run(path) is None):

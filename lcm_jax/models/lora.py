@@ -35,7 +35,7 @@ DEFAULT_TARGETS = (
 class LoRASettings:
     """The group `lora` of a config.
 
-    An update counts alpha / rank. targets: diffusers' names of modules, whole or from a dot on, as PEFT's
+    Updates are scaled by alpha / rank. targets: diffusers' names of modules, whole or from a dot on, as PEFT's
     target_modules. dropout: probability with which an adapter, while it is trained, does not see a number of its input.
     Raises ValueError for values out of range.
     """

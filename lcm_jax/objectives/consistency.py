@@ -74,9 +74,9 @@ def weights(schedule: Schedule, s: jax.Array, weighting: str) -> jax.Array:
 
     uniform: 1, as published. inverse_sigma: 1 / sigma_s, so that an error in the v that a network predicts counts the
     same at every s (x0 = alpha z - sigma v). Otherwise the steps near pure noise, whose errors are the largest, crowd
-    out those near the image, on which all others build. sqrt_snr: alpha_s / sigma_s, the weighting of consistency
-    training (arXiv 2310.14189), where a target is one of all images that z_s may come from: near pure noise, it tells
-    little more than their mean.
+    out those near the image, on which all others build. sqrt_snr: alpha_s / sigma_s, near to the inverse step in
+    sigma / alpha of consistency training (arXiv 2310.14189), where a target is one of all images that z_s may come
+    from: near pure noise, it says little more than their mean. With zero terminal SNR it is 0 at the last s.
     """
     if weighting == "uniform":
         return jnp.ones(s.shape, jnp.float32)

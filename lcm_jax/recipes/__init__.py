@@ -40,6 +40,14 @@ def check_config(config) -> None:
         raise ValueError(
             "lora is not supported for a model that is trained from scratch; remove the group, or fine-tune a teacher"
         )
+    name = config.objective.name
+    for key, unused in (
+        ("student", name != "lcd" or "lora" in config),
+        ("teacher", name in ("lcf", "autoencoder")),
+        ("init", name == "lcd"),
+    ):
+        if key in config and unused:
+            raise ValueError(f"{key} has no effect in this config, whose objective is {name}; remove it")
     settings.check_keys(config, settings.alike(config))
 
 

@@ -13,7 +13,7 @@ from lcm_jax.recipes.models import OpenModel, is_consistency_model, open_complet
 from lcm_jax.recipes.trained import make_trained
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.weights.model import StoredModel
-from lcm_jax.weights.scheduler import lcm_scheduler
+from lcm_jax.weights.scheduler import LCM, lcm_scheduler
 
 
 def lcd_task(config, workdir: Path, open_model: OpenModel = open_complete) -> TrainTask:
@@ -30,9 +30,11 @@ def lcd_task(config, workdir: Path, open_model: OpenModel = open_complete) -> Tr
         if is_consistency_model(stored):
             raise ValueError(f"teacher {config.teacher!r} is already a latent consistency model; use its own teacher")
         guided = {} if "lora" in config else {"time_cond_proj_dim": config.student.guidance_embedding_dim}
+        # Adapters are exported without a scheduler, and users sample them on the grid that LCMScheduler has by default.
+        grid = LCM["original_inference_steps"] if "lora" in config else lcd.num_ddim_steps
         return dict(stored.configs) | {
             "unet": dict(stored.configs["unet"]) | guided,
-            "scheduler": lcm_scheduler(stored.configs["scheduler"], lcd.num_ddim_steps),
+            "scheduler": lcm_scheduler(stored.configs["scheduler"], grid),
         }
 
     models = open_models(config, "teacher", make_configs, open_model)

@@ -24,7 +24,8 @@ def lcf_task(config, workdir: Path, open_model: OpenModel = open_complete) -> Tr
             raise ValueError(
                 f"init {config.init!r} is not a latent consistency model: its UNet has no input for the guidance "
                 f"weight, and its scheduler is {scheduler.get('_class_name')}; distill it first (--config=lcd), or "
-                "give it an LCMScheduler if it has an LCM-LoRA merged in"
+                "if it has an LCM-LoRA merged in, give its folder (of a single file: made by lcm_jax.convert) a "
+                "scheduler_config.json with LCMScheduler"
             )
         if stored.configs["unet"].get("time_cond_proj_dim") is None:
             print(

@@ -83,7 +83,9 @@ def is_consistency_model(stored: StoredModel) -> bool:
 def is_turbo(stored: StoredModel) -> bool:
     """Return True for a model of few steps without guidance, such as SDXL-Turbo, by its scheduler."""
     scheduler = stored.configs["scheduler"]
-    return scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+    trailing = scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+    # Teachers with zero terminal SNR have this spacing too; the published models of few steps predict epsilon.
+    return trailing and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
 
 # ---- frozen weights -------------------------------------------------------------------------------------------------

@@ -114,10 +114,13 @@ def check(config, groups: Sequence[str] = GROUPS) -> None:
 
 
 def alike(config) -> list:
-    """Return the bundled configs of the same objective, with the same of the groups that decide what is trained."""
-    kind = lambda each: (each.get("objective", {}).get("name"), "teacher" in each, "lora" in each)  # noqa: E731
+    """Return the bundled configs of the same objective, those that train the same part of a model if there are any."""
     bundled = [config_files.load(name) for name, _ in config_files.bundled()]
-    return [each for each in bundled if kind(each) == kind(config)]
+    name = config.objective.name
+    same = [each for each in bundled if each.get("objective", {}).get("name") == name]
+    if name == "diffusion":  # with a teacher, it is fine-tuning
+        same = [each for each in same if ("teacher" in each) == ("teacher" in config)]
+    return [each for each in same if ("lora" in each) == ("lora" in config)] or same
 
 
 def check_keys(config, examples: Sequence[Any]) -> None:

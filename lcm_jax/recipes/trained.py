@@ -28,8 +28,8 @@ class Trained:
 
     params, load: its shapes and dtypes, and its initial values. bind(params, frozen): the student as a network.
     networks(params, frozen): the student's parameters by network, for sampling. write(folder, params): the export of a
-    run, in place of an earlier one. objective: an objective -> what trains this part by it. of_frozen: it changes a
-    UNet that is frozen itself.
+    run, in place of an earlier one. objective: an objective -> what trains this part by it. of_frozen: True if the UNet
+    stays frozen, and a step needs it.
     """
 
     params: Params

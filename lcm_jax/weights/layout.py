@@ -174,7 +174,7 @@ KEYS: dict[str, Mapping[str, tuple[Any, bool]]] = {
     "scheduler_config.json": {"_class_name": (str, True), "prediction_type": (str, False)},
     "index.json": {"weight_map": ({str: str}, True)},
 }
-NAMES = {str: "a string", bool: "true or false", dict: "an object", int: "an integer", float: "a number", ENTRY: ENTRY}
+NAMES = {str: "a string", bool: "true or false", dict: "an object", int: "an integer", ENTRY: ENTRY}
 
 
 def read_json(path: Path, keys: Mapping[str, tuple[Any, bool]] | None = None) -> dict[str, Any]:

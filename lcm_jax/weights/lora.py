@@ -127,7 +127,7 @@ def find_file(name: str | Path) -> Path:
 
 
 def short_name(path: Path) -> str:
-    """Return the name of a LoRA for people: of its file, or of the run or folder that a usual name does not tell."""
+    """Return the display name of a LoRA: of its file, or if that has a usual name, of its run or folder."""
     path = path.resolve().with_suffix("")
     while path.name in ("export", *(Path(name).stem for name in (*NAMES, KOHYA_FILE))):
         path = path.parent

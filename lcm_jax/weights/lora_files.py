@@ -47,7 +47,10 @@ def to_adapter(module: str, update: Update, params: Params) -> tuple[tuple[str, 
     """
     path, rank = naming.to_path(f"{module}.weight", update.down.ndim)[:-1], len(update.down)
     kernel = (*path, "kernel")
-    leaf: Any = reduce(getitem, kernel, params)
+    module_params: Any = reduce(getitem, path, params)
+    if "kernel" not in module_params:
+        raise ModelError(f"{module} is neither a linear layer nor a convolution; use a LoRA without it")
+    leaf = module_params["kernel"]
     # A 1 x 1 convolution may be stored as a matrix, and the other way around.
     shape = naming.tensor_shape(kernel, leaf.shape)
     down = naming.to_array(kernel, update.down.reshape(rank, *shape[1:]))

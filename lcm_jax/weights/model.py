@@ -16,7 +16,7 @@ from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.lora import LoRA, is_lora
 from lcm_jax.weights.lora import merge as merge_lora
 from lcm_jax.weights.lora_files import to_updates
-from lcm_jax.weights.scheduler import lcm_scheduler, merge_scheduler
+from lcm_jax.weights.scheduler import LCM, lcm_scheduler, merge_scheduler
 from lcm_jax.weights.single_file_family import detect_family
 from lcm_jax.weights.stored import NoTensors, Tensors, get_specs
 
@@ -51,7 +51,7 @@ def open_model(
     prediction_type: str | None = None,
     scaling_factor: float | None = None,
 ) -> StoredModel:
-    """Open a model in any format; its configs and the names of its tensors are read, no tensor is.
+    """Open a model in any format; its configs and the names of its tensors are read, and tensors when they are used.
 
     name: a .safetensors or .ckpt file, a folder in diffusers layout (also of a single network), a hub id (`org/name`),
     a bundled name (`shapes`), the workdir of a run (or its best/, or one of its checkpoints), or an orbax model written
@@ -141,7 +141,7 @@ def open_run(
     """Open the student of a run, by default its EMA if it has one, with the networks that the run does not train.
 
     These come from `base`, else the run's export, else the model that its config names as its teacher or, for LCF, its
-    init. Adapters are merged into the UNet of that model. Raises ModelError.
+    init. Adapters are merged into the UNet of that model, which is read for it. Raises ModelError.
     """
     workdir, folder, step = place
     config = orbax_folder.read_run_file(workdir)
@@ -155,6 +155,10 @@ def open_run(
         raise ModelError(f"{workdir} trains {', '.join(other)}, which no model has; use the workdir of another run")
     export, named = workdir / "export", "init" if config["objective"]["name"] == "lcf" else "teacher"
     began = export if (export / "model_index.json").is_file() else config.get(named)
+    if adapted and base is not None and base != began:
+        raise ModelError(
+            f"{workdir} trains adapters of {began}, which no base replaces; convert it to lora-peft, and merge that"
+        )
     if (rest := base or began) is None:
         raise ModelError(f"{workdir} has no export yet; pass a model of the same shape as base (--base)")
     try:
@@ -172,6 +176,7 @@ def open_run(
     if (grid := config["objective"].get("num_ddim_steps")) is not None:
         # The rest is the teacher's, or of LCF the LCM before, which may have another grid.
         if configs["scheduler"]["_class_name"] != "LCMScheduler" or config["objective"]["name"] == "lcf":
+            grid = LCM["original_inference_steps"] if adapted and guided is None else grid  # as users sample adapters
             configs["scheduler"], index = lcm_scheduler(configs["scheduler"], grid), None
     return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
 

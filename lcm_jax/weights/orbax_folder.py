@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lcm_jax.ranges import ABOVE_ZERO, STEPS, check_setting
 from lcm_jax.weights import layout, naming
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file_family import COMPONENTS
@@ -22,7 +23,6 @@ CONFIGS = "configs.json"  # in the folder of a model
 # The keys that are read of this file and of a run's config.json, as `layout.read_json` takes them.
 MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
 RUN_KEYS = {"objective": (dict, True), "teacher": (str, False), "init": (str, False), "lora": (dict, False)}
-LORA_KEYS = {"alpha": (float, True)}
 OBJECTIVE_KEYS = {"name": (str, True), "num_ddim_steps": (int, False)}
 FILES = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}
 
@@ -69,7 +69,14 @@ def read_run_file(workdir: Path) -> dict[str, Any]:
     """Return config.json of a run, with the keys of its objective checked. Raises ModelError."""
     config = layout.read_json(workdir / "config.json", RUN_KEYS)
     layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE_KEYS)
-    layout.check_keys(workdir / "config.json", config.get("lora") or {"alpha": 1.0}, LORA_KEYS)
+    for key, value, allowed in (
+        ("objective.num_ddim_steps", config["objective"].get("num_ddim_steps", 1), STEPS),
+        ("lora.alpha", config.get("lora", {"alpha": 1.0}).get("alpha"), ABOVE_ZERO),
+    ):
+        try:
+            check_setting(key, value, allowed)
+        except ValueError as error:
+            raise ModelError(f"{workdir / 'config.json'}: {error}") from None
     return config
 
 
