@@ -17,7 +17,7 @@ from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import open_model
 
 LCM = tiny_model.SHALLOW | {"time_cond_proj_dim": 256}
-TURBO = {"scheduler": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+TURBO = {"scheduler": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_a_model_without_guidance_input_is_trained_at_its_one_weight(tmp_path, c
     student = open_model(tmp_path / "run" / "export")
     assert student.configs["scheduler"]["_class_name"] == "LCMScheduler"
     assert student.configs["unet"].get("time_cond_proj_dim") is None
+    assert student.index is not None and student.index["_class_name"] == "StableDiffusionPipeline"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (
         "guidance scale 1.0 (init), 1.0 (student)" in (tmp_path / "run" / "report.md").read_text() and "init" in report

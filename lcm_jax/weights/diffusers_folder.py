@@ -245,9 +245,11 @@ def write_surroundings(
         kept = {k: [None, None] if isinstance(v, list) and k not in written else v for k, v in index.items()}
         write_json(folder / "model_index.json", kept | ({} if xl else {"requires_safety_checker": False}))
         return
-    kind = "LatentConsistencyModelPipeline" if scheduler["_class_name"] == "LCMScheduler" else "StableDiffusionPipeline"
-    kind = "StableDiffusionXLPipeline" if xl else kind
     unet = configs.get("unet", {})
+    guided = unet.get("time_cond_proj_dim") is not None  # without it, LatentConsistencyModelPipeline fails
+    lcm = guided and scheduler["_class_name"] == "LCMScheduler"
+    kind = "LatentConsistencyModelPipeline" if lcm else "StableDiffusionPipeline"
+    kind = "StableDiffusionXLPipeline" if xl else kind
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):  # LCMs that inpaint have no class of their own
         kind = "StableDiffusionXLInpaintPipeline" if xl else "StableDiffusionInpaintPipeline"
     made: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.42.0"}
