@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     config = config_files.load("finetune:shapes")  # what is not set here is as in that config
     config.lora = config_files.load("lcm_lora:shapes").lora
     config.lora.rank, config.lora.alpha = 16, 16.0
-    config.train.ema_rate = 0.0
+    config.train.ema_rate, config.optimizer.learning_rate = 0.0, 8e-4
     return config
