@@ -15,10 +15,10 @@ from lcm_jax.errors import Interrupted
 from lcm_jax.models import lora
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.recipes import make_task
+from lcm_jax.recipes import check_config, make_task
 from lcm_jax.training.loop import train
 from lcm_jax.training.state import create_state, make_optimizer
-from lcm_jax.training.step import make_train_step
+from lcm_jax.training.step import make_loss, make_train_step
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.lora import read_file
 from lcm_jax.weights.lora_files import read_adapters
@@ -176,3 +176,20 @@ def test_a_model_from_scratch_has_no_adapters(name, tmp_path):
         config.lora = load_config("shapes_style_lora").lora
     with pytest.raises(ValueError, match="lora is not supported for a model that is trained from scratch; remove"):
         make_task(config, tmp_path / "run")
+
+
+NAMES = ["lcm_lora:sd15", "lcm_lora:sdxl", "lcf:sd15", "lcf:sdxl", "finetune:shapes", "finetune:sd15", "finetune:sdxl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_makes_a_step_in_small(name, teacher, tmp_path):
+    """Its settings are accepted, and a step of its recipe can be traced with them."""
+    check_config(load_config(*name.split(":")))
+    scheduler = {"scheduler": "LCMScheduler"} if name.startswith("lcf") else {}
+    model = tiny_model.write(tmp_path / "lcm", unet=tiny_model.SHALLOW, **scheduler) if scheduler else teacher
+    small = {"data.source": "shapes", "data.size": 64, "data.held_out": 32, "data.length": 32, "metrics": ("frechet",)}
+    task = make_task(shrunk(name, model, **small), tmp_path / "run")
+    loss = make_loss(task.objective, task.bind, task.prepare)
+    draws = jax.eval_shape(lambda: task.objective.draw(jax.random.key(0), task.latents))
+    total, metrics = jax.eval_shape(loss, task.params, task.params, task.frozen, dict(task.batch), draws)
+    assert total.shape == () and metrics["loss"].shape == ()

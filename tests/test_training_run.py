@@ -220,7 +220,9 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path):
         RECIPES["lcd"](config, Path())
     convert("shapes", tmp_path / "a.safetensors", "ldm")
     config.teacher = str(tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match="has no tokenizer; .*: set --config.base to it, or convert .* to a folder by lcm_jax.convert"):
+    with pytest.raises(
+        ModelError, match="has no tokenizer; .*: set --config.base to it, or convert .* to a folder by lcm_jax.convert"
+    ):
         RECIPES["lcd"](config, Path())
 
 
