@@ -43,6 +43,8 @@ def pytest_unconfigure():
 
 LONG = (
     "lcd_config",
+    "lora_run",
+    "lcf_run",
     "training_run",
     "benchmark",
     "killed_runs",
