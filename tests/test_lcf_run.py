@@ -16,7 +16,6 @@ from lcm_jax.training.loop import train
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import open_model
 
-pytestmark = pytest.mark.long
 LCM = tiny_model.SHALLOW | {"time_cond_proj_dim": 256}
 TURBO = {"scheduler": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"}
 

@@ -25,9 +25,6 @@ from lcm_jax.weights.lora_files import read_adapters
 from lcm_jax.weights.model import open_model
 
 
-pytestmark = pytest.mark.long
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher", unet=tiny_model.SHALLOW)

@@ -30,8 +30,8 @@ def test_every_number_of_every_config_has_a_range_and_is_in_it():
         config = load(name)
         settings.check(config, *([EVALUATION] if name.startswith("eval/") else []))
         for key, value in settings.leaves(config.to_dict()):
-            if key.startswith("objective.") and key not in settings.RANGES:
-                continue  # checked by the objective's own dataclass
+            if key.startswith(("objective.", "lora.")) and key not in settings.RANGES:
+                continue  # checked by the dataclass of the objective or of the adapters
             if numbers(value) or value == ():
                 assert settings.range_of(key), f"{name}: {key} has no range in lcm_jax/recipes/settings.py"
             if isinstance(value, bool) or key.endswith("dtype"):
@@ -78,7 +78,10 @@ def test_no_range_has_what_is_no_finite_number(key):
         ({"metrics": ()}, r"^metrics \(\) is not supported; use a tuple of verifier, frechet, classifier$"),
         ({"metrics": ("frechet", "frechet")}, "^metrics .* has 'frechet' twice; use it once$"),
         ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source 'tar', .* of shapes alone"),
-        ({"objective.name": "lcf"}, "^objective.name 'lcf' is not supported; use one of autoencoder, diffusion, lcd$"),
+        (
+            {"objective.name": "lcx"},
+            "^objective.name 'lcx' is not supported; use one of autoencoder, diffusion, lcd, lcf$",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, message, tmp_path):
