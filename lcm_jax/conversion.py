@@ -69,27 +69,22 @@ def convert(
         raise ModelError(f"dtype {dtype!r} is not supported; use {', '.join(trees.DTYPES)}")
     write = None if dry_run else _choose_writer(target, format, overwrite)
     path = Path(source)
-    folder_marks = (lora_settings.FILE, layout.LORA_FILE)
-    is_model = (path / "model_index.json").is_file()  # which may have a LoRA beside it
-    is_adapter = str(source) in layout.SHIPPED_LORAS or any((path / mark).is_file() for mark in folder_marks)
-    is_adapter = is_adapter and not is_model
     place = orbax_folder.find_run(path) if format in LORA_FORMATS else None
-    if is_adapter or place is not None or path.is_file() and lora.is_lora(folders.open_file(path)[0]):
+    if place is not None or _is_lora(source):
         given = {
             "merge": merge,
             "component": component,
             "with_ema": with_ema,
             "ema": ema is not None and place is None,
+            "base": base is not None and place is not None,
             "dtype": dtype,
             "prediction_type": prediction_type,
             "scaling_factor": scaling_factor is not None,
         }
         if names := [name for name, value in given.items() if value]:
             raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole; omit {names[0]}")
-        if place is not None:
-            adapter = open_run_lora(place, ema)
-        else:
-            adapter = _open_lora(path, None if base is None else open_folder(base, variant))
+        belongs_to = None if base is None else open_folder(base, variant)
+        adapter = _open_lora(path, belongs_to) if place is None else open_run_lora(place, ema)
         return _convert_lora(adapter, path, target, format, dry_run, log)
     if format in LORA_FORMATS:
         raise ModelError(f"format {format} is for LoRAs, and {source} has none by its keys; use another format")
@@ -169,6 +164,15 @@ def _progress(phase: str, components: Components):
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
+def _is_lora(source: str | Path) -> bool:
+    """Return True for a bundled LoRA, a file or a folder that has one; a model's folder may have one beside it."""
+    path = Path(source)
+    if path.is_file():
+        return lora.is_lora(folders.open_file(path)[0])
+    has_lora = any((path / mark).is_file() for mark in (lora_settings.FILE, layout.LORA_FILE))
+    return str(source) in layout.SHIPPED_LORAS or (has_lora and not (path / "model_index.json").is_file())
+
+
 def _open_lora(path: Path, base: StoredModel | None) -> lora.LoRA:
     """Return the LoRA of a file, checked against the model it belongs to if there is one. Raises ModelError."""
     specs = None if base is None else {name: get_specs(tensors) for name, tensors in base.tensors.items()}
@@ -198,7 +202,7 @@ def _convert_lora(adapter: lora.LoRA, path: Path, target, format: str | None, dr
 def _merge(model: StoredModel, files: Sequence[str], log: Log) -> StoredModel:
     """Return `model` with every LoRA of `files` added to its tensors."""
     adapters = []
-    for path, weight in map(lora.file_and_weight, files):
+    for path, weight in lora.files_and_weights(files):
         adapters.append((_open_lora(path, model), weight))
         log(f"merging {path} at {weight:g}")
     return replace(model, tensors=lora.merge(model.tensors, adapters))

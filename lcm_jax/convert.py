@@ -46,7 +46,9 @@ BASE = flags.DEFINE_string(
     "it belongs to.",
     **OWN,
 )
-MERGE = flags.DEFINE_list("merge", [], "LoRAs to add, each LORA or LORA:WEIGHT, separated by commas.", **OWN)
+MERGE = flags.DEFINE_multi_string(
+    "merge", [], "LoRA to add: LORA or LORA:WEIGHT; repeat it, or use commas, for more.", **OWN
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Dtype to write; by default each tensor's own.", **OWN
 )

@@ -53,11 +53,11 @@ CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text enc
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
 )
-LORA = flags.DEFINE_list(
+LORA = flags.DEFINE_multi_string(
     "lora",
     [],
-    "LoRAs to apply, separated by commas: LORA or LORA:WEIGHT. LORA is a file, a folder that has one, the workdir of a "
-    "run, or a bundled name (shapes-lcm-lora).",
+    "LoRAs to apply: LORA or LORA:WEIGHT; repeat it, or use commas, for more. LORA is a file, a folder that has one, "
+    "the workdir of a run, or a bundled name (shapes-lcm-lora).",
     **OWN,
 )
 VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
@@ -175,7 +175,7 @@ def sample() -> None:
     given: dict[str, Any] = {name: open_upright(file) for name, file in files_given.items() if file is not None}
 
     pipe = Pipeline.from_pretrained(MODEL.value, DTYPE.value, VARIANT.value, base=BASE.value)
-    for path, weight in map(loras.file_and_weight, LORA.value):
+    for path, weight in loras.files_and_weights(LORA.value):
         print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
     start, kept, done = time.perf_counter(), [], 0
     try:

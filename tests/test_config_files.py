@@ -42,7 +42,17 @@ def test_every_config_is_listed_with_its_arguments(capsys, monkeypatch):
     main.FLAGS["list_configs"].value = False
     main.FLAGS.unparse_flags()
     lines = capsys.readouterr().out.splitlines()
-    for name in ("lcd:sd15", "lcd:sdxl", "shapes", "shapes_teacher", "shapes_vae", "eval/shapes"):
+    for name in (
+        "lcd:sd15",
+        "lcd:sdxl",
+        "lcf:sd15",
+        "lcm_lora:sdxl",
+        "finetune:shapes",
+        "shapes",
+        "shapes_teacher",
+        "shapes_vae",
+        "eval/shapes",
+    ):
         assert [line for line in lines if line.startswith(f"{name} ") and len(line) > len(name) + 20], name
 
 

@@ -170,11 +170,21 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_at_full_size_needs_neither_weights_nor_memory(tmp_path):
-    """SD 1.5 on eight devices that are not there, by the published counts; no file is written."""
+    """SD 1.5 on eight devices that are not there, by the published counts; no file is written.
+
+    LCM-LoRA, beside LCD of all of the UNet, of which each device holds a quarter of what it trains.
+    """
     before = sorted(path.name for path in ROOT.iterdir())
-    done = command("--config=configs/lcd.py:sd15", "--dry_run", "--config.mesh.data=2", "--config.mesh.fsdp=4")
+    done = command("--config=lcm_lora:sd15", "--dry_run", "--config.mesh.data=2", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr
-    assert "859.6" in done.stdout and "data 2, fsdp 4; 12 images on each" in done.stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
+    assert ["lora", "trained", "67.3"] in rows and ["unet", "frozen", "859.5"] in rows
+    memory = {row[0]: row[1:] for row in rows if len(row) == 3}
+    assert memory["trained parameters"] == ["0.07 GB", "0.86 GB"]
+    assert memory["optimizer moments"] == ["0.13 GB", "1.72 GB"]
+    assert memory["their moving average"] == ["0.00 GB", "0.86 GB"]
+    assert memory["frozen parameters"][0] == memory["frozen parameters"][1]
+    assert "data 2, fsdp 4; 12 images on each" in done.stdout
     assert "NVIDIA H100" in done.stdout and "TFLOP per step of 96 images" in done.stdout
     assert sorted(path.name for path in ROOT.iterdir()) == before
     wrong = command("--config=configs/lcd.py:sd3", "--dry_run")

@@ -163,6 +163,8 @@ def test_names_of_a_lora(tmp_path, monkeypatch):
     (tmp_path / "style" / "export").rename(tmp_path / "shapes-lcm-lora")
     assert loras.short_name(loras.find_file("shapes-lcm-lora")) == "shapes-lcm-lora"
     assert loras.file_and_weight("shapes-lcm-lora:0.5") == (Path("shapes-lcm-lora"), 0.5)
+    several = loras.files_and_weights(["a:0.8,b", "c:-1"])  # of an option that is given twice
+    assert several == [(Path("a"), 0.8), (Path("b"), 1.0), (Path("c"), -1.0)]
     conversion.convert("shapes-lcm-lora", tmp_path / "peft.safetensors", "lora-peft", log=lambda _: None)
     assert_same(loras.open_lora(tmp_path / "peft.safetensors"), loras.open_lora(Path("shapes-lcm-lora")))
     with pytest.raises(ModelError, match="'shapes-lcm-lora' is a LoRA; use the model shapes, and add it with --lora"):

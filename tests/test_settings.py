@@ -96,6 +96,55 @@ def test_a_setting_that_cannot_be_is_one_line_before_anything_is_read(mistake, m
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def change(name: str, *without: str, **groups: str):
+    """A config without some of its keys, and with groups of other bundled configs."""
+    config = load(name)
+    with config.unlocked():
+        for key in without:
+            del config[key]
+        for key, other in groups.items():
+            config[key] = load(other)[key]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (("shapes", "teacher"), "^the config has no teacher; copy it from a bundled config"),
+        (("lcf:sd15", "init"), "^the config has no init; copy it"),
+        (("shapes", "student"), "^the config has no student.guidance_embedding_dim; copy it"),
+        (("lcf:shapes", "log", {"lora": "lcm_lora:shapes"}), "^the config has no log; copy it"),
+        (
+            ("shapes", {"lora": "lcm_lora:shapes"}),
+            "^student has no effect in this config, whose objective is lcd; remove it$",
+        ),
+        (
+            ("lcf:shapes", {"student": "shapes"}),
+            "^student has no effect in this config, whose objective is lcf; remove it$",
+        ),
+        (
+            ("lcf:shapes", {"teacher": "shapes"}),
+            "^teacher has no effect in this config, whose objective is lcf; remove it$",
+        ),
+        (("finetune:sd15", {"student": "shapes"}), "^student has no effect in this config, whose objective is dif"),
+        (("shapes", {"init": "lcf:shapes"}), "^init has no effect in this config, whose objective is lcd; remove it$"),
+        (
+            ("finetune:shapes", {"init": "lcf:shapes"}),
+            "^init has no effect in this config, whose objective is diffusion",
+        ),
+        (("shapes_vae", {"base": "shapes"}), "^base has no effect in this config, whose objective is autoencoder"),
+        (("shapes_teacher", {"lora": "shapes_style_lora"}), "^lora is not supported for a model that is trained from"),
+        (("shapes_vae", {"lora": "shapes_style_lora"}), "^lora is not supported for a model that is trained from sc"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_model_that_a_config_lacks_or_has_no_use_for_is_named(config, message, tmp_path):
+    groups = config[-1] if isinstance(config[-1], dict) else {}
+    names = [name for name in config if isinstance(name, str)]
+    with pytest.raises(ValueError, match=message):
+        make_task(change(*names, **groups), tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["shapes", "shapes_teacher", "shapes_vae"])
 def test_a_key_that_a_config_lacks_is_named(name, tmp_path):
     for key in ("log", "metrics", "log.every_steps", "train.dtype", "sample.every_steps", "optimizer.b2"):

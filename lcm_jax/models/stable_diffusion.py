@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -194,25 +196,33 @@ class StableDiffusion:
         return apply(self.vae, params, latents, method="decode")
 
     def abstract_params(self) -> dict[str, Params]:
-        """Return every parameter as a ShapeDtypeStruct, by network. Nothing is allocated."""
+        """Return every parameter as a ShapeDtypeStruct, by network. Nothing is allocated; the trees are not copies."""
+        unet, vae = self.unet.config, self.vae.config
+        size, channels = 2 ** (len(unet["block_out_channels"]) - 1), vae["latent_channels"]
+        width = unet["cross_attention_dim"]
+        float_inputs = lambda *shapes: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]  # noqa: E731
+        sample, context = float_inputs(
+            (1, size, size, unet["in_channels"]), (1, 1, width[0] if isinstance(width, tuple) else width)
+        )
+        more = []
+        if self.text_encoder_2 is not None:
+            more = [None, *float_inputs((1, self.text_encoder_2.config.projection_dim), (1, 6))]
+        image = (1, self.downscale, self.downscale, vae["in_channels"])
+        token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        inputs = {
+            "unet": [sample, jax.ShapeDtypeStruct((1,), jnp.int32), context, *more],
+            "vae": float_inputs(image, (1, 1, 1, channels)),
+            "text_encoder": [token_ids],
+            "text_encoder_2": [token_ids],
+        }
+        # Parameters do not depend on how they are computed with.
+        plain = {name: getattr(self, name).clone(dtype=jnp.float32) for name in self.networks}
+        plain["unet"] = plain["unet"].clone(remat=False)
+        return {name: abstract_network(network, *inputs[name]) for name, network in plain.items()}
 
-        def init():
-            rng, unet, vae = jax.random.key(0), self.unet.config, self.vae.config
-            size, channels = 2 ** (len(unet["block_out_channels"]) - 1), vae["latent_channels"]
-            sample = jnp.zeros((1, size, size, unet["in_channels"]))
-            width = unet["cross_attention_dim"]
-            inputs = [jnp.zeros((1, 1, width[0] if isinstance(width, tuple) else width))]
-            if self.text_encoder_2 is not None:
-                inputs += [None, jnp.zeros((1, self.text_encoder_2.config.projection_dim)), jnp.zeros((1, 6))]
-            image = jnp.zeros((1, self.downscale, self.downscale, vae["in_channels"]))
-            encoders = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-            return {
-                "unet": self.unet.init(rng, sample, jnp.zeros(1, jnp.int32), *inputs)["params"],
-                "vae": self.vae.init(rng, image, jnp.zeros((1, 1, 1, channels)))["params"],
-            } | {
-                name: encoder.init(rng, jnp.zeros((1, 2), jnp.int32))["params"]
-                for name, encoder in encoders.items()
-                if encoder is not None
-            }
 
-        return jax.eval_shape(init)
+@lru_cache(maxsize=32)
+def abstract_network(network: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> Params:
+    """Return the parameters of a network as ShapeDtypeStructs; equal networks are traced once, which takes seconds."""
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(network.init, rng, *inputs)["params"]

@@ -36,7 +36,8 @@ def check_config(config) -> None:
         raise ValueError(
             f"objective.name {config.objective.get('name')!r} is not supported; use one of {', '.join(OBJECTIVES)}"
         )
-    if "lora" in config and find_recipe(config) in (autoencoder_task, diffusion_task):
+    scratch = find_recipe(config) in (autoencoder_task, diffusion_task)
+    if "lora" in config and scratch:
         raise ValueError(
             "lora is not supported for a model that is trained from scratch; remove the group, or fine-tune a teacher"
         )
@@ -44,7 +45,8 @@ def check_config(config) -> None:
     for key, unused in (
         ("student", name != "lcd" or "lora" in config),
         ("teacher", name in ("lcf", "autoencoder")),
-        ("init", name == "lcd"),
+        ("init", name != "lcf" and not scratch),
+        ("base", scratch),
     ):
         if key in config and unused:
             raise ValueError(f"{key} has no effect in this config, whose objective is {name}; remove it")
@@ -52,7 +54,7 @@ def check_config(config) -> None:
 
 
 def make_task(config, workdir: Path) -> TrainTask:
-    """Build the task of a config. Nothing is written, and no weights are read.
+    """Build the task of a config. Nothing is written, and no weights are read but those of a LoRA to begin from.
 
     Raises ValueError for a setting that is not supported, and RunError for a workdir of another run or one in use.
     """

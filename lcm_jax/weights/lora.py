@@ -177,6 +177,11 @@ def file_and_weight(text: str) -> tuple[Path, float]:
     return Path(file), value
 
 
+def files_and_weights(texts: Iterable[str]) -> list[tuple[Path, float]]:
+    """Parse texts that each have one or more of `file_and_weight`, separated by commas. Raises ModelError."""
+    return [file_and_weight(each) for text in texts for each in text.split(",")]
+
+
 def read_lora(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,

@@ -136,12 +136,16 @@ def open_network(name: str | Path, folder: Path, variant: str | None = None) -> 
 
 
 def open_run(
-    place: orbax_folder.RunPlace, base: str | Path | None, ema: bool | None, variant: str | None
+    place: orbax_folder.RunPlace,
+    base: str | Path | None,
+    ema: bool | None,
+    variant: str | None,
+    within: frozenset[Path] = frozenset(),
 ) -> StoredModel:
     """Open the student of a run, by default its EMA if it has one, with the networks that the run does not train.
 
-    These come from `base`, else the run's export, else the model that its config names as its teacher or, for LCF, its
-    init. Adapters are merged into the UNet of that model, which is read for it. Raises ModelError.
+    Adapters are merged into the UNet of the model that has these, see `open_untrained`, which is read for it. within:
+    the workdirs of the runs that began from this one. Raises ModelError.
     """
     workdir, folder, step = place
     config = orbax_folder.read_run_file(workdir)
@@ -153,18 +157,12 @@ def open_run(
     adapted = tree[part].keys() == {"lora"}
     if other := sorted(tree[part].keys() - {"lora"} - set(layout.NETWORKS)):
         raise ModelError(f"{workdir} trains {', '.join(other)}, which no model has; use the workdir of another run")
-    export, named = workdir / "export", "init" if config["objective"]["name"] == "lcf" else "teacher"
-    began = export if (export / "model_index.json").is_file() else config.get(named)
-    if adapted and base is not None and base != began:
+    began = config.get("init" if config["objective"]["name"] == "lcf" else "teacher")
+    if adapted and base is not None and str(base) != str(began):
         raise ModelError(
             f"{workdir} trains adapters of {began}, which no base replaces; convert it to lora-peft, and merge that"
         )
-    if (rest := base or began) is None:
-        raise ModelError(f"{workdir} has no export yet; pass a model of the same shape as base (--base)")
-    try:
-        rest = open_folder(rest, variant)
-    except ModelError as error:
-        raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
+    rest = open_untrained(workdir, began, config.get("base"), base, variant, within | {workdir})
     if adapted:
         trained = {"unet": merge_lora(rest.tensors, [(open_run_lora(place, ema), 1.0)])["unet"]}
     else:
@@ -181,6 +179,34 @@ def open_run(
     return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
 
 
+def open_untrained(
+    workdir: Path,
+    began: str | None,
+    beside: str | None,
+    base: str | Path | None,
+    variant: str | None,
+    within: frozenset[Path],
+) -> StoredModel:
+    """Open a model that has the networks that a run does not train: `base`, else its export, else what it began from.
+
+    began: its teacher or, for LCF, its init, in any format. beside: the base of that model, if it is a single file.
+    within: the workdirs of this run and of those that began from it. Raises ModelError.
+    """
+    export = workdir / "export"
+    try:
+        if base is not None or (export / "model_index.json").is_file():
+            return open_folder(export if base is None else base, variant)
+        if not began:
+            raise ModelError("it has no export yet, and its config names no model")
+        if (run := orbax_folder.find_run(Path(began))) is None:
+            return open_model(began, base=beside or None, variant=variant)
+        if run.workdir in within:
+            raise ModelError(f"{workdir} and {run.workdir} began from each other")
+        return open_run(run, None, None, variant, within)
+    except ModelError as error:
+        raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
+
+
 def choose_part(workdir: Path, tree: Mapping[str, Any], ema: bool | None) -> str:
     """Return "ema" or "params", the part of a checkpoint to open. Raises ModelError for an EMA that is not there."""
     averaged = bool(tree.get("ema"))  # None in a run without one
@@ -195,7 +221,7 @@ def open_run_lora(place: orbax_folder.RunPlace, ema: bool | None = None) -> LoRA
     config = orbax_folder.read_run_file(workdir)
     step, tree = orbax_folder.read_tree(folder, step)
     part = choose_part(workdir, tree, ema)
-    if "lora" not in tree[part] or "lora" not in config:
+    if "lora" not in tree[part] or config.get("lora") is None:
         raise ModelError(f"{workdir} trains no LoRA; use format diffusers, ldm or orbax")
     adapters = orbax_folder.read_arrays(folder, step, part, "lora")
     return LoRA({"unet": to_updates(adapters, config["lora"]["alpha"])}, {})

@@ -22,7 +22,7 @@ from lcm_jax.weights.stored import Tensors, get_specs, placeholder
 CONFIGS = "configs.json"  # in the folder of a model
 # The keys that are read of this file and of a run's config.json, as `layout.read_json` takes them.
 MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
-RUN_KEYS = {"objective": (dict, True), "teacher": (str, False), "init": (str, False), "lora": (dict, False)}
+RUN_KEYS = {"objective": (dict, True), "lora": (dict, False)} | dict.fromkeys(("teacher", "init", "base"), (str, False))
 OBJECTIVE_KEYS = {"name": (str, True), "num_ddim_steps": (int, False)}
 FILES = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}
 
@@ -69,9 +69,10 @@ def read_run_file(workdir: Path) -> dict[str, Any]:
     """Return config.json of a run, with the keys of its objective checked. Raises ModelError."""
     config = layout.read_json(workdir / "config.json", RUN_KEYS)
     layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE_KEYS)
+    lora = {"alpha": 1.0} if config.get("lora") is None else config["lora"]
     for key, value, allowed in (
         ("objective.num_ddim_steps", config["objective"].get("num_ddim_steps", 1), STEPS),
-        ("lora.alpha", config.get("lora", {"alpha": 1.0}).get("alpha"), ABOVE_ZERO),
+        ("lora.alpha", lora.get("alpha"), ABOVE_ZERO),
     ):
         try:
             check_setting(key, value, allowed)

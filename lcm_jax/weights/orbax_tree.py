@@ -1,6 +1,7 @@
 """Trees of arrays in orbax checkpoints: read and written a part at a time, each array with its checksum."""
 
 import asyncio
+import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,12 @@ def _report_all_but_orphans(before: Callable, unraisable) -> None:
 
 
 def ignore_orphans() -> None:
-    """From now on, hide the tracebacks of reads that end after a read beside them has failed.
+    """From now on, hide the tracebacks of reads and writes that end after one beside them has failed.
 
-    The failure closes the event loop that they report to, and each would print a traceback before the actual error.
+    The failure closes the event loop that they report to, and each would print a traceback beside the actual error: by
+    the hook, or, if its own failure is never asked for, by asyncio's logger.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if getattr(sys.unraisablehook, "func", None) is not _report_all_but_orphans:
         sys.unraisablehook = partial(_report_all_but_orphans, sys.unraisablehook)
 
