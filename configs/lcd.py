@@ -113,7 +113,7 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "guidance_scale": 8.0,  # as in the paper's table 1
             "teacher": {  # numbers of steps
                 "ddim": (4, 8, 50),
-                "dpmpp_2m": (4, 8),
+                "dpmsolver++": (4, 8),
                 "euler": (),
                 "euler_ancestral": (),
                 "pndm": (),

@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
             "guidance_scale": 8.0,
             "teacher": {  # numbers of steps
                 "ddim": (1, 2, 4, 8, 50),
-                "dpmpp_2m": (1, 2, 4, 8, 50),
+                "dpmsolver++": (1, 2, 4, 8, 50),
                 "euler": (),
                 "euler_ancestral": (),
                 "pndm": (),

@@ -47,7 +47,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Random seed; the same seed gives the sam
 COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Number of images of each prompt.", **OWN)
 BATCH = flags.DEFINE_integer("batch_size", 8, "Images generated at once; lower it if memory runs out.", **OWN)
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Sampler, such as lcm, ddim or dpmpp_2m; defaults to the model's scheduler.", **OWN
+    "sampler", None, "Sampler, such as lcm, ddim or dpmsolver++; defaults to the model's scheduler.", **OWN
 )
 CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text encoder to skip, as in diffusers.", **OWN)
 DTYPE = flags.DEFINE_enum(

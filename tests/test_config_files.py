@@ -70,16 +70,22 @@ def parsed(monkeypatch):
     return parse
 
 
+def flag(key: str, value) -> str:
+    """Return the flag of a key; a sampler with a sign in its name is quoted in brackets."""
+    group, _, name = key.rpartition(".")
+    return f"--config.{key}={value}" if name.isidentifier() else f'--config.{group}["{name}"]={value}'
+
+
 @pytest.mark.parametrize("name", [name for name, _ in config_files.bundled()])
 def test_every_key_can_be_set_by_its_flag(name, parsed):
     expected = parsed(f"--config={name}")
-    assert parsed(f"--config={name}", *(f"--config.{key}={value}" for key, value in expected.items())) == expected
+    assert parsed(f"--config={name}", *(flag(key, value) for key, value in expected.items())) == expected
 
 
 @pytest.mark.parametrize("name", ["shapes", "lcd:sd15"])
 def test_every_sampler_of_a_teacher_can_be_planned_by_its_flag(name, parsed):
     samplers = [sampler for sampler in SAMPLERS if sampler != "lcm"]
-    config = parsed(f"--config={name}", *(f"--config.report.teacher.{sampler}=(4,8)" for sampler in samplers))
+    config = parsed(f"--config={name}", *(flag(f"report.teacher.{sampler}", (4, 8)) for sampler in samplers))
     plan = {key: steps for key, steps in config.items() if key.startswith("report.teacher.")}
     assert plan == {f"report.teacher.{sampler}": (4, 8) for sampler in samplers}
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.grids import SPACINGS, lcm_timesteps, solver_timesteps
+from lcm_jax.diffusion.grids import SPACINGS, lcm_timesteps
 from lcm_jax.diffusion.samplers import SAMPLERS
-from lcm_jax.diffusion.samplers.ddim import ddim_table, sample_ddim
 from lcm_jax.diffusion.samplers.lcm import consistency_table, sample_consistency
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 
@@ -95,15 +94,14 @@ def test_ddim_equals_ddim_scheduler(spacing, offset, to_one, kind):
             steps_offset=offset,
         )
         scheduler.set_timesteps(n)
-        timesteps = solver_timesteps(n, spacing, offset, strength=strength)
         expected = follow(scheduler, scheduler.timesteps[n - int(n * strength) :])
-        table = ddim_table(timesteps, schedule, to_one, n)
-        assert_same(sample_ddim(network, jnp.asarray(Z), table, schedule), expected)
+        table = SAMPLERS["ddim"].make_table(schedule, scheduler.config, n, strength)
+        assert_same(program("ddim", kind)(table.padded(ROWS)), expected)
 
 
 # ---- the options of scheduler_config.json ---------------------------------------------------------------------------
 
-ROWS = 32
+ROWS = 50
 NOISE = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, *Z.shape)), jnp.float32)
 # What a config needs for its class to sample as Stable Diffusion does.
 NEEDED = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
@@ -114,7 +112,7 @@ def program(name: str, kind: str):
     """The sampler of that name, compiled once for all tables."""
     sampler, schedule = SAMPLERS[name], make_schedule(SD | {"prediction_type": kind})
     noise = NOISE.__getitem__ if sampler.adds_noise else None
-    return jax.jit(lambda table: sampler.sample(network, jnp.asarray(Z), table, schedule, noise))
+    return jax.jit(lambda table: sampler.sample(network, table.start[1] * jnp.asarray(Z), table, schedule, noise))
 
 
 def assert_sampled_as_in_diffusers(name, options, counts, monkeypatch, kind="epsilon", tolerance=5e-5):
@@ -152,7 +150,7 @@ def test_spacings(name, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta", "lu"])
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["euler", "dpmsolver++"])
 def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
     if (name, sigmas) == ("euler", "lu"):
         pytest.skip("diffusers does not have it")
@@ -173,13 +171,13 @@ def test_noise_levels_between_training_steps(name, sigmas, monkeypatch):
         ("euler", {"use_exponential_sigmas": True, "sigma_max": 12.0, "timestep_spacing": "leading"}),
         ("ddim", {"set_alpha_to_one": False}),
         ("pndm", {"set_alpha_to_one": True}),
-        ("dpmpp_2m", {"solver_type": "heun"}),
-        ("dpmpp_2m", {"solver_type": "heun", "lower_order_final": False, "use_karras_sigmas": True}),
-        ("dpmpp_2m", {"solver_type": "bh2"}),
-        ("dpmpp_2m", {"solver_order": 1}),
-        ("dpmpp_2m", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
-        ("dpmpp_2m", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
-        ("dpmpp_2m", {"lambda_min_clipped": -5.1}),
+        ("dpmsolver++", {"solver_type": "heun"}),
+        ("dpmsolver++", {"solver_type": "heun", "lower_order_final": False, "use_karras_sigmas": True}),
+        ("dpmsolver++", {"solver_type": "bh2"}),
+        ("dpmsolver++", {"solver_order": 1}),
+        ("dpmsolver++", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+        ("dpmsolver++", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+        ("dpmsolver++", {"lambda_min_clipped": -5.1}),
     ],
 )
 def test_options_of_one_class(name, options, monkeypatch):
@@ -249,15 +247,15 @@ def test_another_sampler_takes_the_options_that_it_has(name, theirs, options, mo
             {"use_karras_sigmas": True, "use_beta_sigmas": True},
             "use_karras_sigmas and use_beta_sigmas exclude",
         ),
-        ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported; use false"),
+        ("dpmsolver++", {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported; use false"),
         (
-            "dpmpp_2m",
+            "dpmsolver++",
             {"algorithm_type": "sde-dpmsolver++"},
             "algorithm_type 'sde-dpmsolver\\+\\+' is not supported; use",
         ),
-        ("dpmpp_2m", {"solver_order": 3}, "solver_order 3 is not supported; use 1 or 2"),
-        ("dpmpp_2m", {"variance_type": "learned"}, "variance_type 'learned' is not supported; use None"),
-        ("dpmpp_2m", {"lambda_min_clipped": -1.0}, "lambda_min_clipped -1.0 is not supported; use a number between"),
+        ("dpmsolver++", {"solver_order": 3}, "solver_order 3 is not supported; use 1 or 2"),
+        ("dpmsolver++", {"variance_type": "learned"}, "variance_type 'learned' is not supported; use None"),
+        ("dpmsolver++", {"lambda_min_clipped": -1.0}, "lambda_min_clipped -1.0 is not supported; use a number between"),
     ],
 )
 def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, message):
@@ -273,14 +271,14 @@ def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, messag
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
 def test_a_number_of_steps_that_the_grid_does_not_hold(name):
     config = SD | NEEDED.get(name, {}) | {"timestep_spacing": "leading", "steps_offset": 1}
-    for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmpp_2m" else [])]:
-        most = 999 if name == "dpmpp_2m" else most
+    for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmsolver++" else [])]:
+        most = 999 if name == "dpmsolver++" else most
         with pytest.raises(ValueError, match=f"num_inference_steps is {n}; choose 1 to {most}$"):
             SAMPLERS[name].make_table(make_schedule(config), config, n)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler"])
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler"])
 def test_zero_snr_tables_are_sampled_as_in_diffusers(name, kind, monkeypatch):
     """Where alpha is 0 at the first step; for all but DDIM 2^-12 stands for it."""
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -292,8 +290,9 @@ def test_zero_snr_tables_are_sampled_as_in_diffusers(name, kind, monkeypatch):
 # ---- the programs ---------------------------------------------------------------------------------------------------
 
 
-def trailing_table(name: str, schedule, n: int):
-    return SAMPLERS[name].make_table(schedule, {"timestep_spacing": "trailing", "skip_prk_steps": True}, n)
+def trailing_table(name: str, schedule, n: int, eta: float | None = None):
+    config = {"timestep_spacing": "trailing", "skip_prk_steps": True}
+    return SAMPLERS[name].make_table(schedule, config, n, eta=eta)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -337,7 +336,8 @@ def test_one_program_takes_any_number_of_steps(name):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if SAMPLERS[name].adds_noise])
 def test_the_last_step_adds_no_noise(name):
-    table = trailing_table(name, make_schedule(SD), 3)
+    eta = None if SAMPLERS[name].eta is None else 1.0
+    table = trailing_table(name, make_schedule(SD), 3, eta)
     sample = lambda noise: SAMPLERS[name].sample(network, jnp.asarray(Z), table, make_schedule(SD), noise)  # noqa: E731
     ends = [sample(lambda i, step=step: NOISE[i] + 9.0 * (i == step)) for step in (-1, 1, 2)]
     assert np.abs(ends[1] - ends[0]).max() > 0.1

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.grids import lcm_timesteps, solver_timesteps
+from lcm_jax.diffusion.grids import lcm_timesteps, solver_timesteps, steps_within
 from lcm_jax.diffusion.schedule import (
     PREDICTION_TYPES,
     Schedule,
@@ -173,12 +173,6 @@ def test_many_step_grids_equal_diffusers(spacing, offset):
     for n in (1, 2, 3, 4, 7, 8, 13, 20, 25, 50, 100, 999):
         theirs.set_timesteps(n)
         assert solver_timesteps(n, spacing, offset).tolist() == theirs.timesteps.tolist(), n
-        # As diffusers' image-to-image pipelines shorten them.
-        for strength in (0.8, 0.5, 0.3):
-            kept = min(int(n * strength), n)
-            if kept:
-                shortened = solver_timesteps(n, spacing, offset, strength=strength)
-                assert shortened.tolist() == theirs.timesteps[n - kept :].tolist()
 
 
 def test_many_step_errors():
@@ -187,9 +181,16 @@ def test_many_step_errors():
             solver_timesteps(n)
     with pytest.raises(ValueError, match="num_inference_steps is 1000, whose first timestep is 1000 with steps_offset"):
         solver_timesteps(1000, "leading", 1)
-    for strength in (0.05, 1.2):
-        with pytest.raises(ValueError, match=f"strength is {strength} with 10 steps; choose a number from 0.1 to 1"):
-            solver_timesteps(10, strength=strength)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 10, 50, 999])
+def test_the_error_names_the_smallest_strength(n):
+    with pytest.raises(
+        ValueError, match=f"strength is 0.0005, which leaves none of {n} steps; choose .* to 1"
+    ) as caught:
+        steps_within(n, 0.0005)
+    smallest = float(str(caught.value).split("choose ")[1].split()[0])
+    assert steps_within(n, smallest) >= 1 and int(n * (smallest - 0.001)) < 1
 
 
 def test_skipping_steps_begin_at_the_tables_first_entry():

@@ -51,7 +51,7 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     assert run(config, tmp_path / "run")
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert set(report["teacher"]) == {"ddim", "dpmpp_2m"} and set(report["student"]["lcm"]) == {"1", "2"}
+    assert set(report["teacher"]) == {"ddim", "dpmsolver++"} and set(report["student"]["lcm"]) == {"1", "2"}
     for figures in [*report["teacher"]["ddim"].values(), *report["student"]["lcm"].values()]:
         assert 0 <= figures["verifier"] <= 1 and len(figures["tasks"]) == 6
         assert figures["frechet"] >= 0 and figures["images_per_s"] > 0
@@ -237,7 +237,7 @@ def test_what_an_autoencoder_cannot_be_trained_on_is_refused(key, value):
 def test_the_main_job_reports_on_both_samplers_at_every_number_of_steps():
     report = load_config("shapes").report.to_dict()
     planned = {sampler: steps for sampler, steps in report["teacher"].items() if steps}
-    assert planned == {"ddim": (1, 2, 4, 8, 50), "dpmpp_2m": (1, 2, 4, 8, 50)}
+    assert planned == {"ddim": (1, 2, 4, 8, 50), "dpmsolver++": (1, 2, 4, 8, 50)}
     assert report["student"] == {"lcm": (1, 2, 4, 8)}
 
 

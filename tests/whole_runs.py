@@ -39,7 +39,7 @@ def shrunk_lcd(teacher: Path, **more):
     config = load_config("shapes")
     cache = str(Path(teacher).parent / "latents")  # encoded once for all these runs
     config.update_from_flattened_dict(SHRUNK_LCD | {"teacher": str(teacher), "data.cache": cache} | more)
-    config.report.teacher = {"ddim": (1, 2), "dpmpp_2m": (2,)}
+    config.report.teacher = {"ddim": (1, 2), "dpmsolver++": (2,)}
     config.report.student = {"lcm": (1, 2)}
     return config
 

@@ -1,9 +1,29 @@
 """Grids of timesteps, and of noise levels sigma / alpha between them, as diffusers spaces them."""
 
+import math
+
 import numpy as np
 from scipy.special import betaincinv
 
 SPACINGS = ("leading", "trailing", "linspace")
+
+
+def steps_within(n: int, strength: float) -> int:
+    """Return int(n * strength), the number of n steps that image-to-image takes.
+
+    Raises ValueError if strength is not in (0, 1] or leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; choose a number above 0 and at most 1")
+    if int(n * strength) < 1:
+        smallest = math.ceil(1000 / n) / 1000
+        raise ValueError(f"strength is {strength}, which leaves none of {n} steps; choose {smallest:g} to 1")
+    return int(n * strength)
+
+
+def skipped_steps(n: int, strength: float) -> int:
+    """Return the number of n steps that image-to-image skips, the noisiest. Raises ValueError as `steps_within`."""
+    return n - steps_within(n, strength)
 
 
 def lcm_timesteps(
@@ -12,11 +32,10 @@ def lcm_timesteps(
     """Return the n timesteps of the few-step sampler, descending int32[n], a subset of the grid of distillation.
 
     strength: below 1 for image-to-image, which skips the noisiest part of the grid. Raises ValueError if n is not in
-    [1, int(original_steps * strength)].
+    [1, int(original_steps * strength)], or strength is not in [1 / original_steps, 1].
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; choose a number above 0 and at most 1")
-    grid = (np.arange(1, int(original_steps * strength) + 1) * (num_train_timesteps // original_steps) - 1)[::-1]
+    stride = num_train_timesteps // original_steps
+    grid = (np.arange(1, steps_within(original_steps, strength) + 1) * stride - 1)[::-1]
     if not 1 <= num_inference_steps <= len(grid):
         raise ValueError(
             f"num_inference_steps is {num_inference_steps}; choose 1 to {len(grid)}"
@@ -50,22 +69,13 @@ def spaced(n: int, spacing: str, steps_offset: int, num_train_timesteps: int, sk
 
 
 def solver_timesteps(
-    num_inference_steps: int,
-    spacing: str = "trailing",
-    steps_offset: int = 0,
-    num_train_timesteps: int = 1000,
-    strength: float = 1.0,
+    num_inference_steps: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000
 ) -> np.ndarray:
-    """Return the timesteps of a many-step solver, descending int32, with diffusers' DDIM spacing, one of SPACINGS.
+    """Return the n timesteps of a many-step solver, descending int32[n], with diffusers' DDIM spacing.
 
-    strength: below 1 for image-to-image, which keeps the last int(n * strength) of the n timesteps.
-    Raises ValueError if n is not in [1, num_train_timesteps] or strength leaves no timestep.
+    spacing: one of SPACINGS. Raises ValueError if n is not in [1, num_train_timesteps].
     """
-    n = num_inference_steps
-    grid = np.round(spaced(n, spacing, steps_offset, num_train_timesteps))
-    if not 1 <= int(n * strength) <= n:
-        raise ValueError(f"strength is {strength} with {n} steps; choose a number from {1 / n:.3g} to 1")
-    return grid[n - int(n * strength) :].astype(np.int32)
+    return np.round(spaced(num_inference_steps, spacing, steps_offset, num_train_timesteps)).astype(np.int32)
 
 
 # ---- noise levels, descending float64[n] from `high` to `low` -------------------------------------------------------

@@ -35,23 +35,31 @@ def effective_guidance_scale(model: StableDiffusion, scale: float) -> float:
     return 1.0 if fixed else float(scale)
 
 
-def sampler_table(model: StableDiffusion, sampler: str, steps: int) -> Table:
+def sampler_table(
+    model: StableDiffusion, sampler: str, steps: int, strength: float = 1.0, eta: float | None = None
+) -> Table:
     """Return the steps of the sampler of that name for the model's scheduler_config.json.
 
-    The table is padded to the same size for every number of steps, so that all share one program. Raises ValueError for
-    a number of steps that the sampler does not have, and for options that it does not support.
+    strength, eta: as in `Sampler.make_table`. The table is padded to the same size for every number of steps, so that
+    all share one program. Raises ValueError for a number of steps, a strength or an eta that the sampler does not have,
+    and for options that it does not support.
     """
     config = model.scheduler
     if model.text_encoder_2 is None and sampler != "lcm":
         # diffusers' StableDiffusionPipeline sets these two whatever the file contains: old files have the class's own.
         config = dict(config) | {"steps_offset": 1, "clip_sample": False}
-    table = SAMPLERS[sampler].make_table(model.schedule, config, steps)
+    table = SAMPLERS[sampler].make_table(model.schedule, config, steps, strength, eta)
     return table.padded(len(model.schedule.alphas_cumprod) + 1)  # PNDM has a row more than steps
 
 
 def is_classifier_free(model: StableDiffusion, guidance_scale: float) -> bool:
     """Return True if guidance takes a second pass, for a negative prompt: above 1, without the weight as an input."""
     return guidance_scale != 1 and model.guidance_embedding_dim is None
+
+
+def first_latents(table: Table, noise: jax.Array) -> jax.Array:
+    """Return the latents that sampling starts from, float32[B, h, w, c]. noise: of this shape, standard normal."""
+    return table.start[1] * noise
 
 
 def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting) -> jax.Array:
@@ -117,7 +125,8 @@ def generate(
         negative = None if negative is None else negative._replace(masked=repeated)
     network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
     noise = (lambda i: step_noise(inputs.noise, i, tuple(shape))) if SAMPLERS[sampler].adds_noise else None
-    z = SAMPLERS[sampler].sample(network, inputs.latents, table, model.schedule, noise)
+    z = first_latents(table, inputs.latents)
+    z = SAMPLERS[sampler].sample(network, z, table, model.schedule, noise)
     images = model.decode(params["vae"], z) if decode else None
     finite = Finite(
         all_finite(encoded),

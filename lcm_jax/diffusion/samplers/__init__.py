@@ -6,17 +6,12 @@ network's output, guidance included. The options of a sampler are those of its s
 """
 
 from lcm_jax.diffusion.samplers.ddim import DDIM
-from lcm_jax.diffusion.samplers.dpm_solver import DPMPP_2M
+from lcm_jax.diffusion.samplers.dpm_solver import DPM_SOLVER_PP
 from lcm_jax.diffusion.samplers.euler import EULER, EULER_ANCESTRAL
 from lcm_jax.diffusion.samplers.lcm import LCM
 from lcm_jax.diffusion.samplers.pndm import PNDM
 from lcm_jax.diffusion.samplers.table import Sampler
 
 SAMPLERS: dict[str, Sampler] = {
-    "lcm": LCM,
-    "ddim": DDIM,
-    "pndm": PNDM,
-    "dpmpp_2m": DPMPP_2M,
-    "euler": EULER,
-    "euler_ancestral": EULER_ANCESTRAL,
+    sampler.name: sampler for sampler in (LCM, DDIM, PNDM, DPM_SOLVER_PP, EULER, EULER_ANCESTRAL)
 }

@@ -1,4 +1,4 @@
-"""DDIM (arXiv 2010.02502) with eta 0."""
+"""DDIM (arXiv 2010.02502)."""
 
 import jax
 import numpy as np
@@ -7,8 +7,11 @@ from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, choice, flag, whole
 from lcm_jax.diffusion.samplers.table import (
     Network,
+    Noise,
+    OnStep,
     Sampler,
     Table,
+    add_scaled,
     iterate,
     refuse_clipping,
     split_output,
@@ -31,35 +34,36 @@ def training_timesteps(schedule: Schedule, config: Config, n: int) -> np.ndarray
     return grids.solver_timesteps(n, spacing, whole(config, "steps_offset", 0, 0, total), total)
 
 
-def ddim_table(
-    timesteps: np.ndarray, schedule: Schedule, set_alpha_to_one: bool = False, num_inference_steps: int | None = None
-) -> Table:
-    """Return alpha and sigma of each step's start and end, for `sample_ddim`.
+def make_ddim_table(schedule: Schedule, config: Config, n: int, strength: float, eta: float) -> Table:
+    """Return the table of n steps for `sample_ddim`. Raises ValueError.
 
-    timesteps: int32[n] descending and evenly spaced. As in diffusers each step goes to t - 1000 // n, which is the next
-    timestep if n divides 1000; the last one goes to t = 0, or to alpha = 1. num_inference_steps: this n, if
-    strength < 1 has left fewer timesteps.
+    Coefficients: alpha and sigma of each step's start; the factors of x0, of the estimated noise and of new noise at
+    its end. As in diffusers each step goes to t - 1000 // n, which is the next timestep if n divides 1000, and the last
+    one to t = 0 or to alpha = 1. New noise has the standard deviation eta sigma_to / sigma sqrt(1 - (alpha /
+    alpha_to)^2), of which DDPM is eta 1.
     """
-    bars = schedule.alphas_cumprod.astype(np.float64)
-    end = timesteps - len(bars) // (num_inference_steps or len(timesteps))
-    last = 1.0 if set_alpha_to_one else bars[0]
-    return stack_table(timesteps, *noise_levels(bars, last, timesteps), *noise_levels(bars, last, end))
-
-
-def make_ddim_table(schedule: Schedule, config: Config, n: int) -> Table:
-    """Return the table of n steps. Raises ValueError."""
     refuse_clipping(config)
-    return ddim_table(training_timesteps(schedule, config, n), schedule, flag(config, "set_alpha_to_one", True))
+    timesteps = training_timesteps(schedule, config, n)
+    bars = schedule.alphas_cumprod.astype(np.float64)
+    last = 1.0 if flag(config, "set_alpha_to_one", True) else bars[0]
+    alpha, sigma = noise_levels(bars, last, timesteps)
+    alpha_to, sigma_to = noise_levels(bars, last, timesteps - len(bars) // n)
+    added = eta * sigma_to / sigma * np.sqrt(np.maximum(1.0 - (alpha / alpha_to) ** 2, 0.0))
+    table = stack_table(timesteps, (alpha, sigma), alpha, sigma, alpha_to, np.sqrt(sigma_to**2 - added**2), added)
+    return table.skip(grids.skipped_steps(n, strength))
 
 
-def sample_ddim(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None) -> jax.Array:
-    """Sample from z: float32[B, h, w, c] at the table's first timestep."""
+def sample_ddim(
+    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: Noise, on_step: OnStep | None = None
+) -> jax.Array:
+    """Sample from z: float32[B, h, w, c] at the table's first timestep. noise(i): of this shape, standard normal."""
 
-    def step(z, i, t, coefficients):
-        alpha, sigma, alpha_to, sigma_to = coefficients
-        return ddim_step(*split_output(schedule, network(z, t), z, alpha, sigma), alpha_to, sigma_to)
+    def step(z, memory, i, t, coefficients):
+        alpha, sigma, alpha_to, sigma_to, added = coefficients
+        z = ddim_step(*split_output(schedule, network(z, t), z, alpha, sigma), alpha_to, sigma_to)
+        return add_scaled(z, added, noise, i), memory
 
-    return iterate(step, z, table)
+    return iterate(step, z, table, on_step)
 
 
-DDIM = Sampler("DDIMScheduler", make_ddim_table, sample_ddim)
+DDIM = Sampler("ddim", "DDIMScheduler", make_ddim_table, sample_ddim, adds_noise=True, eta=0.0)

@@ -9,12 +9,12 @@ import numpy as np
 from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, choice, flag, number, unsupported, whole
 from lcm_jax.diffusion.samplers import sigmas
-from lcm_jax.diffusion.samplers.table import NO_CLIPPING, Network, Sampler, Table, iterate, stack_table
+from lcm_jax.diffusion.samplers.table import NO_CLIPPING, Network, OnStep, Sampler, Table, iterate, stack_table
 from lcm_jax.diffusion.schedule import Schedule, output_to_x0
 from lcm_jax.diffusion.solvers import dpm_solver_pp_2m_step
 
 
-def make_dpm_solver_pp_table(schedule: Schedule, config: Config, n: int) -> Table:
+def make_dpm_solver_pp_table(schedule: Schedule, config: Config, n: int, strength: float) -> Table:
     """Return the table of n steps. Raises ValueError.
 
     Coefficients: alpha and sigma of each step's start, and ratio, first and second of `dpm_solver_pp_2m_step`. With
@@ -41,7 +41,10 @@ def make_dpm_solver_pp_table(schedule: Schedule, config: Config, n: int) -> Tabl
     lower_final = flag(config, "lower_order_final", True) and n < 15
     if flag(config, "euler_at_final") or lower_final or levels[-1] == 0:
         second[-1] = 0.0
-    return stack_table(timesteps, alpha[:-1], sigma[:-1], ratio, first, second * (order == 2))
+    skipped = grids.skipped_steps(n, strength)
+    second[skipped] = 0.0  # nothing comes before the first step
+    start = alpha[:-1], sigma[:-1]
+    return stack_table(timesteps, start, *start, ratio, first, second * (order == 2)).skip(skipped)
 
 
 def _grid(schedule: Schedule, config: Config, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,17 +66,16 @@ def _grid(schedule: Schedule, config: Config, n: int) -> tuple[np.ndarray, np.nd
 
 
 def sample_dpm_solver_pp(
-    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None
+    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None, on_step: OnStep | None = None
 ) -> jax.Array:
     """Sample from z: float32[B, h, w, c] at the table's first timestep."""
 
-    def step(carry, i, t, coefficients):
-        z, x0_before = carry
+    def step(z, x0_before, i, t, coefficients):
         alpha, sigma, *update = coefficients
         x0 = output_to_x0(schedule.prediction_type, network(z, t), z, alpha, sigma)
         return dpm_solver_pp_2m_step(z, x0, x0_before, *update), x0
 
-    return iterate(step, (z, jnp.zeros_like(z)), table)[0]
+    return iterate(step, z, table, on_step, jnp.zeros_like(z))
 
 
-DPMPP_2M = Sampler("DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp)
+DPM_SOLVER_PP = Sampler("dpmsolver++", "DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp)

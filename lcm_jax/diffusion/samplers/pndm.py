@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.diffusion import grids
 from lcm_jax.diffusion.options import Config, flag, unsupported
 from lcm_jax.diffusion.samplers.ddim import noise_levels, training_timesteps
-from lcm_jax.diffusion.samplers.table import Network, Sampler, Table, iterate, split_output, stack_table
+from lcm_jax.diffusion.samplers.table import Network, OnStep, Sampler, Table, iterate, split_output, stack_table
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.diffusion.solvers import ddim_step
 
@@ -24,8 +25,11 @@ PLMS_WEIGHTS = np.array(
 )
 
 
-def make_pndm_table(schedule: Schedule, config: Config, n: int) -> Table:
+def make_pndm_table(schedule: Schedule, config: Config, n: int, strength: float) -> Table:
     """Return the table of n steps, which has n + 1 rows (1 if n is 1). Raises ValueError.
+
+    The first rows are skipped as in diffusers: the row that the second one repeats counts as a step, and the repetition
+    is always that of the second row that is left.
 
     Coefficients: alpha and sigma of each step's start and end, 1 if the step restarts where the row before started
     (else 0), and PLMS_WEIGHTS.
@@ -36,32 +40,35 @@ def make_pndm_table(schedule: Schedule, config: Config, n: int) -> Table:
         raise unsupported("prediction_type", "sample", "another sampler, such as ddim: PNDM averages noise")
     timesteps = training_timesteps(schedule, config, n)
     bars = schedule.alphas_cumprod.astype(np.float64)
-    asked = np.insert(timesteps, 2, timesteps[1]) if n > 1 else timesteps
+    asked = (np.insert(timesteps, 2, timesteps[1]) if n > 1 else timesteps)[grids.skipped_steps(n, strength) :]
     rows, stride = np.arange(len(asked)), len(bars) // n
     restarts = rows == 1
     start = asked + np.where(restarts, stride, 0)
     last = 1.0 if flag(config, "set_alpha_to_one") else bars[0]
     weights = PLMS_WEIGHTS[np.minimum(rows, len(PLMS_WEIGHTS) - 1)].T
-    levels = (*noise_levels(bars, last, start), *noise_levels(bars, last, start - stride))
-    return stack_table(asked, *levels, restarts, *weights)
+    ends = (*noise_levels(bars, last, start), *noise_levels(bars, last, start - stride))
+    return stack_table(asked, noise_levels(bars, last, asked), *ends, restarts, *weights)
 
 
-def sample_pndm(network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None) -> jax.Array:
+def sample_pndm(
+    network: Network, z: jax.Array, table: Table, schedule: Schedule, noise: None = None, on_step: OnStep | None = None
+) -> jax.Array:
     """Sample by DDIM steps with a weighted sum of the last outputs.
 
     z: float32[B, h, w, c] at the table's first timestep.
     """
 
-    def step(carry, i, t, coefficients):
-        z, before, outputs = carry
+    def step(z, memory, i, t, coefficients):
+        before, outputs = memory
         alpha, sigma, alpha_to, sigma_to, restarts, *weights = coefficients
         outputs = (network(z, t).astype(jnp.float32), *outputs)
         products = [weight * each for weight, each in zip(weights, outputs, strict=True)]
         output = sum(products[1:], start=products[0])
         start = jnp.where(restarts > 0, before, z)
-        return ddim_step(*split_output(schedule, output, start, alpha, sigma), alpha_to, sigma_to), z, outputs[:-1]
+        end = ddim_step(*split_output(schedule, output, start, alpha, sigma), alpha_to, sigma_to)
+        return end, (z, outputs[:-1])
 
-    return iterate(step, (z, z, (jnp.zeros_like(z),) * 4), table)[0]
+    return iterate(step, z, table, on_step, (z, (jnp.zeros_like(z),) * 4))
 
 
-PNDM = Sampler("PNDMScheduler", make_pndm_table, sample_pndm)
+PNDM = Sampler("pndm", "PNDMScheduler", make_pndm_table, sample_pndm)
