@@ -1,31 +1,32 @@
 """Images from prompts, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
-from lcm_jax.models.lora import add_updates
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
+from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
+from lcm_jax.sampling.callbacks import PROGRESS_STEPS, StepCallback, diffusers_callback, progress_bar, shows_progress
 from lcm_jax.sampling.finite import check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
-from lcm_jax.weights import naming, trees
-from lcm_jax.weights.errors import ModelError, overflowing
-from lcm_jax.weights.lora_files import to_adapter
+from lcm_jax.weights import trees
+from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,21 +39,14 @@ class Output:
     images: Any
 
 
-class LowRank(NamedTuple):
-    """An update of a kernel on the device: down and up as in models/lora.py, and scale, alpha / rank."""
-
-    down: jax.Array
-    up: jax.Array
-    scale: float
-
-
 class Pipeline:
     """A text-to-image model on the device. Its parameters keep their stored dtypes and are cast when they are used."""
 
-    def __init__(self, stored: StoredModel, dtype: str = "float32"):
+    def __init__(self, stored: StoredModel, dtype: str = "float32", *, mesh: Mesh | None = None):
         """Read the parameters of `stored` onto the device, one array at a time; dtype: of the computation.
 
-        Raises ModelError if a network or the tokenizer is missing, or they do not fit the configs.
+        mesh: devices that share each batch, such as jax.make_mesh((8,), ("data",)); each holds all parameters. Raises
+        ModelError if a network or the tokenizer is missing, or they do not fit the configs.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
@@ -67,11 +61,13 @@ class Pipeline:
         except ValueError as error:
             raise ModelError(f"{self.name}: {error}") from error
         # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
-        put = partial(jnp.array, copy=True)
+        self.mesh = mesh
+        put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
         self._compiled: dict = {}  # (sampler, options) -> jitted
-        self._adapters: dict[str, tuple[dict[tuple[str, ...], LowRank], float]] = {}
-        self._originals: dict[tuple[str, ...], jax.Array] = {}  # by path, of every parameter that an adapter changes
+        self._on_step = StepCallback()
+        self._adapters: dict[str, tuple[Adapter, float]] = {}
+        self._originals: dict[KernelPath, jax.Array] = {}  # by path, of every parameter that an adapter changes
 
     @classmethod
     def from_pretrained(
@@ -82,14 +78,15 @@ class Pipeline:
         *,
         base: str | Path | None = None,
         ema: bool | None = None,
+        mesh: Mesh | None = None,
     ) -> "Pipeline":
         """Open a model in any format: a folder in diffusers layout, a hub id, a bundled name, a file, a run.
 
-        dtype: what the networks compute in. variant, base, ema: see `lcm_jax.weights.model.open_model`, which has more
-        options: `Pipeline(open_model(...))` is the same. A single file has no tokenizer and needs `base`. Raises
-        ModelError.
+        dtype: what the networks compute in. mesh: see `Pipeline`. variant, base, ema: see
+        `lcm_jax.weights.model.open_model`, which has more options: `Pipeline(open_model(...))` is the same. A single
+        file has no tokenizer and needs `base`. Raises ModelError.
         """
-        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype)
+        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype, mesh=mesh)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **save_options: Any) -> None:
         """Write the model to the folder `path` in diffusers layout, whole or not at all; tensors stay bit-exact.
@@ -107,6 +104,11 @@ class Pipeline:
                 index=self.index,
                 **save_options,
             )
+
+    @property
+    def _replicated(self) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -129,7 +131,7 @@ class Pipeline:
             )
         base = {component: trees.from_params(params).specs for component, params in self.params.items()}
         updates = loras.open_lora(file, base, self.family).updates
-        self._adapt(self._adapters | {name: (_put_updates(updates, self.params), weight)})
+        self._adapt(self._adapters | {name: (put_updates(updates, self.params), weight)})
         return name
 
     def set_lora_weight(self, name: str, weight: float) -> None:
@@ -145,26 +147,16 @@ class Pipeline:
             self._adapter(name)
         self._adapt({other: each for other, each in self._adapters.items() if name not in (None, other)})
 
-    def _adapter(self, name: str) -> dict[tuple[str, ...], LowRank]:
+    def _adapter(self, name: str) -> Adapter:
         if name not in self._adapters:
             loaded = f"loaded are {', '.join(self._adapters)}" if self._adapters else "none is loaded"
             raise ModelError(f"there is no LoRA named {name!r}: {loaded}")
         return self._adapters[name][0]
 
-    def _adapt(self, adapters: dict[str, tuple[dict[tuple[str, ...], LowRank], float]]) -> None:
+    def _adapt(self, adapters: Mapping[str, tuple[Adapter, float]]) -> None:
         """Set the parameters to those that were read, plus every adapter at its weight."""
-        for name, (_, weight) in adapters.items():
-            if not np.isfinite(weight):
-                raise ModelError(f"the weight of LoRA {name!r} is {weight}; use a finite number")
-        flat: dict[tuple[str, ...], Any] = flatten_dict(self.params) | self._originals
-        originals = {path: flat[path] for each, _ in adapters.values() for path in each}
-        merged, finite = {}, {}
-        for path, kernel in originals.items():
-            found = [(each[path], weight) for each, weight in adapters.values() if path in each]
-            updates = [(low.down, low.up, np.float32(weight * low.scale)) for low, weight in found]
-            merged[path], finite[path] = _merge_kernel(kernel, updates)
-        _check_sums(jax.device_get(finite), originals)
-        self.params, self._originals, self._adapters = unflatten_dict(flat | merged), originals, adapters
+        self.params, self._originals = adapt(self.params, self._originals, adapters)
+        self._adapters = dict(adapters)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return token ids int32[B, L], or int32[B, 2, L] for SDXL; longer prompts are cut."""
@@ -196,6 +188,12 @@ class Pipeline:
         clip_skip: int | None = None,
         batch_size: int | None = None,
         first: int = 0,
+        *,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        eta: float | None = None,
+        callback_on_step_end: Callable[["Pipeline", int, float, dict[str, np.ndarray]], Any] | None = None,
+        progress: bool | None = None,
     ) -> Output:
         """Generate num_images_per_prompt images of each prompt, in that order.
 
@@ -205,28 +203,43 @@ class Pipeline:
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to start from.
         output_type: pil, np or latent. sampler: a name in SAMPLERS; by default that of the folder's scheduler.
         original_size, crops_coords_top_left, target_size: pixels, (height, width) or (top, left), inputs of SDXL; other
-        models ignore them. image, mask_image: PIL images, required by inpainting models; white pixels of the mask are
-        repainted. Both are resized to height and width, and all pixels are decoded anew. negative_prompt: what to guide
-        away from, one or one for each prompt; without effect it warns. clip_skip: last layers of the text encoder to
-        leave out, as in diffusers. batch_size: images computed at once, by default all; the last batch is filled up.
+        models ignore them. negative_prompt: what to guide away from, one or one for each prompt; without effect it
+        warns. clip_skip: last layers of the text encoder to leave out, as in diffusers. batch_size: images computed at
+        once, by default all; the last batch is filled up. eta: noise that ddim (default 0) and tcd (0.3) add, 0 to 1.
+
+        image: PIL image to change, whose size is the default of height and width, rounded down; strength is the share
+        of the noise that it gets (default 0.8) and of the steps that are made. mask_image: PIL image that is white
+        where image is to be repainted (default strength 1). Inpainting models require both and see them; with other
+        models the rest is kept by blending latents. Both are resized to height and width, and all pixels are decoded
+        anew, unless padding_mask_crop is set: then the surroundings of the mask, with this margin in pixels, are
+        generated at height x width, and are pasted into image where mask_image is white.
+
+        callback_on_step_end(pipe, i, t, {"latents": float32[B, h, w, c]}): called after each step, for each batch; it
+        may return other latents in a dict. progress: show a bar of steps on stderr; by default from 10 steps on.
         """
         prompts = arguments.prompts("prompt", prompt)
         negatives = arguments.negative_prompts(negative_prompt, len(prompts))
         copies = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1)
         count = len(prompts) * copies
-        batch = count if batch_size is None else arguments.integer("batch_size", batch_size, 1)
+        batch = self._round_up(count if batch_size is None else arguments.integer("batch_size", batch_size, 1))
         first = arguments.integer("first", first, 0, 2**31 - 1)
         seed = arguments.integer("seed", seed, 0, 2**31 - 1)
         scale = arguments.guidance(guidance_scale)
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
-        table = sampler_table(self.model, sampler, arguments.integer("num_inference_steps", num_inference_steps))
+        strength = arguments.strength(strength, image, mask_image)
+        steps = arguments.integer("num_inference_steps", num_inference_steps)
+        table = sampler_table(self.model, sampler, steps, strength, eta)
         skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
-        size = arguments.size(self.model, height, width, self.configs["unet"].get("sample_size") or 64)
+        size = arguments.size(self.model, height, width, self._default_size(image, mask_image))
         shape = (*(side // self.model.downscale for side in size), self.model.vae.config["latent_channels"])
         latents = arguments.latents(latents, (count, *shape))
         time_ids = arguments.time_ids(self.model, batch, size, original_size, crops_coords_top_left, target_size)
-        inpainting = arguments.inpainting(self.model, image, mask_image, size, seed)
+        images = arguments.images(
+            self.model, image, mask_image, padding_mask_crop, size, strength, seed, output_type=output_type
+        )
+        if images.source is not None and (strength < 1 or mask_image is None):
+            table = table.from_image()
         arguments.warn_of_no_effect(self.model, negative_prompt, scale)
         for name, each in (("prompt", prompts), ("negative_prompt", negatives)):
             arguments.warn_of_overlong(name, each, self.tokenizers[0])
@@ -234,26 +247,71 @@ class Pipeline:
         ids, negative_ids = (np.repeat(self.tokenize(each), copies, axis=0) for each in (prompts, negatives))
         if not is_classifier_free(self.model, scale):
             negative_ids = None
-        program = self._program(sampler, skip, negative_prompt is None, output_type != "latent")
-        parts = []
-        for start in range(0, count, batch):
-            rows = np.minimum(start + np.arange(batch), count - 1)
-            drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
-            drawn = drawn if latents is None else jnp.asarray(latents[rows])
-            negative = None if negative_ids is None else negative_ids[rows]
-            inputs = Inputs(ids[rows], negative, drawn, noise, np.float32(scale), time_ids, inpainting)
-            parts.append(self._run(program, inputs, table)[: count - start])
-        return _output(np.concatenate(parts), output_type)
+        rows_made = int(np.sum(table.timesteps >= 0))
+        with self._each_step(callback_on_step_end, progress, rows_made, -(-count // batch)) as callback:
+            program = self._program(
+                sampler,
+                clip_skip=skip,
+                zero_empty=negative_prompt is None,
+                decode=output_type != "latent",
+                callback=callback,
+            )
+            parts = []
+            for start in range(0, count, batch):
+                rows = np.minimum(start + np.arange(batch), count - 1)
+                drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
+                drawn = drawn if latents is None else jnp.asarray(latents[rows])
+                negative = None if negative_ids is None else negative_ids[rows]
+                inputs = Inputs(
+                    ids[rows], negative, drawn, noise, np.float32(scale), time_ids, images.inpainting, images.source
+                )
+                parts.append(self._run(program, inputs, table)[: count - start])
+        output = _output(np.concatenate(parts), output_type)
+        return output if images.paste is None else Output(images.paste(output.images))
 
-    def _program(self, sampler: str, clip_skip: int, zero_empty: bool, decode: bool):
+    def _default_size(self, image: Any, mask_image: Any) -> Any:
+        """Return the size in latents: of the image for image-to-image, else the model's own."""
+        if isinstance(image, Image.Image) and mask_image is None and not self.model.inpaints:
+            return image.height // self.model.downscale, image.width // self.model.downscale
+        return self.configs["unet"].get("sample_size") or 64
+
+    def _round_up(self, batch: int) -> int:
+        """Return the batch that the devices of the mesh share equally."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        return -(-batch // devices) * devices
+
+    @contextmanager
+    def _each_step(self, function, progress: bool | None, steps: int, batches: int) -> Iterator[StepCallback | None]:
+        """Yield what a program calls after each step, or None: the callback of a call, and a progress bar."""
+        if progress is None:
+            progress = steps >= PROGRESS_STEPS and shows_progress()
+        if function is None and not progress:
+            yield None
+            return
+        called = (lambda i, t, z: z) if function is None else diffusers_callback(self, function)
+        with progress_bar(steps * batches, progress) as advance:
+
+            def each(i: int, t: float, z: np.ndarray) -> np.ndarray:
+                z = called(i, t, z)
+                advance()
+                return z
+
+            with self._on_step.calling(each):
+                yield self._on_step
+
+    def _program(self, sampler: str, **options: Any):
         """Return `generate` of this model, jitted once for each sampler and each set of options."""
-        key = (sampler, clip_skip, zero_empty, decode)
+        key = (sampler, *options.values())
         if key not in self._compiled:
-            options = {"clip_skip": clip_skip, "zero_empty": zero_empty, "decode": decode}
             self._compiled[key] = jax.jit(partial(generate, self.model, sampler=sampler, **options))
         return self._compiled[key]
 
     def _run(self, program, inputs: Inputs, table: Table) -> np.ndarray:
+        if self.mesh is not None:
+            split, whole = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)), self._replicated
+            batch = len(inputs.token_ids)
+            place = lambda leaf: split if np.ndim(leaf) and len(leaf) == batch else whole  # noqa: E731
+            inputs, table = jax.device_put((inputs, table), (jax.tree.map(place, inputs), whole))
         # Waited for before the copy, which aborts the process instead of raising an error if memory has run out.
         images, finite = jax.device_get(jax.block_until_ready(program(self.params, inputs, table=table)))
         check_finite(finite, self.params, self.model.unet.dtype, self.name)
@@ -262,37 +320,6 @@ class Pipeline:
     def __getstate__(self) -> dict:
         """Return the state without compiled programs, which cannot be pickled; a call compiles them again."""
         return self.__dict__ | {"_compiled": {}}
-
-
-@jax.jit
-def _merge_kernel(kernel: jax.Array, updates: list) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return the sum, and a bool[] each for kernel and sum that is True if it is finite; one program for each shape."""
-    total = add_updates(kernel, updates)
-    return total, (jnp.isfinite(kernel).all(), jnp.isfinite(total).all())
-
-
-def _put_updates(updates: loras.Updates, params: Mapping[str, Any]) -> dict[tuple[str, ...], LowRank]:
-    """Return the updates on the device, by the path of the kernel that each changes."""
-    placed = {}
-    for component, each in updates.items():
-        for module, update in each.items():
-            path, adapter = to_adapter(module, update, params[component])
-            down, up = (jnp.array(adapter[name], copy=True) for name in ("down", "up"))
-            placed[component, *path, "kernel"] = LowRank(down, up, update.scale)
-    return placed
-
-
-def _check_sums(finite: Mapping[tuple[str, ...], tuple], originals: Mapping[tuple[str, ...], jax.Array]) -> None:
-    """Raise ModelError for kernels that are not finite, and for sums that overflow in a kernel's dtype."""
-    key_of = lambda path: f"{path[0]}.{naming.to_key(path[1:])}"  # noqa: E731
-    bad: dict[str, list[str]] = {}  # by dtype
-    for path, (before, after) in finite.items():
-        if not before:
-            raise ModelError(f"{key_of(path)} of the model contains NaN or infinity; use another model")
-        if not after:
-            bad.setdefault(originals[path].dtype.name, []).append(key_of(path))
-    for dtype, keys in bad.items():
-        raise overflowing(keys, dtype, "use a smaller weight, or a model in bfloat16 or float32")
 
 
 def _output(images: np.ndarray, output_type: str) -> Output:

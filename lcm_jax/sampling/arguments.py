@@ -2,16 +2,19 @@
 
 import operator
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lcm_jax import files
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.data.images import to_rgb
 from lcm_jax.models.stable_diffusion import StableDiffusion
-from lcm_jax.sampling.inputs import Inpainting, draw_image_noise, make_inpainting, make_time_ids
+from lcm_jax.sampling import crop
+from lcm_jax.sampling.inputs import Inpainting, Source, draw_image_noise, make_time_ids, to_mask, to_pixels
 
 CALLER = 3  # stacklevel of a warning: the call of the pipeline, whose __call__ calls the check
 
@@ -31,14 +34,13 @@ def integer(name: str, value: Any, minimum: int | None = None, maximum: int | No
     return number
 
 
+def _is_real(value: Any) -> bool:
+    return not isinstance(value, bool) and not np.ndim(value) and np.asarray(value).dtype.kind in "iuf"
+
+
 def guidance(value: Any) -> float:
     """A finite guidance_scale of 1 or more."""
-    if (
-        isinstance(value, bool)
-        or np.ndim(value)
-        or np.asarray(value).dtype.kind not in "iuf"
-        or not 1 <= value < np.inf
-    ):
+    if not _is_real(value) or not 1 <= value < np.inf:
         raise ValueError(f"guidance_scale is {value!r}; use 1 (no guidance) or more, such as 8")
     return float(value)
 
@@ -121,17 +123,68 @@ def time_ids(
     return make_time_ids(count, target, original, pair("crops_coords_top_left", corner))
 
 
-def inpainting(model: StableDiffusion, image: Any, mask: Any, size: tuple[int, int], seed: int) -> Inpainting | None:
-    """The inputs of an inpainting model; None for other models."""
+def strength(value: Any, image: Any, mask: Any) -> float:
+    """Share of the noise that is added to an image, above 0 and at most 1; by default 0.8, or 1 with a mask."""
+    if value is None:
+        return 0.8 if image is not None and mask is None else 1.0
+    if image is None:
+        raise ValueError(f"strength is {value!r} and there is no image to start from; pass image, or omit strength")
+    if not _is_real(value) or not 0 < value <= 1:
+        raise ValueError(f"strength is {value!r}; use a number above 0 and at most 1")
+    return float(value)
+
+
+class Images(NamedTuple):
+    """Images of a call: what the model is given of them, and how its results are pasted back, if they are."""
+
+    inpainting: Inpainting | None = None
+    source: Source | None = None
+    paste: Callable[[Sequence[Image.Image]], list[Image.Image]] | None = None
+
+
+def images(
+    model: StableDiffusion,
+    image: Any,
+    mask: Any,
+    padding: Any,
+    size: tuple[int, int],
+    strength: float,
+    seed: int,
+    output_type: str = "pil",
+) -> Images:
+    """The image to start from or to inpaint, its mask, and padding_mask_crop, resized to (height, width)."""
     for name, value in (("image", image), ("mask_image", mask)):
-        if model.inpaints and not isinstance(value, Image.Image):
-            raise ValueError(f"{name} must be a PIL image for inpainting models, got {type(value).__name__}")
-        if not model.inpaints and value is not None:
-            raise ValueError(f"{name} is not supported by this model, which does not inpaint; omit it")
-    if not model.inpaints:
-        return None
+        wanted = model.inpaints or (name == "image" and mask is not None)
+        if (wanted or value is not None) and not isinstance(value, Image.Image):
+            reason = " for inpainting models" if model.inpaints else " to inpaint" if mask is not None else ""
+            raise ValueError(f"{name} must be a PIL image{reason}, got {type(value).__name__}")
+    if padding is not None and mask is None:
+        raise ValueError(f"padding_mask_crop is {padding!r} and there is no mask_image; pass one, or omit it")
+    if image is None:
+        return Images()
+    paste = None
+    if padding is not None:
+        padding = integer("padding_mask_crop", padding, 0)
+        if output_type != "pil":
+            raise ValueError(f"output_type is {output_type!r}; use 'pil' with padding_mask_crop, which pastes images")
+        if image.size != mask.size:
+            raise ValueError(
+                f"image is {image.width} x {image.height} and mask_image {mask.width} x {mask.height} pixels; "
+                "use the same size with padding_mask_crop"
+            )
+        original, whole_mask = to_rgb(image), to_rgb(mask).convert("L")
+        box = crop.crop_region(whole_mask, size, padding)
+        image, mask = (crop.fit(each.crop(box), size) for each in (original, whole_mask))
+        paste = partial(crop.paste, original=original, mask=whole_mask, box=box)
     shape = (size[0] // model.downscale, size[1] // model.downscale, model.vae.config["latent_channels"])
-    return make_inpainting(image, mask, size, draw_image_noise(seed, shape))
+    noise = draw_image_noise(seed, shape)
+    pixels, repainted = to_pixels(image, size), None if mask is None else to_mask(mask, size)
+    inpainting = Inpainting(pixels, repainted, noise) if model.inpaints else None
+    # A mask is an input of an inpainting model, whose latents start from the image only below full strength.
+    source = Source(pixels, noise) if strength < 1 or mask is None else None
+    if not model.inpaints and mask is not None:
+        source = Source(pixels, noise, repainted)
+    return Images(inpainting, source, paste)
 
 
 def warn_of_no_effect(model: StableDiffusion, negative_prompt: Any, guidance_scale: float) -> None:

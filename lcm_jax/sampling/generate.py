@@ -1,9 +1,12 @@
 """From token ids to pixels, as one pure function; jitted, it is one program for any number of steps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax.diffusion.guidance import classifier_free
 from lcm_jax.diffusion.pixels import to_uint8
@@ -57,11 +60,6 @@ def is_classifier_free(model: StableDiffusion, guidance_scale: float) -> bool:
     return guidance_scale != 1 and model.guidance_embedding_dim is None
 
 
-def first_latents(table: Table, noise: jax.Array) -> jax.Array:
-    """Return the latents that sampling starts from, float32[B, h, w, c]. noise: of this shape, standard normal."""
-    return table.start[1] * noise
-
-
 def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting) -> jax.Array:
     """Return the `masked` part of a Conditioning, float32[N, h, w, 1 + c].
 
@@ -95,6 +93,27 @@ def guided_network(
     return network
 
 
+def first_latents(inputs: Inputs, table: Table, encoded: jax.Array | None) -> jax.Array:
+    """Return the latents that sampling starts from, float32[B, h, w, c], at the level of noise of the table's start.
+
+    encoded: scaled latents float32[N, h, w, c] of the image to start from, or None for noise alone.
+    """
+    signal, level = table.start
+    noise = level * inputs.latents
+    return noise if encoded is None else signal * encoded + noise
+
+
+def keep_unmasked(
+    z: jax.Array, i: jax.Array, mask: jax.Array, encoded: jax.Array, noise: jax.Array, table: Table
+) -> jax.Array:
+    """Return z after step i, float32[B, h, w, c], with the image's latents where the mask is 0 (latent blending).
+
+    mask: float32[N, h, w, 1]. encoded: of the image, float32[N, h, w, c]; noise is added up to the level of z.
+    """
+    signal, level = jnp.asarray(table.levels)[i + 1]
+    return mask * z + (1.0 - mask) * (signal * encoded + level * noise)
+
+
 def generate(
     model: StableDiffusion,
     params: Any,
@@ -105,32 +124,48 @@ def generate(
     clip_skip: int = 0,
     zero_empty: bool = True,
     decode: bool = True,
+    callback: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[jax.Array, Finite]:
     """Return images uint8[B, H, W, 3], or scaled latents float32[B, h, w, c] if `decode` is False, and their flags.
 
     params: by network. sampler: name in SAMPLERS. table: of `sampler_table`. clip_skip: last layers of the text
     encoder to leave out, for the prompt but not for the negative prompt. zero_empty: False if an empty negative prompt
-    is encoded even by a model that was trained with zeros for it.
+    is encoded even by a model that was trained with zeros for it. callback(i, t, z): called on the host after each
+    step, with int32[], the timestep and float32[B, h, w, c]; returns the latents to go on with.
     """
     prompt = model.encode_prompt(params, inputs.token_ids, inputs.time_ids, clip_skip=clip_skip, zero_empty=False)
-    negative = masked = None
+    negative = masked = source = None
     if model.guidance_embedding_dim is None and inputs.negative_ids is not None:
         negative = model.encode_prompt(params, inputs.negative_ids, inputs.time_ids, zero_empty=zero_empty)
-    encoded = (prompt, negative)
+    texts = (prompt, negative)
     batch, *shape = inputs.latents.shape
     if inputs.inpainting is not None:
         masked = masked_channels(model, params, inputs.inpainting)
         repeated = jnp.broadcast_to(masked, (batch, *masked.shape[1:]))
         prompt = prompt._replace(masked=repeated)
         negative = None if negative is None else negative._replace(masked=repeated)
+    if inputs.source is not None:
+        source = model.to_latents(model.encode(params["vae"], inputs.source.image), inputs.source.noise)
     network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
+
+    def on_step(i, z):
+        if inputs.source is not None and inputs.source.mask is not None:
+            mask = inputs.source.mask[:, :: model.downscale, :: model.downscale]
+            z = keep_unmasked(z, i, mask, source, inputs.latents, table)
+        if callback is not None:
+            z = jax.experimental.io_callback(
+                callback, jax.ShapeDtypeStruct(z.shape, z.dtype), i, jnp.asarray(table.timesteps)[i], z
+            )
+        return z
+
     noise = (lambda i: step_noise(inputs.noise, i, tuple(shape))) if SAMPLERS[sampler].adds_noise else None
-    z = first_latents(table, inputs.latents)
-    z = SAMPLERS[sampler].sample(network, z, table, model.schedule, noise)
+    z = first_latents(inputs, table, source)
+    z = SAMPLERS[sampler].sample(network, z, table, model.schedule, noise, on_step)
     images = model.decode(params["vae"], z) if decode else None
+    encoded = [each for each in (masked, source) if each is not None]
     finite = Finite(
-        all_finite(encoded),
-        None if masked is None else all_finite(masked),
+        all_finite(texts),
+        all_finite(encoded) if encoded else None,
         all_finite(z),
         None if images is None else all_finite(images),
     )

@@ -24,13 +24,27 @@ class Inpainting(NamedTuple):
     noise: Any
 
 
+class Source(NamedTuple):
+    """Image that the latents start from or are blended with; N is 1 (shared by all images) or B.
+
+    image: float32[N, H, W, 3] in [-1, 1]. noise: float32[N, h, w, c], standard normal, that samples the image's latents
+    from the autoencoder's posterior. mask: float32[N, H, W, 1], 1 to repaint and 0 to keep: after each step the latents
+    to keep are replaced by the image's, at the same level of noise. None repaints everything.
+    """
+
+    image: Any
+    noise: Any
+    mask: Any = None
+
+
 class Inputs(NamedTuple):
     """Inputs of B images; an absent part is None.
 
     token_ids, negative_ids: int32[B, L], or int32[B, 2, L] for SDXL, of the prompts and of what to guide away from, as
     a rule the empty prompt; None samples without classifier-free guidance, in one pass. latents: float32[B, h, w, c],
     standard normal. noise: key[B], from which `step_noise` makes the noise that steps add. guidance_scale: float32[] in
-    diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model.
+    diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model. source:
+    for image-to-image, and for inpainting with a model that was not trained for it.
     """
 
     token_ids: Any
@@ -40,6 +54,7 @@ class Inputs(NamedTuple):
     guidance_scale: Any
     time_ids: Any = None
     inpainting: Inpainting | None = None
+    source: Source | None = None
 
 
 def make_time_ids(
@@ -74,13 +89,17 @@ def draw_image_noise(seed: int, shape: tuple[int, int, int]) -> jax.Array:
     return jax.random.normal(key, (1, *shape), jnp.float32)
 
 
-def make_inpainting(image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: jax.Array) -> Inpainting:
-    """Resize a PIL image and its mask, of any modes, to (height, width); the mask is 1 where it is 50% white or more.
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a PIL image of any mode, resized to (height, width), as float32[1, H, W, 3] in [-1, 1].
 
-    noise: float32[1, h, w, c]. Raises ImageError as `to_rgb` does.
+    Raises ImageError as `to_rgb` does.
     """
-    repainted = resize(mask, size, "L") >= 128
-    return Inpainting(to_float(resize(image, size, "RGB")), np.float32(repainted), noise)
+    return to_float(resize(image, size, "RGB"))
+
+
+def to_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a PIL mask of any mode, resized, as float32[1, H, W, 1]: 1 where it is 50% white or more, else 0."""
+    return np.float32(resize(mask, size, "L") >= 128)
 
 
 def resize(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
