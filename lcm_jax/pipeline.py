@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
@@ -61,7 +61,8 @@ class Pipeline:
         except ValueError as error:
             raise ModelError(f"{self.name}: {error}") from error
         # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
-        self.mesh = mesh
+        # jax.make_mesh makes explicit axes by default, under which operations ask for the sharding of their results.
+        self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
         self._compiled: dict = {}  # (sampler, options) -> jitted

@@ -52,7 +52,7 @@ def test_what_the_callback_raises_is_raised_and_ends_the_run(student):
     with pytest.raises(RuntimeError, match="^enough$"):
         student(PROMPT, callback_on_step_end=stop, **FIXED)
     assert calls == [0, 1]
-    with pytest.raises(ValueError, match=r"latents of shape \(1, 2\); return \(1, 8, 8, 4\)"):
+    with pytest.raises(ValueError, match=r"latents of shape \(1, 2\); return \(1, 16, 16, 4\)"):
         student(PROMPT, callback_on_step_end=lambda *_: {"latents": np.zeros((1, 2))}, **FIXED)
     with pytest.raises(ValueError, match="callback_on_step_end returned .* return a dict with latents"):
         student(PROMPT, callback_on_step_end=lambda *_: {"prompt_embeds": 1}, **FIXED)
@@ -85,4 +85,4 @@ def test_images_are_the_same_on_8_devices(student):
     shapes = []
     callback = lambda pipe, i, t, kwargs: shapes.append(kwargs["latents"].shape)  # noqa: E731
     shared(prompts, callback_on_step_end=callback, **fixed)
-    assert shapes == [(8, 8, 8, 4)] * 2
+    assert shapes == [(8, 16, 16, 4)] * 2

@@ -114,7 +114,8 @@ def test_the_region_around_a_mask_is_that_of_diffusers(box, size, padding):
     region = crop.crop_region(hole, size, padding)
     assert region == processor.get_crop_region(hole, width, height, pad=padding)
     expected = processor.resize(image().crop(region), height, width, resize_mode="fill")
-    np.testing.assert_array_equal(np.asarray(crop.fit(image().crop(region), size)), np.asarray(expected))
+    found = np.asarray(crop.fit(image().crop(region), size), int)
+    assert np.abs(found - np.asarray(expected, int)).max() <= 4  # diffusers interpolates what it fills margins with
 
 
 # --- what the caller gets wrong ---
@@ -149,8 +150,8 @@ def student():
             {"image": image(), "mask_image": mask(), "padding_mask_crop": 8, "output_type": "np"},
             "output_type is 'np'; use 'pil' with padding_mask_crop",
         ),
-        ({"image": image().resize((4, 4))}, "height and width are 0 and 0; use multiples of"),
-        ({"image": image(), "strength": 0.1, "num_inference_steps": 6}, "num_inference_steps is 6; choose 1 to"),
+        ({"image": image().resize((3, 3))}, "height and width are 0 and 0; use multiples of"),
+        ({"image": image(), "strength": 0.1, "num_inference_steps": 6}, "strength is 0.1, which leaves none of"),
     ],
 )
 def test_mistakes_name_the_argument(student, arguments, message):
