@@ -8,7 +8,7 @@ import lcm_jax
 from lcm_jax.sampling import callbacks
 
 PROMPT = "a red circle"
-FIXED = {"num_inference_steps": 4, "seed": 5, "output_type": "latent"}
+FIXED: dict = {"num_inference_steps": 4, "seed": 5, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def test_a_bar_counts_the_steps_of_all_batches(student, monkeypatch, capsys):
 
 def test_images_are_the_same_on_8_devices(student):
     shared = lcm_jax.Pipeline.from_pretrained("shapes-lcm", mesh=jax.make_mesh((8,), ("data",)))
-    prompts, fixed = [PROMPT, "a blue square", "a green triangle"], {"num_inference_steps": 2, "seed": 5}
+    prompts = [PROMPT, "a blue square", "a green triangle"]
+    fixed: dict = {"num_inference_steps": 2, "seed": 5}
     found, expected = (pipe(prompts, output_type="np", **fixed).images for pipe in (shared, student))
     assert np.abs(found - expected).max() * 255 <= 1
     # A callback sees the batch as a whole, which is filled up to the number of devices.

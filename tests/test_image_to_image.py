@@ -65,7 +65,7 @@ def assert_same(found, expected):
 def test_image_to_image_is_that_of_diffusers(models, monkeypatch):
     family, components, ours = models
     kind, strength, steps = KINDS[family][0]
-    arguments = {"image": image().resize((24, 16)), "strength": strength, "guidance_scale": 3.0}
+    arguments: dict = {"image": image().resize((24, 16)), "strength": strength, "guidance_scale": 3.0}
     expected = run_theirs(components, kind, monkeypatch, 3, steps, PROMPTS, **arguments)
     found = ours(PROMPTS, seed=3, num_inference_steps=steps, output_type="np", **arguments).images
     assert_same(found, expected)
@@ -74,7 +74,7 @@ def test_image_to_image_is_that_of_diffusers(models, monkeypatch):
 def test_inpainting_by_blending_is_that_of_diffusers(models, monkeypatch):
     family, components, ours = models
     kind, strength, steps = KINDS[family][1]
-    arguments = {"image": image(), "mask_image": mask(), "strength": strength, "guidance_scale": 3.0} | SIZE
+    arguments: dict = {"image": image(), "mask_image": mask(), "strength": strength, "guidance_scale": 3.0} | SIZE
     if family == "lcm":
         arguments["guidance_scale"] = 1.0  # above, diffusers guides an LCM twice: by its input and by two passes
     expected = run_theirs(components, kind, monkeypatch, 3, steps, PROMPTS, **arguments)
@@ -98,7 +98,7 @@ def test_inpainting_by_blending_is_that_of_diffusers(models, monkeypatch):
 def test_an_inpainting_model_below_full_strength_is_that_of_diffusers(tmp_path, monkeypatch):
     components = reference_inpainting.build(tmp_path, "sd21-768").components
     ours = lcm_jax.Pipeline.from_pretrained(tmp_path / "model")
-    arguments = {"image": image(), "mask_image": mask(), "strength": 0.6, "guidance_scale": 3.0} | SIZE
+    arguments: dict = {"image": image(), "mask_image": mask(), "strength": 0.6, "guidance_scale": 3.0} | SIZE
     expected = run_theirs(components, "StableDiffusionInpaintPipeline", monkeypatch, 3, 5, PROMPTS, **arguments)
     assert_same(ours(PROMPTS, seed=3, num_inference_steps=5, output_type="np", **arguments).images, expected)
 

@@ -163,7 +163,7 @@ def images(
     if image is None:
         return Images()
     paste = None
-    if padding is not None:
+    if padding is not None and mask is not None:
         padding = integer("padding_mask_crop", padding, 0)
         if output_type != "pil":
             raise ValueError(f"output_type is {output_type!r}; use 'pil' with padding_mask_crop, which pastes images")

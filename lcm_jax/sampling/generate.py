@@ -149,7 +149,7 @@ def generate(
     network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
 
     def on_step(i, z):
-        if inputs.source is not None and inputs.source.mask is not None:
+        if inputs.source is not None and source is not None and inputs.source.mask is not None:
             mask = inputs.source.mask[:, :: model.downscale, :: model.downscale]
             z = keep_unmasked(z, i, mask, source, inputs.latents, table)
         if callback is not None:

@@ -89,7 +89,7 @@ def draw_image_noise(seed: int, shape: tuple[int, int, int]) -> jax.Array:
     return jax.random.normal(key, (1, *shape), jnp.float32)
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> jax.Array:
     """Return a PIL image of any mode, resized to (height, width), as float32[1, H, W, 3] in [-1, 1].
 
     Raises ImageError as `to_rgb` does.
@@ -99,7 +99,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def to_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Return a PIL mask of any mode, resized, as float32[1, H, W, 1]: 1 where it is 50% white or more, else 0."""
-    return np.float32(resize(mask, size, "L") >= 128)
+    return (resize(mask, size, "L") >= 128).astype(np.float32)
 
 
 def resize(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
