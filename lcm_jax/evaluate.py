@@ -46,7 +46,7 @@ EXAMPLE = """Example:
     python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.prompts=600"""
 
 Plan = Mapping[str, Sequence[int]]
-DEFAULT_STEPS = {"lcm": (1, 2, 4, 8)}
+DEFAULT_STEPS = {"lcm": (1, 2, 4, 8), "tcd": (1, 2, 4, 8)}
 OTHER_STEPS = (4, 8, 50)
 
 
@@ -71,6 +71,7 @@ def plan_of(name: str, model, plan: Plan, size: int) -> Plan:
 
     Raises ValueError, which names the model, if it cannot sample by this plan or images of this size.
     """
+    from lcm_jax.diffusion.samplers import SAMPLERS
     from lcm_jax.sampling.generate import default_sampler, is_consistency_model, sampler_table
 
     if model.inpaints:
@@ -78,7 +79,7 @@ def plan_of(name: str, model, plan: Plan, size: int) -> Plan:
     if size % model.downscale:
         raise ValueError(f"data.size {size} is not supported by {name}; use a multiple of {model.downscale}")
     few_steps = is_consistency_model(model)
-    own = {sampler: steps for sampler, steps in plan.items() if (sampler == "lcm") == few_steps}
+    own = {sampler: steps for sampler, steps in plan.items() if SAMPLERS[sampler].consistency == few_steps}
     try:
         if not own:
             sampler = default_sampler(model)

@@ -384,7 +384,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; use 1 or more"),
         ({"output_type": "pt"}, "output_type is 'pt'; choose pil, np, latent"),
         ({"sampler": "heun"}, "sampler is 'heun'; choose"),
-        ({"sampler": "ddim"}, "this model is an LCM; use sampler='lcm' or its teacher"),
+        ({"sampler": "ddim"}, "this model is an LCM; use 'lcm' or 'tcd', or its teacher"),
         ({"height": 17}, "height and width are 17 and 16; use multiples of 2"),
         ({"width": 0}, "height and width are 16 and 0; use multiples of 2"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\); use \(1, 8, 8, 4\)"),

@@ -7,6 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampler_parity import (
+    NEEDED,
+    NOISE,
+    ROWS,
+    SD,
+    SOLVERS,
+    UNFORCED,
+    Z,
+    assert_same,
+    draw_as_given,
+    network,
+    torch_network,
+)
 
 from lcm_jax.diffusion.grids import SPACINGS, lcm_timesteps
 from lcm_jax.diffusion.samplers import SAMPLERS
@@ -16,17 +29,7 @@ from lcm_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-Z = np.random.default_rng(0).standard_normal((2, 2, 3, 1)).astype(np.float32)
-
-
-def network(z, t):
-    """Stands for a network in jax: bounded, different at every z and t."""
-    return jnp.tanh(z * 0.7 + 0.1) * (1 - t.reshape(-1, 1, 1, 1) / 3000.0)
-
-
-def torch_network(z, t):
-    return torch.tanh(z * 0.7 + 0.1) * (1 - t / 3000.0)
+PLAIN = [name for name in SOLVERS if name in UNFORCED]
 
 
 def follow(scheduler, timesteps):
@@ -35,10 +38,6 @@ def follow(scheduler, timesteps):
     for t in timesteps:
         z = scheduler.step(torch_network(z, t), t, z).prev_sample
     return z.numpy()
-
-
-def assert_same(ours, theirs, tolerance=5e-5):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -101,11 +100,6 @@ def test_ddim_equals_ddim_scheduler(spacing, offset, to_one, kind):
 
 # ---- the options of scheduler_config.json ---------------------------------------------------------------------------
 
-ROWS = 50
-NOISE = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, *Z.shape)), jnp.float32)
-# What a config needs for its class to sample as Stable Diffusion does.
-NEEDED = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
-
 
 @cache
 def program(name: str, kind: str):
@@ -120,11 +114,7 @@ def assert_sampled_as_in_diffusers(name, options, counts, monkeypatch, kind="eps
     sampler, config = SAMPLERS[name], SD | {"prediction_type": kind} | NEEDED.get(name, {}) | options
     theirs = getattr(diffusers, sampler.scheduler).from_config(config)
     for n in counts:
-        drawn = iter(np.asarray(NOISE))
-        monkeypatch.setattr(
-            "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor",
-            lambda *_, drawn=drawn, **__: torch.tensor(next(drawn)),
-        )
+        draw_as_given(theirs, monkeypatch)
         theirs.set_timesteps(n)
         table = sampler.make_table(make_schedule(config), config, n)
         np.testing.assert_allclose(table.timesteps, theirs.timesteps.numpy(), rtol=0, atol=2e-3)
@@ -140,7 +130,7 @@ def written(scheduler) -> dict:
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_spacings(name, kind, monkeypatch):
     if kind == "sample" and name in ("pndm", "euler_ancestral"):
         pytest.skip("diffusers does not have it")
@@ -184,7 +174,7 @@ def test_options_of_one_class(name, options, monkeypatch):
     assert_sampled_as_in_diffusers(name, options, (2, 5, 20), monkeypatch)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(
     ("theirs", "options"),
     [
@@ -268,7 +258,7 @@ def test_an_option_is_refused_by_the_samplers_that_have_it(name, options, messag
     SAMPLERS[other].make_table(schedule, config, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_number_of_steps_that_the_grid_does_not_hold(name):
     config = SD | NEEDED.get(name, {}) | {"timestep_spacing": "leading", "steps_offset": 1}
     for n, most in [(0, 1000), (1001, 1000), *([(1000, 999)] if name == "dpmsolver++" else [])]:
@@ -295,7 +285,7 @@ def trailing_table(name: str, schedule, n: int, eta: float | None = None):
     return SAMPLERS[name].make_table(schedule, config, n, eta=eta)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", UNFORCED)
 def test_a_sampler_is_one_scan_under_one_jit(name):
     """The network stands in the program once, however many steps there are."""
     schedule = make_schedule(SD)
@@ -311,7 +301,7 @@ def test_a_sampler_is_one_scan_under_one_jit(name):
     assert traced == [(2,)] and end.shape == z.shape and end.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", UNFORCED)
 def test_one_program_takes_any_number_of_steps(name):
     """By padded tables, whose added rows do not evaluate the network."""
     schedule, traced, asked = make_schedule(SD), [], []

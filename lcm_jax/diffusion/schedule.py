@@ -38,7 +38,7 @@ class Schedule:
 
 def read_betas(config: Config) -> dict[str, Any]:
     """Return the options that define the betas, with the defaults of the config's class. Raises ValueError."""
-    lcm = config.get("_class_name") == "LCMScheduler"
+    lcm = config.get("_class_name") in ("LCMScheduler", "TCDScheduler")
     return {
         "num_train_timesteps": whole(config, "num_train_timesteps", 1000, 2, 1_000_000),
         "beta_start": number(config, "beta_start", 0.00085 if lcm else 0.0001, 0, 1),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
@@ -77,7 +78,7 @@ def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping
 def is_consistency_model(stored: StoredModel) -> bool:
     """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler."""
     guided = stored.configs["unet"].get("time_cond_proj_dim") is not None
-    return guided or stored.configs["scheduler"].get("_class_name") == "LCMScheduler"
+    return guided or stored.configs["scheduler"].get("_class_name") in CONSISTENCY_SCHEDULERS
 
 
 def is_turbo(stored: StoredModel) -> bool:

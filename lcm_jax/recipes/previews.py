@@ -13,6 +13,7 @@ from lcm_jax.data.captioned import CaptionedDataset, Records
 from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.masks import fixed_masks
 from lcm_jax.diffusion.pixels import to_float
+from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS, SAMPLERS
 from lcm_jax.evaluation.evaluate import Metric, evaluate, make_resources
 from lcm_jax.evaluation.frechet import encoder_features
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
@@ -41,7 +42,7 @@ class Candidate:
     @property
     def sampler(self) -> str:
         """Name of the sampler of its previews."""
-        return "lcm" if self.model.scheduler["_class_name"] == "LCMScheduler" else "ddim"
+        return "lcm" if self.model.scheduler["_class_name"] in CONSISTENCY_SCHEDULERS else "ddim"
 
     def guidance_scale(self, scale: float) -> float:
         """Return `scale`, or 1 for a latent consistency model without guidance input: its guidance is fixed."""
@@ -63,8 +64,10 @@ def check_samplers(config, candidates: Sequence[Candidate]) -> None:
         for sampler, steps in config.report[each.name].items():
             plans[f"report.{each.name}.{sampler}"] = (each.model, sampler, steps)
     for key, (model, sampler, numbers) in plans.items():
-        if numbers and sampler != "lcm" and is_consistency_model(model):
-            raise ValueError(f"{key} is not supported: a latent consistency model has the sampler lcm alone; remove it")
+        if numbers and not SAMPLERS[sampler].consistency and is_consistency_model(model):
+            raise ValueError(
+                f"{key} is not supported: a latent consistency model has the samplers lcm and tcd; remove it"
+            )
         for steps in numbers:
             try:
                 sampler_table(model, sampler, steps)

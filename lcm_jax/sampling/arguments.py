@@ -12,6 +12,7 @@ from PIL import Image
 from lcm_jax import files
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.images import to_rgb
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import crop
 from lcm_jax.sampling.inputs import Inpainting, Source, draw_image_noise, make_time_ids, to_mask, to_pixels
@@ -82,10 +83,11 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def sampler(model: StableDiffusion, value: Any, allowed: Sequence[str]) -> str:
-    """One of the samplers `allowed` that fits the model: a latent consistency model has only `lcm`."""
+    """One of the samplers `allowed` that fits the model: a latent consistency model has `lcm` and `tcd`."""
     choice("sampler", value, allowed)
-    if value != "lcm" and model.guidance_embedding_dim is not None:
-        raise ValueError(f"sampler is {value!r}, but this model is an LCM; use sampler='lcm' or its teacher")
+    if model.guidance_embedding_dim is not None and not SAMPLERS[value].consistency:
+        names = " or ".join(repr(name) for name in allowed if SAMPLERS[name].consistency)
+        raise ValueError(f"sampler is {value!r}, but this model is an LCM; use {names}, or its teacher")
     return value
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcm_jax.diffusion.guidance import classifier_free
 from lcm_jax.diffusion.pixels import to_uint8
-from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS, SAMPLERS
 from lcm_jax.diffusion.samplers.table import Network, Table
 from lcm_jax.models.conditioning import Conditioning, concatenate
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -29,7 +29,7 @@ def default_sampler(model: StableDiffusion) -> str:
 
 def is_consistency_model(model: StableDiffusion) -> bool:
     """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler."""
-    return model.guidance_embedding_dim is not None or model.scheduler["_class_name"] == "LCMScheduler"
+    return model.guidance_embedding_dim is not None or model.scheduler["_class_name"] in CONSISTENCY_SCHEDULERS
 
 
 def effective_guidance_scale(model: StableDiffusion, scale: float) -> float:

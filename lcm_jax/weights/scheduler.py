@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS
 from lcm_jax.diffusion.schedule import read_betas
 
 # The noise schedule of all published Stable Diffusion models.
@@ -58,7 +59,7 @@ def merge_scheduler(own: Mapping[str, Any], base: Mapping[str, Any], guided: boo
     guided: the UNet has an input for the guidance weight, so that the model is an LCM; the base is then its teacher,
     or another LCM. Prediction type and zero SNR in `own` have precedence.
     """
-    base_is_lcm = base["_class_name"] == "LCMScheduler"
+    base_is_lcm = base["_class_name"] in CONSISTENCY_SCHEDULERS
     if guided and not base_is_lcm:
         scheduler = lcm_scheduler(base, LCM["original_inference_steps"])
     elif base_is_lcm and own and not guided:

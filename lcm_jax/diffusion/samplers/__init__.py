@@ -6,12 +6,15 @@ network's output, guidance included. The options of a sampler are those of its s
 """
 
 from lcm_jax.diffusion.samplers.ddim import DDIM
-from lcm_jax.diffusion.samplers.dpm_solver import DPM_SOLVER_PP
-from lcm_jax.diffusion.samplers.euler import EULER, EULER_ANCESTRAL
+from lcm_jax.diffusion.samplers.dpm_solver import DPM_SOLVER_PP, DPM_SOLVER_PP_KARRAS
+from lcm_jax.diffusion.samplers.euler import EULER, EULER_ANCESTRAL, EULER_KARRAS
 from lcm_jax.diffusion.samplers.lcm import LCM
 from lcm_jax.diffusion.samplers.pndm import PNDM
 from lcm_jax.diffusion.samplers.table import Sampler
+from lcm_jax.diffusion.samplers.tcd import TCD
 
 SAMPLERS: dict[str, Sampler] = {
-    sampler.name: sampler for sampler in (LCM, DDIM, PNDM, DPM_SOLVER_PP, EULER, EULER_ANCESTRAL)
+    sampler.name: sampler
+    for sampler in (LCM, TCD, DDIM, PNDM, DPM_SOLVER_PP, DPM_SOLVER_PP_KARRAS, EULER, EULER_KARRAS, EULER_ANCESTRAL)
 }
+CONSISTENCY_SCHEDULERS = frozenset(sampler.scheduler for sampler in SAMPLERS.values() if sampler.consistency)

@@ -47,6 +47,11 @@ def make_dpm_solver_pp_table(schedule: Schedule, config: Config, n: int, strengt
     return stack_table(timesteps, start, *start, ratio, first, second * (order == 2)).skip(skipped)
 
 
+def make_karras_table(schedule: Schedule, config: Config, n: int, strength: float) -> Table:
+    """Return the table of n steps between Karras' noise levels, whatever the config selects. Raises ValueError."""
+    return make_dpm_solver_pp_table(schedule, sigmas.with_karras(config), n, strength)
+
+
 def _grid(schedule: Schedule, config: Config, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (timesteps int32[n], sigma / alpha there and at the end, float64[n + 1])."""
     table = sigmas.training_sigmas(schedule)
@@ -79,3 +84,6 @@ def sample_dpm_solver_pp(
 
 
 DPM_SOLVER_PP = Sampler("dpmsolver++", "DPMSolverMultistepScheduler", make_dpm_solver_pp_table, sample_dpm_solver_pp)
+DPM_SOLVER_PP_KARRAS = Sampler(
+    "dpmsolver++_karras", "DPMSolverMultistepScheduler", make_karras_table, sample_dpm_solver_pp
+)

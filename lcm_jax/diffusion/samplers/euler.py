@@ -30,6 +30,11 @@ def make_euler_table(schedule: Schedule, config: Config, n: int, strength: float
     return _stack(timesteps, levels, scaled, np.zeros(n)).skip(grids.skipped_steps(n, strength))
 
 
+def make_euler_karras_table(schedule: Schedule, config: Config, n: int, strength: float) -> Table:
+    """Return the table of n steps between Karras' noise levels, whatever the config selects. Raises ValueError."""
+    return make_euler_table(schedule, sigmas.with_karras(config), n, strength)
+
+
 def make_euler_ancestral_table(schedule: Schedule, config: Config, n: int, strength: float) -> Table:
     """Return the table of n steps as `make_euler_table` does; each goes down further and adds noise. Raises ValueError.
 
@@ -82,6 +87,7 @@ def sample_euler(
 
 
 EULER = Sampler("euler", "EulerDiscreteScheduler", make_euler_table, sample_euler)
+EULER_KARRAS = Sampler("euler_karras", "EulerDiscreteScheduler", make_euler_karras_table, sample_euler)
 EULER_ANCESTRAL = Sampler(
     "euler_ancestral", "EulerAncestralDiscreteScheduler", make_euler_ancestral_table, sample_euler, adds_noise=True
 )

@@ -57,4 +57,4 @@ def sample_consistency(
     return iterate(step, z, table, on_step)
 
 
-LCM = Sampler("lcm", "LCMScheduler", make_lcm_table, sample_consistency, adds_noise=True)
+LCM = Sampler("lcm", "LCMScheduler", make_lcm_table, sample_consistency, adds_noise=True, consistency=True)

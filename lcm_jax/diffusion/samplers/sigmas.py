@@ -14,6 +14,11 @@ GRIDS = {
 }
 
 
+def with_karras(config: Config) -> Config:
+    """Return the config with Karras' noise levels, in place of those that it selects."""
+    return {name: value for name, value in config.items() if name not in GRIDS} | {"use_karras_sigmas": True}
+
+
 def training_sigmas(schedule: Schedule) -> np.ndarray:
     """Return sigma / alpha of every training step, rising float32[T].
 

@@ -62,7 +62,8 @@ class Sampler(NamedTuple):
     at the table's first timestep, which is start[0] x0 + start[1] noise. on_step(i, z): replaces z after row i:
     int32[]. adds_noise: True if `sample` needs `noise`, where noise(i) is the standard normal noise
     float32[B, h, w, c] of step i; else `noise` is None. eta: the default share of noise that each step renews, or None
-    for a sampler without this choice.
+    for a sampler without this choice. consistency: True if the sampler jumps along the trajectory, as only a
+    consistency model does.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Sampler(NamedTuple):
     sample: Callable[..., jax.Array]
     adds_noise: bool = False
     eta: float | None = None
+    consistency: bool = False
 
     def make_table(
         self, schedule: Schedule, config: Config, n: int, strength: float = 1.0, eta: float | None = None
