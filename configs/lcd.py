@@ -113,9 +113,11 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "guidance_scale": 8.0,  # as in the paper's table 1
             "teacher": {  # numbers of steps
                 "ddim": (4, 8, 50),
-                "dpmsolver++": (4, 8),
+                "dpmsolver++": (4, 8),  # as a flag: '--config.report.teacher["dpmsolver++"]=(4,8)'
+                "dpmsolver++_karras": (),
                 "euler": (),
                 "euler_ancestral": (),
+                "euler_karras": (),
                 "pndm": (),
             },
             "student": {"lcm": (1, 2, 4, 8)},

@@ -99,8 +99,10 @@ def get_config() -> ConfigDict:
             "teacher": {  # numbers of steps
                 "ddim": (1, 2, 4, 8, 50),
                 "dpmsolver++": (1, 2, 4, 8, 50),
+                "dpmsolver++_karras": (),
                 "euler": (),
                 "euler_ancestral": (),
+                "euler_karras": (),
                 "pndm": (),
             },
             "student": {"lcm": (1, 2, 4, 8)},

@@ -94,6 +94,9 @@ def explain(error: Exception, argv: list[str]) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\'", "'")
     named, hint = re.match(r"[\"']+(\w+)'", text), re.search(r"Did you mean [^?]+\?", text)
     for flag in (word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")):
+        group, _, name = flag.rpartition(".")
+        if re.fullmatch(r"\w*\++\w*", name):  # the key of a sampler such as dpmsolver++
+            return f"{flag} cannot be parsed; use '{group}[\"{name}\"]=...', with both quotes"
         if named and named[1] in flag.split("."):
             return f"{flag} is not a config key; {hint[0] if hint else 'see the config file for valid keys'}"
     lines = text.replace("\\n", "\n").splitlines()

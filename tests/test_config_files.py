@@ -84,10 +84,23 @@ def test_every_key_can_be_set_by_its_flag(name, parsed):
 
 @pytest.mark.parametrize("name", ["shapes", "lcd:sd15"])
 def test_every_sampler_of_a_teacher_can_be_planned_by_its_flag(name, parsed):
-    samplers = [sampler for sampler in SAMPLERS if sampler != "lcm"]
+    samplers = [name for name, sampler in SAMPLERS.items() if not sampler.consistency]
     config = parsed(f"--config={name}", *(flag(f"report.teacher.{sampler}", (4, 8)) for sampler in samplers))
     plan = {key: steps for key, steps in config.items() if key.startswith("report.teacher.")}
     assert plan == {f"report.teacher.{sampler}": (4, 8) for sampler in samplers}
+
+
+def test_a_sampler_without_brackets_is_a_line_with_the_remedy(monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    argv = ["main", "--config=shapes", "--config.report.teacher.dpmsolver++_karras=(4,)"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError) as caught:
+        config_files.parse(values, argv)
+    assert str(caught.value) == (
+        "--config.report.teacher.dpmsolver++_karras cannot be parsed; use "
+        "'--config.report.teacher[\"dpmsolver++_karras\"]=...', with both quotes"
+    )
 
 
 def test_a_wheel_has_every_package_and_the_configs(tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan=foo:1"], "^--plan=foo:1: sampler 'foo' is not supported; use one of lcm, ddim"),
+        (["--plan=foo:1"], "^--plan=foo:1: sampler 'foo' is not supported; use one of lcm, tcd, ddim"),
         (["--plan=ddim"], "^--plan=ddim is not supported; use SAMPLER:STEPS, such as ddim:8,50$"),
         (["--plan=ddim:4,x"], "^--plan=ddim:4,x is not supported"),
         (["--plan=ddim:4", "--plan=ddim:8"], "^--plan=ddim:8: sampler 'ddim' is given twice"),
