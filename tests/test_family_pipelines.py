@@ -7,6 +7,7 @@ from numbered_noise import draw_noise
 from reference_families import LATENTS, PROMPTS, SIZE, to_torch
 
 import lcm_jax
+from lcm_jax.data.prompts import encode_prompts
 
 torch = pytest.importorskip("torch")
 
@@ -87,3 +88,30 @@ def test_the_second_tokenizer_pads_in_its_own_way(tmp_path):
     assert ids.shape == (1, 2, reference_families.LENGTH)
     np.testing.assert_array_equal(ids[0, 0, :4], ids[0, 1, :4])
     assert (ids[0, 0, 4:] != ids[0, 1, 4:]).all()
+
+
+def test_long_and_weighted_prompts_of_two_encoders(tmp_path):
+    """Each encoder restores the mean of its own chunks, as in A1111; the pooled prompt is the first chunk's."""
+    theirs = reference_families.build(tmp_path, "sdxl")
+    theirs.save_pretrained(tmp_path / "model")
+    ours = lcm_jax.Pipeline.from_pretrained(tmp_path / "model")
+    texts = ["a (photo:1.4) BREAK of a [square]", "a red circle", ""]
+    ids, weights, chunks = encode_prompts(ours.tokenizers, texts, weighted=True)
+    assert ids.shape[:3] == (3, 2, 2) and chunks.tolist() == [2, 1, 1]
+    states, pooled = [], None
+    for i, encoder in enumerate((theirs.text_encoder, theirs.text_encoder_2)):
+        parts = []
+        for j in range(2):
+            output = encoder(torch.tensor(ids[:, i, j]).long(), output_hidden_states=True)
+            z = output.hidden_states[-2]
+            scaled = z * torch.tensor(weights[:, i, j])[..., None]
+            parts.append(scaled * (z.mean((1, 2)) / scaled.mean((1, 2)))[:, None, None])
+            pooled = output[0] if (i, j) == (1, 0) else pooled
+        states.append(torch.cat(parts, 1))
+    time_ids = np.zeros((3, 6), np.float32)
+    for zero_empty in (True, False):
+        found = ours.model.encode_prompt(ours.params, ids, time_ids, token_weights=weights, zero_empty=zero_empty)
+        kept = np.array([1, 1, not zero_empty])[:, None]
+        expected = torch.cat(states, -1).detach().numpy() * kept[..., None]
+        np.testing.assert_allclose(found.context, expected, atol=2e-4, rtol=1e-3)
+        np.testing.assert_allclose(found.pooled, pooled.detach().numpy() * kept, atol=1e-5)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
-from lcm_jax.models.clip import CLIPTextModel
+from lcm_jax.models.clip import CLIPTextModel, TextOutput
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.layers import Dtype, apply
 from lcm_jax.models.tiny_vae import AutoencoderTiny
@@ -20,6 +20,8 @@ from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
 
 Params = Any
+ENCODERS = ("text_encoder", "text_encoder_2")
+MIN_FACTOR = 0.1  # of the mean in `emphasize`, for weights of 0 and below
 
 
 @contextmanager
@@ -135,6 +137,7 @@ class StableDiffusion:
         token_ids: jax.Array,
         time_ids: jax.Array | None = None,
         *,
+        token_weights: jax.Array | None = None,
         clip_skip: int = 0,
         zero_empty: bool = True,
     ) -> Conditioning:
@@ -143,18 +146,29 @@ class StableDiffusion:
         Stable Diffusion 1.x and 2.x: token_ids int32[B, L] -> context [B, L, D], the last layer after the final norm.
         SDXL: token_ids int32[B, 2, L], one row for each encoder, and time_ids float32[B, 6] -> context and pooled of
         the layers before the last, without the norm; zeros for an empty prompt if the model was trained with them and
-        zero_empty is True. clip_skip: number of last layers to leave out, as in diffusers, at most `max_clip_skip`.
+        zero_empty is True. A long prompt is C chunks, int32[B, C, L] or int32[B, 2, C, L], which are encoded one by one
+        and joined to context [B, C L, D]; pooled is the first one's. token_weights: float32 of the shape of token_ids,
+        see `emphasize`. clip_skip: number of last layers to leave out, as in diffusers, at most `max_clip_skip`.
         """
+        length = token_ids.shape[-1]
+
+        def encode(name: str, ids: jax.Array, skip: int = 0) -> TextOutput:
+            return apply(getattr(self, name), params[name], ids.reshape(-1, length), skip)
+
+        def join(states: jax.Array, weights: jax.Array | None) -> jax.Array:
+            states = states if weights is None else emphasize(states, weights.reshape(-1, length))
+            return states.reshape(len(token_ids), -1, states.shape[-1])
+
         if self.text_encoder_2 is None:
-            output = apply(self.text_encoder, params["text_encoder"], token_ids, clip_skip)
-            return Conditioning(output.last_hidden_state)
-        first = apply(self.text_encoder, params["text_encoder"], token_ids[:, 0])
-        second = apply(self.text_encoder_2, params["text_encoder_2"], token_ids[:, 1])
-        layer = -2 - clip_skip
-        context = jnp.concatenate([first.hidden_states[layer], second.hidden_states[layer]], axis=-1)
-        pooled = second.pooled
+            return Conditioning(join(encode("text_encoder", token_ids, clip_skip).last_hidden_state, token_weights))
+        layer, outputs = -2 - clip_skip, [encode(name, token_ids[:, i]) for i, name in enumerate(ENCODERS)]
+        weights = [None, None] if token_weights is None else [token_weights[:, 0], token_weights[:, 1]]
+        states = [join(output.hidden_states[layer], each) for output, each in zip(outputs, weights, strict=True)]
+        context = jnp.concatenate(states, axis=-1)
+        pooled = outputs[1].pooled.reshape(len(token_ids), -1, outputs[1].pooled.shape[-1])[:, 0]
         if self.empty_is_zero and zero_empty:
-            kept = token_ids[:, 0, 1] != token_ids[:, 0, -1]  # an empty prompt is all padding after its beginning
+            chunks = token_ids[:, 0].reshape(len(token_ids), -1, length)
+            kept = (chunks[..., 1] != chunks[..., -1]).any(axis=1)  # an empty chunk is all padding after its beginning
             context, pooled = context * kept[:, None, None], pooled * kept[:, None]
         return Conditioning(context, pooled, time_ids)
 
@@ -219,6 +233,20 @@ class StableDiffusion:
         plain = {name: getattr(self, name).clone(dtype=jnp.float32) for name in self.networks}
         plain["unet"] = plain["unet"].clone(remat=False)
         return {name: abstract_network(network, *inputs[name]) for name, network in plain.items()}
+
+
+def emphasize(states: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiply the encoded tokens of chunks, [N, L, D], by float32[N, L], and restore the mean of each chunk.
+
+    A1111 restores the mean of a batch; here an image does not depend on the others. The mean changes by a factor
+    within the range of the weights if it measures the size of the states. That of centered states, as the norm of the
+    bundled model gives them, is near 0 and changes by any factor; it is not restored.
+    """
+    scaled = states.astype(jnp.float32) * weights[..., None]
+    mean, changed = (each.mean(axis=(1, 2), dtype=jnp.float32) for each in (states, scaled))
+    factor = changed / mean
+    measures = (factor >= jnp.maximum(weights.min(axis=1), MIN_FACTOR)) & (factor <= weights.max(axis=1))
+    return (scaled / jnp.where(measures, factor, 1.0)[:, None, None]).astype(states.dtype)
 
 
 @lru_cache(maxsize=32)
