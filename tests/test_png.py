@@ -149,8 +149,8 @@ def test_samplers_have_a1111s_names(name):
         ),
         (
             "one\ntwo <lora:add_detail:0.6>, three\nSteps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: "
-            "6.5, Seed: 12345, Size: 832x1216, Model hash: abc123, Model: dream_8, Denoising strength: 0.4, Clip skip: 2, "
-            'Hires upscale: 2, Lora hashes: "add_detail: 1a2b3c4d5e6f, other: 00", Version: v1.10.0\n'
+            "6.5, Seed: 12345, Size: 832x1216, Model hash: abc123, Model: dream_8, Denoising strength: 0.4, "
+            'Clip skip: 2, Hires upscale: 2, Lora hashes: "add_detail: 1a2b3c4d5e6f, other: 00", Version: v1.10.0\n'
             "Template: a {b|c}, Steps",
             Settings("one\ntwo, three", None, 28, 6.5, "dpmsolver++_karras", 12345, 832, 1216, clip_skip=1,
                      loras=(Lora(File("add_detail", "1a2b3c4d5e6f"), 0.6),), model="dream_8"),

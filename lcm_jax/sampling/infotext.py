@@ -73,8 +73,11 @@ def from_text(text: str) -> Settings:
     begin = next((i for i, line in enumerate(lines[:last]) if line.startswith(NEGATIVE)), last)
     prompt = "\n".join(lines[:begin])
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE).strip() or None
-    digests = dict(each.strip().partition(": ")[::2] for each in values.get("lora hashes", "").split(","))
-    loras = tuple(Lora(File(name, digests.get(name)), float(weight)) for name, weight in TAG.findall(prompt))
+    hashes = {}
+    for each in values.get("lora hashes", "").split(","):
+        name, _, digest = each.strip().partition(": ")
+        hashes[name] = digest or None
+    loras = tuple(Lora(File(name, hashes.get(name)), float(weight)) for name, weight in TAG.findall(prompt))
     prompt = TAG.sub("", prompt).strip()
     width, height = _size(values.get("size"))
     skip = _number(values, "clip skip", int)
