@@ -15,6 +15,7 @@ ROOMS = (
     "files",
     "ranges",
     "output",
+    "progress",
     "config_files",
     "diffusion",
     "models",

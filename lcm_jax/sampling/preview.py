@@ -1,6 +1,7 @@
 """Images of fixed prompts while a model is trained, and grids of them."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -108,3 +109,12 @@ def save_grid(rows: Sequence[np.ndarray], path: Path, labels: Sequence[str] = ()
     for i, label in enumerate(labels):
         ImageDraw.Draw(page).text((6, i * height + height // 2 - 5), label, fill="black")
     page.save(path)
+
+
+def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Return one image of PIL images of one size, row by row."""
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid

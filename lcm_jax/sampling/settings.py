@@ -1,12 +1,16 @@
 """All that an image was generated from, as one record: JSON to repeat it, checked field by field when it is read."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import reprlib
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+MAX_BATCH = 4096  # rows of a batch in a file, which nobody has written by hand
 
 
 class SettingsError(ValueError):
@@ -19,6 +23,12 @@ class File:
 
     path: str
     sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: str | Path, place: Path | None = None) -> "File":
+        """Return `path` with the digest of the file there, or at `place`. Raises OSError."""
+        with open(path if place is None else place, "rb") as stream:
+            return cls(str(path), hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,13 @@ def from_json(text: str) -> Settings:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"the settings are not valid JSON ({str(error)[:100]}); use another file") from None
-    return _read("settings", value, Settings)
+    settings = _read("settings", value, Settings)
+    if not 0 <= settings.row < settings.batch_size <= MAX_BATCH or settings.number < settings.row:
+        raise SettingsError(
+            f"number, row and batch_size are {settings.number}, {settings.row} and {settings.batch_size}, which no batch "
+            "has; use another file"
+        )
+    return settings
 
 
 def differences(before: Settings, after: Settings) -> list[str]:

@@ -1,5 +1,6 @@
 """A model as it is stored, in whatever format: its configs, and tensors that are read when they are used."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -358,3 +359,17 @@ def read_params(
 def compute_digests(model: StoredModel, advance: stored.Advance = lambda _: None) -> dict[str, str]:
     """Return the sha256 of each component's tensors as stored: keys, dtypes, shapes and bytes, in hexadecimal."""
     return {name: stored.digest(tensors, advance) for name, tensors in model.tensors.items()}
+
+
+def fingerprint(model: StoredModel) -> str:
+    """Return a sha256 that differs between trained models: of keys, dtypes, shapes and the first KiB of each tensor.
+
+    Unlike `compute_digests` it reads little of a file, so that it takes milliseconds.
+    """
+    total = hashlib.sha256()
+    for name in sorted(model.tensors):
+        for key in sorted(model.tensors[name]):
+            tensor = model.tensors[name][key]
+            total.update(f"{name} {key} {tensor.dtype.name} {tensor.shape}".encode())
+            total.update(tensor.reshape(-1)[: 1024 // tensor.itemsize].tobytes())
+    return total.hexdigest()
