@@ -1,22 +1,30 @@
 """Generate images from text prompts with a diffusers model, or a bundled one (`shapes`, `shapes-lcm`).
 
 Writes OUTPUT/000.png, 001.png, ... in the order of the prompts, each as soon as its batch is generated, and
-OUTPUT/grid.png with --grid. Image i does not depend on the batch size.
+OUTPUT/grid.png with --grid. Every PNG has its settings in it, as A1111's text and as JSON, from which --from_png
+repeats the image bit for bit on the same kind of device.
 """
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+import lcm_jax
 from lcm_jax import command
 from lcm_jax.errors import check_devices
-from lcm_jax.files import check_unicode, decode, whole_file
+from lcm_jax.files import check_unicode, decode
+from lcm_jax.progress import progress
+from lcm_jax.sampling import png
+from lcm_jax.sampling.settings import File, Lora, Settings, differences
+
+if TYPE_CHECKING:
+    from lcm_jax.pipeline import Pipeline
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
 OWN: dict[str, Any] = {"flag_values": FLAGS}
@@ -32,7 +40,13 @@ BASE = flags.DEFINE_string(
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text prompt; repeat the flag for more.", **OWN)
 PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "Text file with one prompt per line; blank lines are skipped.", **OWN
+    "prompts_file", None, "Text file with one prompt per line; blank lines are skipped. - is the standard input.", **OWN
+)
+WEIGHTS = flags.DEFINE_bool(
+    "prompt_weights",
+    False,
+    "Read (text), (text:1.3), [text] and BREAK in prompts as A1111 does; otherwise brackets are text.",
+    **OWN,
 )
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "Prompt to guide away from; not supported by LCMs.", **OWN)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", **OWN)
@@ -65,6 +79,12 @@ HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; defaults to the
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; defaults to the model's.", **OWN)
 IMAGE = flags.DEFINE_string("image", None, "Image to repaint, for inpainting models.", **OWN)
 MASK = flags.DEFINE_string("mask_image", None, "Mask image, for inpainting models; white pixels are repainted.", **OWN)
+FROM_PNG = flags.DEFINE_string(
+    "from_png",
+    None,
+    "PNG of this command, or of A1111 and its kin, whose settings are used; flags beside it override them.",
+    **OWN,
+)
 GRID = flags.DEFINE_bool("grid", False, "Also write grid.png.", **OWN)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing images.", **OWN)
 
@@ -75,70 +95,50 @@ EXAMPLE = """Example:
     python -m lcm_jax.sample --model=path/to/a/model --lora=style.safetensors:0.8,other.safetensors \\
         --prompt="a lighthouse" --output=images
     python -m lcm_jax.sample --model=path/to/an/inpainting/model --image=photo.png --mask_image=mask.png \\
-        --prompt="a lighthouse" --output=images"""
+        --prompt="a lighthouse" --output=images
+    python -m lcm_jax.sample --from_png=images/000.png --output=again"""
+
+# Flags whose values are fields of the settings, under the same names.
+FIELDS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip width height model
+base variant dtype""".split()
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the flags, then the prompts of the file.
+    """Return the prompts of the flags, then the prompts of the file, - for the standard input.
 
-    Raises ValueError if there are none, and for bytes that are not text.
+    Raises ValueError for bytes that are not text.
     """
-    content = decode(Path(file).read_bytes(), file) if file else ""
+    content = ""
+    if file == "-":
+        content = decode(sys.stdin.buffer.read(), "the standard input")
+    elif file:
+        content = decode(Path(file).read_bytes(), file)
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     given = [check_unicode(prompt, "--prompt") for prompt in prompts]
-    given += [line.strip() for line in lines if line.strip()]
-    if not given:
-        where = f" in {file}" if file else ""
-        raise ValueError(f"there are no prompts{where}; use --prompt=TEXT or --prompts_file=FILE")
-    return given
+    return given + [line.strip() for line in lines if line.strip()]
 
 
-def write_image(image, path: Path) -> None:
-    """Write a PNG atomically: an interrupted command leaves no partial image."""
-    with whole_file(path) as temporary:
-        image.save(temporary, format="png")
+def choose_settings(recorded: Settings | None) -> Settings:
+    """Return the settings that all images share: of the flags that are set, else those recorded, else the defaults.
 
-
-def make_grid(images, columns: int):
-    """Return one image of PIL images of one size, row by row."""
-    from PIL import Image
-
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
-    return grid
-
-
-@contextmanager
-def progress(total: int, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Show speed and time left on stderr: a bar on a terminal, else a line every `every_seconds`.
-
-    Yields update(done), done being the number of images so far. The speed excludes the first batch, which compiles.
+    Raises OSError for an image that cannot be read, and ValueError for --lora that cannot be parsed.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from lcm_jax.weights import lora as loras
 
-    console, first = Console(stderr=True), None
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    # A bar and the names of files share a terminal only if rich prints both.
-    redirect = {"redirect_stdout": sys.stdout.isatty(), "disable": not console.is_terminal}
-    with Progress(*columns, console=console, **redirect) as bar:
-        task, shown = bar.add_task("", total=total), time.monotonic()
-
-        def update(done: int) -> None:
-            nonlocal first, shown
-            now = time.monotonic()
-            if first is None:
-                first = now, done
-            rate = (done - first[1]) / (now - first[0]) if done > first[1] else None
-            speed = "" if rate is None else f"{rate:.2f} images/s"
-            bar.update(task, completed=done, description=speed)
-            if bar.disable and rate is not None and (now - shown >= every_seconds or done == total):
-                shown, left = now, (total - done) / rate
-                print(f"{done}/{total} images  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", file=sys.stderr)
-
-        yield update
+    chosen = Settings("") if recorded is None else recorded
+    fields: dict[str, Any] = {}
+    for name in FIELDS:
+        flag = FLAGS[name]
+        if flag.present or recorded is None or getattr(recorded, name) is None:
+            fields[name] = flag.value
+    for flag, name in ((IMAGE, "image"), (MASK, "mask_image")):
+        path = flag.value if FLAGS[flag.name].present else getattr(getattr(chosen, name), "path", None)
+        fields[name] = None if path is None else File.of(path)
+    pairs = [(lora.file.path, lora.weight) for lora in chosen.loras]
+    if FLAGS[LORA.name].present:
+        pairs = [(str(file), weight) for file, weight in loras.files_and_weights(LORA.value)]
+    fields["loras"] = tuple(Lora(File.of(path, loras.find_file(path)), weight) for path, weight in pairs)
+    return replace(chosen, **fields)
 
 
 def check_output(output: Path, files: Sequence[Path]) -> None:
@@ -150,63 +150,118 @@ def check_output(output: Path, files: Sequence[Path]) -> None:
         raise ValueError(f"--output={output} is a file; use a folder")
 
 
+def open_pipeline(settings: Settings) -> tuple["Pipeline", Settings]:
+    """Return the pipeline with its LoRAs, and the settings with the model, the device and the versions.
+
+    Raises ModelError.
+    """
+    import jax
+
+    from lcm_jax.pipeline import Pipeline
+    from lcm_jax.weights.model import fingerprint, open_model
+
+    s = settings
+    stored = open_model(s.model or MODEL.default, base=s.base, variant=s.variant)
+    pipe = Pipeline(stored, s.dtype or DTYPE.default)
+    for lora in s.loras:
+        print(f"with {pipe.load_lora(lora.file.path, lora.weight)} at {lora.weight:g}")
+    device, version = jax.devices()[0].device_kind, lcm_jax.__version__
+    s = replace(s, sampler=s.sampler or pipe.sampler, fingerprint=fingerprint(stored))
+    return pipe, replace(s, device=device, jax=jax.__version__, version=version)
+
+
+def call_arguments(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of the pipeline that all images share. Raises ImageError."""
+    from lcm_jax.data.images import open_upright
+
+    names = "negative_prompt num_inference_steps guidance_scale sampler seed width height clip_skip".split()
+    arguments = {name: getattr(settings, name) for name in names}
+    files = {"image": settings.image, "mask_image": settings.mask_image}
+    return arguments | {name: open_upright(file.path) for name, file in files.items() if file is not None}
+
+
+def report_differences(source: str, recorded: Settings, settings: Settings, image) -> None:
+    """Warn of settings that differ from those recorded in the file `source`, and of other pixels if none does."""
+    from lcm_jax.data.images import open_upright
+
+    if recorded.version is None:
+        warnings.warn(f"{source} was made by another program; the image will differ", stacklevel=2)
+    elif changed := differences(recorded, settings):
+        warnings.warn(f"the image may differ from {source}: {'; '.join(changed)}", stacklevel=2)
+    elif open_upright(source, ("PNG",), image.width * image.height).tobytes() == image.tobytes():
+        print(f"identical to {source}")
+    else:
+        warnings.warn(
+            f"the image differs from {source}, whose settings are the same; its pixels were changed, or this "
+            "machine computes differently",
+            stacklevel=2,
+        )
+
+
 def sample() -> None:
     """Read the flags and write the images. Raises ValueError or OSError, almost always before anything is written."""
     if OUTPUT.value is None:
         raise ValueError("--output is missing; use --output=FOLDER")
-    prompts, output = read_prompts(PROMPT.value, PROMPTS_FILE.value), Path(OUTPUT.value)
+    source = FROM_PNG.value
+    recorded = None if source is None else png.read(source)
+    prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value) or ([] if recorded is None else [recorded.prompt])
+    if not prompts:
+        where = {None: "", "-": " in the standard input"}.get(PROMPTS_FILE.value, f" in {PROMPTS_FILE.value}")
+        raise ValueError(f"there are no prompts{where}; use --prompt=TEXT or --prompts_file=FILE (- to read a pipe)")
     for flag in (COPIES, BATCH):
         if flag.value < 1:
             raise ValueError(f"{flag.name} is {flag.value}; use 1 or more")
     prompts = [prompt for prompt in prompts for _ in range(COPIES.value)]
-    total, batch = len(prompts), min(BATCH.value, len(prompts))
+    total, output = len(prompts), Path(OUTPUT.value)
     digits = max(3, len(str(total - 1)))
     files = [output / f"{i:0{digits}d}.png" for i in range(total)]
     grid = output / "grid.png"
     check_output(output, [*files, *([grid] if GRID.value else [])])
 
+    # An image is repeated in the row of a batch that it was in: a device may round differently in another one.
+    batch, row, number = min(BATCH.value, total), 0, 0
+    if recorded is not None:
+        number = recorded.number
+        if not FLAGS[BATCH.name].present:
+            batch, row = recorded.batch_size, recorded.row
+    settings = choose_settings(recorded)
     command.configure_jax()
     check_devices()
-    from lcm_jax.data.images import open_upright
-    from lcm_jax.pipeline import Pipeline
-    from lcm_jax.weights import lora as loras
+    arguments = call_arguments(settings)
+    pipe, settings = open_pipeline(settings)
 
-    files_given = {"image": IMAGE.value, "mask_image": MASK.value}
-    given: dict[str, Any] = {name: open_upright(file) for name, file in files_given.items() if file is not None}
-
-    pipe = Pipeline.from_pretrained(MODEL.value, DTYPE.value, VARIANT.value, base=BASE.value)
-    for path, weight in loras.files_and_weights(LORA.value):
-        print(f"with {pipe.load_lora(path, weight)} at {weight:g}")
     start, kept, done = time.perf_counter(), [], 0
+    rows = [prompts[0]] * row + prompts
     try:
         with progress(total) as update:
-            for first in range(0, total, batch):
-                images = pipe(
-                    prompts[first : first + batch],
-                    num_inference_steps=STEPS.value,
-                    guidance_scale=GUIDANCE.value,
-                    seed=SEED.value,
-                    height=HEIGHT.value,
-                    width=WIDTH.value,
-                    sampler=SAMPLER.value,
-                    negative_prompt=NEGATIVE.value,
-                    clip_skip=CLIP_SKIP.value,
-                    batch_size=batch,
-                    first=first,
-                    **given,
-                ).images
+            for first in range(0, len(rows), batch):
+                given = rows[first : first + batch]
+                images = pipe(given, batch_size=batch, first=number - row + first, **arguments).images
                 output.mkdir(parents=True, exist_ok=True)
-                for image in images:
-                    write_image(image, files[done])
+                for i in range(row if first == 0 else 0, len(given)):
+                    own = replace(
+                        settings,
+                        prompt=given[i],
+                        width=images[i].width,
+                        height=images[i].height,
+                        number=number - row + first + i,
+                        row=i,
+                        batch_size=batch,
+                    )
+                    png.write(images[i], files[done], own)
                     print(files[done])
+                    if source is not None and recorded is not None and done == 0:
+                        report_differences(source, recorded, own, images[i])
                     done += 1
-                kept += images if GRID.value else []
+                    kept += [images[i]] if GRID.value else []
                 update(done)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{done} of {total} images are in {output}") from None
     seconds = time.perf_counter() - start
     if GRID.value:
-        write_image(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
+        from lcm_jax.sampling.preview import make_grid
+
+        png.write(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
         print(grid)
     print(f"{total} images in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
 

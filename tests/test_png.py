@@ -209,6 +209,9 @@ def test_hostile_text_takes_no_longer_than_its_length(text):
         ('{"prompt": "a", "loras": {}}', "settings.loras is {}, not a list"),
         ('{"prompt": "a", "loras": [{"file": {}}]}', "settings.loras[0].file has no path"),
         ('{"prompt": "a", "controls": [[]]}', "settings.controls[0] is [], not an object"),
+        ('{"prompt": "a", "row": 1}', "number, row and batch_size are 0, 1 and 1, which is not possible"),
+        ('{"prompt": "a", "batch_size": 1000000000}', "and 1000000000, which is not possible"),
+        ('{"prompt": "a", "number": 1, "row": 2, "batch_size": 4}', "number, row and batch_size are 1, 2 and 4"),
         ('{"prompt": "a", "more": 1}', "settings has the unknown field 'more'; use the version of lcm_jax that"),
     ],
 )

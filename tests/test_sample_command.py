@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import reference_pipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax import sample
 from lcm_jax.conversion import convert
+from lcm_jax.sampling import png
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = "--num_inference_steps=2"
@@ -30,9 +32,10 @@ def model(tmp_path_factory):
     return folder / "student"
 
 
-def run(*arguments):
+def run(*arguments, stdin=None):
     command = [sys.executable, "-m", "lcm_jax.sample", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin)
 
 
 @pytest.fixture
@@ -90,6 +93,75 @@ def test_pictures_of_every_prompt_once(model, tmp_path):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     fails(run(*arguments, "--seed=4"), "000.png exists already", "--overwrite")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_an_image_is_repeated_from_its_png(here, model, tmp_path):
+    """The third of two prompts with two images each, in a batch of three; prompts come from a pipe."""
+    arguments = [f"--model={model}", "--prompts_file=-", STEPS, "--guidance_scale=3.5", "--clip_skip=1", "--seed=7"]
+    prompts = "a red circle, (above)\n\na blue square\n"
+    made = run(*arguments, "--num_images_per_prompt=2", "--batch_size=3", f"--output={tmp_path / 'a'}", stdin=prompts)
+    assert made.returncode == 0, made.stderr
+    source = tmp_path / "a" / "002.png"
+    settings = png.read(source)
+    assert (settings.prompt, settings.number, settings.row, settings.batch_size) == ("a blue square", 2, 2, 3)
+    assert (settings.seed, settings.guidance_scale, settings.num_inference_steps) == (7, 3.5, 2)
+    assert (settings.width, settings.clip_skip, settings.sampler, settings.dtype) == (16, 1, "lcm", "float32")
+    assert (settings.model, settings.device, settings.jax) == (str(model), "cpu", jax.__version__)
+    with Image.open(source) as opened:
+        assert opened.info["parameters"] == (
+            "a blue square\nSteps: 2, Sampler: LCM, CFG scale: 3.5, Seed: 7, Size: 16x16, Model: student, "
+            f"Clip skip: 2, Version: lcm_jax {lcm_jax.__version__}"
+        )
+
+    code, out, err = here(f"--from_png={source}", f"--output={tmp_path / 'b'}")
+    assert code == 0 and f"identical to {source}" in out and "warning" not in err, err
+    assert (tmp_path / "b" / "000.png").read_bytes() == source.read_bytes()
+    assert len(list((tmp_path / "b").iterdir())) == 1
+
+    # Flags beside it override; three images more begin where it was.
+    more = [f"--from_png={source}", "--prompt=a blue circle", "--num_images_per_prompt=3", f"--output={tmp_path / 'c'}"]
+    code, out, err = here(*more)
+    assert code == 0 and err.startswith(
+        f"warning: the image may differ from {source}: prompt is 'a blue circle', was 'a blue square'\n"
+    )
+    assert [png.read(tmp_path / "c" / f"00{i}.png").number for i in range(3)] == [2, 3, 4]
+    assert [png.read(tmp_path / "c" / f"00{i}.png").row for i in range(3)] == [2, 0, 1]
+
+    # The same settings with other weights.
+    broken = Path(shutil.copytree(model, tmp_path / "student"))
+    file = next((broken / "unet").glob("*.safetensors"))
+    save_file({key: tensor * 2 for key, tensor in load_file(file).items()}, file)
+    code, _, err = here(f"--from_png={source}", f"--model={broken}", f"--output={tmp_path / 'd'}")
+    assert code == 0 and f"model is '{str(broken)[:5]}" in err and "; fingerprint is '" in err
+
+    # The same settings with other pixels.
+    with Image.open(source) as opened:
+        png.write(Image.eval(opened, lambda value: value ^ 1), tmp_path / "edited.png", settings)
+    code, _, err = here(f"--from_png={tmp_path / 'edited.png'}", f"--output={tmp_path / 'e'}")
+    assert (
+        code == 0 and f"warning: the image differs from {tmp_path / 'edited.png'}, whose settings are the same" in err
+    )
+
+
+def test_settings_of_another_program(here, model, tmp_path):
+    info = PngInfo()
+    info.add_text(
+        "parameters", "a red circle\nSteps: 2, Sampler: LCM, CFG scale: 2, Seed: 5, Size: 32x16, Model: dream"
+    )
+    Image.new("RGB", (32, 16)).save(tmp_path / "theirs.png", pnginfo=info)
+    code, _, err = here(f"--from_png={tmp_path / 'theirs.png'}", f"--output={tmp_path / 'a'}")
+    assert code == 1 and "'dream'" in err and len(err.splitlines()) == 1
+    code, _, err = here(f"--from_png={tmp_path / 'theirs.png'}", f"--model={model}", f"--output={tmp_path / 'a'}")
+    assert (
+        code == 0 and err == f"warning: {tmp_path / 'theirs.png'} was made by another program; the image will differ\n"
+    )
+    settings = png.read(tmp_path / "a" / "000.png")
+    assert (settings.prompt, settings.seed, settings.width, settings.height) == ("a red circle", 5, 32, 16)
+
+    for name, message in [("none.png", "none.png"), ("grid.png", "grid.png: the file has no settings")]:
+        png.write(Image.new("RGB", (8, 8)), tmp_path / "grid.png")
+        code, _, err = here(f"--from_png={tmp_path / name}", f"--output={tmp_path / 'b'}")
+        assert code == 1 and message in err and len(err.splitlines()) == 1
 
 
 def test_a_reader_that_goes_away_costs_no_image(here, model, tmp_path, monkeypatch):
@@ -192,6 +264,14 @@ def test_pictures_with_loras(model, tmp_path):
     assert np.abs(found - expected).max() <= 1 < np.abs(found - plain).max()
 
     before = (output / "000.png").read_bytes()
+    assert [(each.file.path, each.weight) for each in png.read(output / "000.png").loras] == [
+        (str(files[0]), -0.5),
+        (str(files[1]), 1.0),
+    ]
+    save_file(load_file(files[0]) | {}, tmp_path / "two.safetensors")
+    again = run(f"--from_png={output / '000.png'}", f"--output={tmp_path / 'again'}")
+    assert again.returncode == 0 and "with one at -0.5" in again.stdout
+    assert f"warning: the image may differ from {output / '000.png'}: loras is [" in again.stderr
     for lora, parts in [
         (f"{files[0]}:much", ["'much' is not a number", "LORA:WEIGHT"]),
         (f"{files[0]},{files[0]}:2", ["'one' is loaded already"]),
@@ -219,10 +299,11 @@ def test_a_damaged_model_is_named(damage, parts, model, tmp_path):
 def test_help_ends_with_an_example_and_needs_no_jax():
     result = run("--help")
     assert result.returncode == 0
-    last = result.stdout.strip().splitlines()[-6:]
+    last = result.stdout.strip().splitlines()[-7:]
     assert "python -m lcm_jax.sample --model=shapes-lcm" in last[0] and "--num_inference_steps=4" in last[1]
     assert "--lora=style.safetensors:0.8,other.safetensors" in last[2]
     assert "--image=photo.png --mask_image=mask.png" in last[4]
+    assert "--from_png=images/000.png" in last[6]
     assert "1 to 50" not in result.stdout and "shapes-lcm: 8" in result.stdout
     code = "import sys, lcm_jax, lcm_jax.sample; print('jax' in sys.modules, lcm_jax.__version__)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -103,8 +103,8 @@ def from_json(text: str) -> Settings:
     settings = _read("settings", value, Settings)
     if not 0 <= settings.row < settings.batch_size <= MAX_BATCH or settings.number < settings.row:
         raise SettingsError(
-            f"number, row and batch_size are {settings.number}, {settings.row} and {settings.batch_size}, which no batch "
-            "has; use another file"
+            f"number, row and batch_size are {settings.number}, {settings.row} and {settings.batch_size}, which is not "
+            "possible; use another file"
         )
     return settings
 
