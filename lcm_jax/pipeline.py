@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.data.prompts import encode_prompts, split_batches
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -160,7 +161,7 @@ class Pipeline:
         self._adapters = dict(adapters)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return token ids int32[B, L], or int32[B, 2, L] for SDXL; longer prompts are cut."""
+        """Return token ids int32[B, L], or int32[B, 2, L] for SDXL, as in training: longer prompts are cut."""
         return tokenizers.encode_for(self.tokenizers, prompts)
 
     @property
@@ -193,13 +194,17 @@ class Pipeline:
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         eta: float | None = None,
+        prompt_weights: bool = False,
         callback_on_step_end: Callable[["Pipeline", int, float, dict[str, np.ndarray]], Any] | None = None,
         progress: bool | None = None,
     ) -> Output:
         """Generate num_images_per_prompt images of each prompt, in that order.
 
         Image i starts from noise that depends on (seed, first + i) alone, whatever the batch. Another number of steps
-        compiles nothing. Raises ValueError with the argument, its value and the allowed ones, and ModelError for NaN.
+        compiles nothing. A prompt longer than the text encoder takes is encoded in chunks, at most 16, and compiles a
+        program for each number of chunks. prompt_weights: read weights and BREAK in prompts as A1111 does, `(word:1.3)`
+        (see `lcm_jax.data.prompts.parse`); by default brackets are text. Raises ValueError with the argument, its
+        value and the allowed ones, and ModelError for NaN.
 
         guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to start from.
         output_type: pil, np or latent. sampler: a name in SAMPLERS; by default that of the folder's scheduler.
@@ -242,14 +247,13 @@ class Pipeline:
         if images.source is not None and (strength < 1 or mask_image is None):
             table = table.from_image()
         arguments.warn_of_no_effect(self.model, negative_prompt, scale)
-        for name, each in (("prompt", prompts), ("negative_prompt", negatives)):
-            arguments.warn_of_overlong(name, each, self.tokenizers[0])
 
-        ids, negative_ids = (np.repeat(self.tokenize(each), copies, axis=0) for each in (prompts, negatives))
-        if not is_classifier_free(self.model, scale):
-            negative_ids = None
+        guided = is_classifier_free(self.model, scale)
+        texts = [np.repeat(each, copies) for each in ([prompts, negatives] if guided else [prompts])]
+        tokens = encode_prompts(self.tokenizers, np.concatenate(texts).tolist(), prompt_weights)
+        batches = list(split_batches(tokens.chunks.reshape(len(texts), count).max(axis=0), batch))
         rows_made = int(np.sum(table.timesteps >= 0))
-        with self._each_step(callback_on_step_end, progress, rows_made, -(-count // batch)) as callback:
+        with self._each_step(callback_on_step_end, progress, rows_made, len(batches)) as callback:
             program = self._program(
                 sampler,
                 clip_skip=skip,
@@ -257,17 +261,25 @@ class Pipeline:
                 decode=output_type != "latent",
                 callback=callback,
             )
-            parts = []
-            for start in range(0, count, batch):
-                rows = np.minimum(start + np.arange(batch), count - 1)
+            made: dict[int, np.ndarray] = {}
+            for rows, places, chunks in batches:
+                ids, weights = tokens.of(rows, chunks)
+                negative_ids, negative_weights = tokens.of(rows + count, chunks) if guided else (None, None)
                 drawn, noise = draw_noise(seed, np.uint32(first + rows), shape)
-                drawn = drawn if latents is None else jnp.asarray(latents[rows])
-                negative = None if negative_ids is None else negative_ids[rows]
                 inputs = Inputs(
-                    ids[rows], negative, drawn, noise, np.float32(scale), time_ids, images.inpainting, images.source
+                    ids,
+                    negative_ids,
+                    drawn if latents is None else jnp.asarray(latents[rows]),
+                    noise,
+                    np.float32(scale),
+                    time_ids,
+                    images.inpainting,
+                    images.source,
+                    token_weights=weights,
+                    negative_weights=negative_weights,
                 )
-                parts.append(self._run(program, inputs, table)[: count - start])
-        output = _output(np.concatenate(parts), output_type)
+                made |= zip(rows[places].tolist(), self._run(program, inputs, table)[places], strict=True)
+        output = _output(np.stack([made[i] for i in range(count)]), output_type)
         return output if images.paste is None else Output(images.paste(output.images))
 
     def _default_size(self, image: Any, mask_image: Any) -> Any:

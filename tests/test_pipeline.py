@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import shutil
-import warnings
 from functools import partial
 
 import jax
@@ -361,14 +360,37 @@ def test_previews_without_guidance_take_one_pass(teacher):
     assert sampler._inputs(0, 1.0).negative_ids is None and sampler._inputs(0, 2.0).negative_ids is not None
 
 
-def test_a_long_prompt_is_cut_with_a_warning_that_says_what(student):
-    long = " ".join(["red"] * (reference_pipeline.LENGTH - 2)) + " blue square"
-    with pytest.warns(UserWarning, match=f"longer than {reference_pipeline.LENGTH} tokens.*blue square"):
-        cut = student(long, num_inference_steps=2, output_type="latent").images
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kept = student(long.removesuffix(" blue square"), num_inference_steps=2, output_type="latent").images
-    np.testing.assert_array_equal(cut, kept)
+def test_a_long_and_weighted_prompt_is_that_of_diffusers_given_its_chunks(models, teacher):
+    """No word is lost, and the negative prompt ends with empty chunks. The random encoder's states are centered."""
+    chunks = [["a", "red", "circle"] * 3 + ["a"], ["blue", "square"]]
+    prompt = " ".join([*chunks[0], f"({chunks[1][0]}:1.5)", chunks[1][1]])
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(models / "ddim")
+    theirs.set_progress_bar_config(disable=True)
+    encode = lambda words: theirs.encode_prompt(" ".join(words), "cpu", 1, False)[0]  # noqa: E731
+    with torch.no_grad():
+        second = encode(chunks[1])
+        second[:, 1] *= 1.5
+        embeds = torch.cat([encode(chunks[0]), second], 1)
+        negative = torch.cat([encode(["photo"]), encode([])], 1)
+        latents, arguments = draw_latents(), {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+        expected = theirs(
+            prompt_embeds=embeds, negative_prompt_embeds=negative, latents=to_torch(latents), **arguments
+        ).images
+    arguments |= {"negative_prompt": "photo", "latents": latents}
+    ours = teacher(prompt, prompt_weights=True, **arguments).images
+    np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-3, atol=1e-3)
+    assert np.abs(teacher(prompt.replace("1.5", "1.0"), prompt_weights=True, **arguments).images - ours).max() > 0.01
+
+
+def test_a_long_prompt_does_not_change_the_others_of_its_batch(student):
+    prompts = ["a red circle", "a " * 30, "a blue square", "red " * 11]
+    arguments = {"num_inference_steps": 2, "output_type": "latent", "seed": 4}
+    together = student(prompts, batch_size=3, **arguments).images
+    for i, prompt in enumerate(prompts):
+        alone = student(prompt, batch_size=3, first=i, **arguments).images[0]
+        np.testing.assert_allclose(together[i], alone, atol=1e-5 * np.abs(alone).max())
+    with pytest.raises(ValueError, match="has 20 chunks of 10 tokens; use at most 16"):
+        student("a " * 200)
 
 
 # --- what is refused ---

@@ -137,6 +137,14 @@ def test_two_tokenizers_are_beside_each_other(clip, tmp_path):
     assert encoded.ids.shape == encoded.weights.shape == (3, 2, 1, 77)
 
 
+def test_batches_have_one_number_of_chunks_and_keep_every_place():
+    chunks, places = np.array([1, 3, 1, 1, 2, 2, 3]), {}
+    for rows, used, count in prompts.split_batches(chunks, 3):
+        assert rows.shape == (3,) and (chunks[rows] == count).all()
+        places |= {int(rows[i]): int(i) for i in used}
+    assert places == {i: i % 3 for i in range(7)}
+
+
 def test_chunks_are_encoded_one_by_one(pipe):
     words = "a red circle above a blue square , three green stars".split()
     tokens = encode_prompts(pipe.tokenizers, [" ".join(words * 4), "a star"])

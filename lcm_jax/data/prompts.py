@@ -7,7 +7,7 @@ tokens, and the phrase begins the next chunk.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,11 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     weights: np.ndarray | None
     chunks: np.ndarray
+
+    def of(self, rows: np.ndarray, chunks: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return (ids, weights) of the prompts with these numbers, int[N], in their first `chunks` chunks."""
+        weights = None if self.weights is None else self.weights[rows][..., :chunks, :]
+        return self.ids[rows][..., :chunks, :], weights
 
 
 def parse(prompt: str) -> list[list[Segment]]:
@@ -134,6 +139,21 @@ def encode_prompts(tokenizers: Sequence, prompts: Sequence[str], weighted: bool 
         raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); use those of one model")
     ids, weights = (each[0] if len(each) == 1 else np.stack(each, axis=1) for each in zip(*filled, strict=True))
     return Tokens(ids, weights if weighted else None, counts)
+
+
+def split_batches(chunks: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yield batches of prompts with one number of chunks, so that no image depends on a longer prompt beside it.
+
+    chunks: int[N], of each prompt. Yields (rows int[size], the numbers of the prompts; places, the indices in the batch
+    that are in use; number of chunks). A prompt has the place of its number, modulo size, whatever is beside it.
+    """
+    for start in range(0, len(chunks), size):
+        rows = np.minimum(start + np.arange(size), len(chunks) - 1)
+        for count in np.unique(chunks[rows]):
+            alike = np.flatnonzero(chunks[rows] == count)
+            filled = np.full(size, rows[alike[0]])
+            filled[alike] = rows[alike]
+            yield filled, alike[alike < len(chunks) - start], int(count)
 
 
 Chunk = list[tuple[int, float]]  # tokens and their weights

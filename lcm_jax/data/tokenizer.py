@@ -238,8 +238,3 @@ def open_tokenizers(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> l
                     "tokenizer that the model was trained with"
                 )
     return tokenizers
-
-
-def overlong(tokenizer, captions: Sequence[str]) -> list[int]:
-    """Indices of the captions that `encode` cuts."""
-    return [i for i, tokens in enumerate(token_lists(tokenizer, captions)) if len(tokens) > tokenizer.model_max_length]

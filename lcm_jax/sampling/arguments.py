@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax import files
-from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.images import to_rgb
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -199,13 +198,3 @@ def warn_of_no_effect(model: StableDiffusion, negative_prompt: Any, guidance_sca
     elif guidance_scale == 1:
         reason = "raise guidance_scale above 1"
         warnings.warn(f"negative_prompt has no effect without guidance: {reason}", stacklevel=CALLER)
-
-
-def warn_of_overlong(name: str, prompts: Sequence[str], tokenizer) -> None:
-    """Warn of each prompt that has too many tokens, with the words that are lost."""
-    limit = tokenizer.model_max_length
-    for i in tokenizers.overlong(tokenizer, prompts):
-        lost = tokenizer.decode(tokenizer(prompts[i], verbose=False)["input_ids"][limit - 1 : -1])
-        start = prompts[i] if len(prompts[i]) <= 40 else prompts[i][:40] + "..."
-        message = f"{name} {start!r} is longer than {limit} tokens and was cut; lost: {lost!r}"
-        warnings.warn(message, stacklevel=CALLER)

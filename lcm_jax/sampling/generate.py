@@ -1,6 +1,7 @@
 """From token ids to pixels, as one pure function; jitted, it is one program for any number of steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -133,10 +134,11 @@ def generate(
     is encoded even by a model that was trained with zeros for it. callback(i, t, z): called on the host after each
     step, with int32[], the timestep and float32[B, h, w, c]; returns the latents to go on with.
     """
-    prompt = model.encode_prompt(params, inputs.token_ids, inputs.time_ids, clip_skip=clip_skip, zero_empty=False)
+    encode = partial(model.encode_prompt, params, time_ids=inputs.time_ids)
+    prompt = encode(inputs.token_ids, token_weights=inputs.token_weights, clip_skip=clip_skip, zero_empty=False)
     negative = masked = source = None
     if model.guidance_embedding_dim is None and inputs.negative_ids is not None:
-        negative = model.encode_prompt(params, inputs.negative_ids, inputs.time_ids, zero_empty=zero_empty)
+        negative = encode(inputs.negative_ids, token_weights=inputs.negative_weights, zero_empty=zero_empty)
     texts = (prompt, negative)
     batch, *shape = inputs.latents.shape
     if inputs.inpainting is not None:

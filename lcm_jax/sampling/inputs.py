@@ -40,8 +40,9 @@ class Source(NamedTuple):
 class Inputs(NamedTuple):
     """Inputs of B images; an absent part is None.
 
-    token_ids, negative_ids: int32[B, L], or int32[B, 2, L] for SDXL, of the prompts and of what to guide away from, as
-    a rule the empty prompt; None samples without classifier-free guidance, in one pass. latents: float32[B, h, w, c],
+    token_ids, negative_ids: int32[B, C, L] of C chunks, or int32[B, 2, C, L] for SDXL, of the prompts and of what to
+    guide away from, as a rule the empty prompt; None samples without classifier-free guidance, in one pass; one chunk
+    may be without its axis. token_weights, negative_weights: float32, of their shapes. latents: float32[B, h, w, c],
     standard normal. noise: key[B], from which `step_noise` makes the noise that steps add. guidance_scale: float32[] in
     diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model. source:
     for image-to-image, and for inpainting with a model that was not trained for it.
@@ -55,6 +56,8 @@ class Inputs(NamedTuple):
     time_ids: Any = None
     inpainting: Inpainting | None = None
     source: Source | None = None
+    token_weights: Any = None
+    negative_weights: Any = None
 
 
 def make_time_ids(
