@@ -63,6 +63,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Images generated at once; lower i
 SAMPLER = flags.DEFINE_string(
     "sampler", None, "Sampler, such as lcm, ddim or dpmsolver++; defaults to the model's scheduler.", **OWN
 )
+ETA = flags.DEFINE_float("eta", None, "Noise that ddim (default 0) and tcd (0.3) add, 0 to 1.", **OWN)
 CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text encoder to skip, as in diffusers.", **OWN)
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
@@ -77,8 +78,17 @@ LORA = flags.DEFINE_multi_string(
 VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; defaults to the model's.", **OWN)
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; defaults to the model's.", **OWN)
-IMAGE = flags.DEFINE_string("image", None, "Image to repaint, for inpainting models.", **OWN)
-MASK = flags.DEFINE_string("mask_image", None, "Mask image, for inpainting models; white pixels are repainted.", **OWN)
+IMAGE = flags.DEFINE_string("image", None, "Image to change, or to repaint where --mask_image is white.", **OWN)
+MASK = flags.DEFINE_string("mask_image", None, "Mask image: white pixels of --image are repainted.", **OWN)
+STRENGTH = flags.DEFINE_float(
+    "strength", None, "Share of noise that --image gets, up to 1; by default 0.8, or 1 with a mask.", **OWN
+)
+CROP = flags.DEFINE_integer(
+    "padding_mask_crop",
+    None,
+    "Generate only the surroundings of the mask, with this margin in pixels, and paste them into --image.",
+    **OWN,
+)
 FROM_PNG = flags.DEFINE_string(
     "from_png",
     None,
@@ -94,13 +104,13 @@ EXAMPLE = """Example:
         --num_inference_steps=4 --output=images
     python -m lcm_jax.sample --model=path/to/a/model --lora=style.safetensors:0.8,other.safetensors \\
         --prompt="a lighthouse" --output=images
-    python -m lcm_jax.sample --model=path/to/an/inpainting/model --image=photo.png --mask_image=mask.png \\
+    python -m lcm_jax.sample --model=path/to/a/model --image=photo.png --mask_image=mask.png --strength=0.8 \\
         --prompt="a lighthouse" --output=images
     python -m lcm_jax.sample --from_png=images/000.png --output=again"""
 
 # Flags whose values are fields of the settings, under the same names.
-FIELDS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip width height model
-base variant dtype""".split()
+FIELDS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip eta strength
+padding_mask_crop width height model base variant dtype""".split()
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -174,8 +184,9 @@ def call_arguments(settings: Settings) -> dict[str, Any]:
     """Return the arguments of the pipeline that all images share. Raises ImageError."""
     from lcm_jax.data.images import open_upright
 
-    names = "negative_prompt num_inference_steps guidance_scale sampler seed width height clip_skip".split()
-    arguments = {name: getattr(settings, name) for name in names}
+    names = """negative_prompt prompt_weights num_inference_steps guidance_scale sampler seed width height clip_skip eta
+    strength padding_mask_crop""".split()
+    arguments = {"progress": False} | {name: getattr(settings, name) for name in names}
     files = {"image": settings.image, "mask_image": settings.mask_image}
     return arguments | {name: open_upright(file.path) for name, file in files.items() if file is not None}
 
@@ -239,15 +250,9 @@ def sample() -> None:
                 images = pipe(given, batch_size=batch, first=number - row + first, **arguments).images
                 output.mkdir(parents=True, exist_ok=True)
                 for i in range(row if first == 0 else 0, len(given)):
-                    own = replace(
-                        settings,
-                        prompt=given[i],
-                        width=images[i].width,
-                        height=images[i].height,
-                        number=number - row + first + i,
-                        row=i,
-                        batch_size=batch,
-                    )
+                    own = replace(settings, prompt=given[i], number=number - row + first + i, row=i, batch_size=batch)
+                    if own.padding_mask_crop is None:  # otherwise the image has the size of --image
+                        own = replace(own, width=images[i].width, height=images[i].height)
                     png.write(images[i], files[done], own)
                     print(files[done])
                     if source is not None and recorded is not None and done == 0:
@@ -263,7 +268,7 @@ def sample() -> None:
 
         png.write(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
         print(grid)
-    print(f"{total} images in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
+    print(f"{total} image{'s' * (total > 1)} in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
 
 
 def run() -> None:

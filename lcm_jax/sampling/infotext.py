@@ -32,7 +32,7 @@ MARKUP = re.compile(r"[()\[\]\\]|\bBREAK\b")  # what weights are written with
 
 def to_text(settings: Settings) -> str:
     """Return the settings as A1111 writes them; those that it has no name for are left out."""
-    s, size = settings, None if settings.width is None else f"{settings.width}x{settings.height}"
+    s = settings
     plain = not s.prompt_weights and MARKUP.search(f"{s.prompt} {s.negative_prompt or ''}")
     names = [_lora_name(lora) for lora in s.loras]
     hashes = [f"{name}: {lora.file.sha256[:10]}" for name, lora in zip(names, s.loras, strict=True) if lora.file.sha256]
@@ -41,7 +41,7 @@ def to_text(settings: Settings) -> str:
         "Sampler": None if s.sampler is None else SAMPLERS.get(s.sampler, s.sampler),
         "CFG scale": None if s.guidance_scale is None else _plain(s.guidance_scale),
         "Seed": s.seed,
-        "Size": size,
+        "Size": None if s.width is None or s.height is None else f"{s.width}x{s.height}",
         "Model": None if s.model is None else _stem(s.model),
         "VAE": None if s.vae is None else _stem(s.vae),
         "Denoising strength": None if s.strength is None else _plain(s.strength),
