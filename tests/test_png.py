@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.sampling import infotext, png
 from lcm_jax.sampling.infotext import from_text, to_text
 from lcm_jax.sampling.settings import Control, File, Lora, Settings, SettingsError, differences, from_json
@@ -133,9 +134,10 @@ def test_nul_is_left_out_of_the_text_alone(tmp_path):
         assert opened.info["parameters"].startswith("ab\n")
 
 
-@pytest.mark.parametrize("name", infotext.SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_have_a1111s_names(name):
-    assert from_text(to_text(Settings("a", num_inference_steps=4, sampler=name))).sampler == name
+    text = to_text(Settings("a", num_inference_steps=4, sampler=name))
+    assert f"Sampler: {infotext.SAMPLERS[name]}, " in text + ", " and from_text(text).sampler == name
 
 
 @pytest.mark.parametrize(

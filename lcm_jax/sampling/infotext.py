@@ -19,6 +19,7 @@ SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "euler": "Euler",
+    "euler_karras": "Euler Karras",
     "euler_ancestral": "Euler a",
     "dpmsolver++": "DPM++ 2M",
     "dpmsolver++_karras": "DPM++ 2M Karras",
