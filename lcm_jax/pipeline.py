@@ -52,7 +52,7 @@ class Pipeline:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
         self.tokenizer_folder = check_complete(stored)
         self.name, self.family = stored.name, stored.family
-        self.configs, self.index = stored.configs, stored.index
+        self.configs, self.index, self.stored_preset = stored.configs, stored.index, stored.preset
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
         abstract = self.model.abstract_params()
         check_params(stored, abstract)
@@ -103,6 +103,7 @@ class Pipeline:
                 self.tokenizer_folder,
                 self.configs["scheduler"],
                 index=self.index,
+                preset=self.stored_preset,
                 **save_options,
             )
 
