@@ -28,7 +28,8 @@ def write_model(
 ) -> None:
     """Write a model in diffusers layout to `folder`, all or nothing: `trained` networks, the others as stored.
 
-    preset: of the trained model; without one it is sampled by its kind's. Raises RunError if the tokenizer that it has a copy of is gone.
+    preset: of the trained model, or None for that of its kind. Raises RunError if the tokenizer that it has a copy of
+    is gone.
     """
     if stored.tokenizer is None or not stored.tokenizer.is_dir():
         raise RunError(

@@ -104,8 +104,8 @@ def read_preset(folder: Path) -> Preset | None:
 def default_preset(configs: Mapping[str, Mapping[str, Any]]) -> Preset:
     """Return the preset of a model that has none stored, by its kind. configs: by component.
 
-    An LCM takes few steps, at guidance scale 8 if that is an input of its UNet, else at 1, as do Turbo models. Any other
-    model has diffusers' defaults: 50 steps, and guidance scale 5 for SDXL or 7.5.
+    An LCM takes few steps, at guidance scale 8 if that is an input of its UNet, else at 1, as do Turbo models. Any
+    other model has diffusers' defaults: 50 steps, and guidance scale 5 for SDXL or 7.5.
     """
     if is_consistency_model(configs):
         guided = configs["unet"].get("time_cond_proj_dim") is not None
@@ -118,9 +118,10 @@ def default_preset(configs: Mapping[str, Mapping[str, Any]]) -> Preset:
 def run_preset(config: Mapping[str, Any], guided: bool, before: Preset | None) -> Preset | None:
     """Return the preset of the model that a run trains.
 
-    config: of the run, a plain dict with checked values. guided: the model has an input for the guidance weight. before:
-    the preset of the model that the run began from. An LCM takes the steps of its previews that are nearest to 4, at
-    their guidance scale, or the nearest one that it is distilled for. Fine-tuning keeps `before`. Raises ValueError.
+    config: of the run, a plain dict with checked values. guided: the model has an input for the guidance weight.
+    before: the preset of the model that the run began from. An LCM takes the steps of its previews that are nearest to
+    4, at their guidance scale, or the nearest one that it is distilled for. Fine-tuning keeps `before`. Raises
+    ValueError.
     """
     objective, sample = config["objective"], config.get("sample") or {}
     if objective["name"] == "diffusion" and not config.get("teacher") and "steps" in sample:
@@ -140,7 +141,7 @@ def run_preset(config: Mapping[str, Any], guided: bool, before: Preset | None) -
 def adapter_preset(config: Mapping[str, Any]) -> Preset | None:
     """Return the preset of a model with the adapters that a run trains, or None if they leave it as it is.
 
-    config: as in `run_preset`. Distilled adapters make an LCM, without an input for the guidance weight, of any model of
-    their family; all others belong to a model that has a preset of its own. Raises ValueError.
+    config: as in `run_preset`. Distilled adapters make an LCM, without an input for the guidance weight, of any model
+    of their family; all others belong to a model that has a preset of its own. Raises ValueError.
     """
     return run_preset(config, False, None) if config["objective"]["name"] == "lcd" else None
