@@ -300,12 +300,7 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
             "same family"
         )
     configs = dict(base.configs)
-    for part in model.tensors:
-        theirs = base.configs.get(part, {})
-        own = model.configs.get(part, theirs)  # a run of an autoencoder has none
-        same_class = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
-        recorded = {option: value for option, value in own.items() if option not in model.guessed}
-        configs[part] = {**theirs, **recorded} if model.guessed and same_class else own
+    configs |= {part: merge_config(model, base, part) for part in model.tensors}
     guided = configs["unet"].get("time_cond_proj_dim") is not None
     configs["scheduler"] = merge_scheduler(model.configs.get("scheduler", {}), base.configs["scheduler"], guided)
     if model.family != base.family:
@@ -326,6 +321,36 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
         left_out=model.left_out,
         preset=settings,
     )
+
+
+def merge_config(model: StoredModel, base: StoredModel, part: str) -> Mapping[str, Any]:
+    """Return the config of a network of `model`, with the options that were guessed from the same kind in `base`."""
+    theirs = base.configs.get(part, {})
+    own = model.configs.get(part, theirs)  # a run of an autoencoder has none
+    same_class = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
+    recorded = {option: value for option, value in own.items() if option not in model.guessed}
+    return {**theirs, **recorded} if model.guessed and same_class else own
+
+
+def replace_vae(model: StoredModel, vae: StoredModel) -> StoredModel:
+    """Return `model` with the autoencoder of another model, or of a folder or file that has nothing else.
+
+    Raises ModelError if there is none, or if its latents have another number of channels.
+    """
+    if "vae" not in vae.tensors:
+        raise ModelError(f"{vae.name} has no autoencoder, only {', '.join(vae.tensors)}; use another vae")
+    config = merge_config(vae, model, "vae")
+    ours, theirs = (each.get("latent_channels", 4) for each in (model.configs["vae"], config))
+    if ours != theirs:
+        raise ModelError(
+            f"the autoencoder of {vae.name} has {layout.shown(theirs)} latent channels, and {model.name} has {ours}; "
+            "use one of the same family"
+        )
+    index = model.index
+    if index is not None:
+        index = {**index, "vae": ["diffusers", config.get("_class_name", layout.CLASSES["vae"][1][0])]}
+    configs, tensors = {**model.configs, "vae": config}, {**model.tensors, "vae": vae.tensors["vae"]}
+    return replace(model, configs=configs, tensors=tensors, index=index)
 
 
 def check_complete(model: StoredModel) -> Path:
