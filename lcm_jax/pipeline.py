@@ -20,6 +20,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
 from lcm_jax.sampling.callbacks import PROGRESS_STEPS, StepCallback, diffusers_callback, progress_bar, shows_progress
+from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
@@ -214,6 +215,50 @@ class Pipeline:
     def disable_vae_tiling(self) -> None:
         """Decode and encode images in one piece again."""
         self._tile = None
+
+    def export(
+        self,
+        path: str | Path,
+        batch_size: int = 1,
+        size: int | tuple[int, int] | None = None,
+        steps: int | None = None,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | None = None,
+        platforms: Sequence[str] | None = None,
+    ) -> None:
+        """Write text-to-image as StableHLO to the folder `path`, which runs without this package: python path/run.py.
+
+        The folder also has the parameters, with loaded LoRAs, as safetensors, the tokenizers, and export.json, which
+        describes the programs' inputs. On the same device it gives the images that a call gives for the same seed.
+
+        size: a side or (height, width) in pixels, by default the model's. steps, sampler, guidance_scale: by default
+        those of `preset`; run.py takes another guidance scale too, but no negative prompts if it is 1 here.
+        platforms: cpu, cuda, rocm, tpu; by default the one that this process runs on. Raises ValueError for an argument
+        that is not supported, and ModelError if `path` exists or the model inpaints.
+        """
+        if self.model.inpaints:
+            raise ModelError(f"{self.name} is an inpainting model, which export does not support; use its base model")
+        preset = self.preset
+        scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
+        sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
+        steps = arguments.integer("steps", preset.num_inference_steps if steps is None else steps)
+        height, width = (size, size) if size is None or isinstance(size, int) else arguments.pair("size", size)
+        write_export(
+            Path(path),
+            self.model,
+            self.params,
+            self.tokenizers,
+            sampler_table(self.model, sampler, steps),
+            sampler,
+            batch_size=arguments.integer("batch_size", batch_size, 1),
+            size=arguments.size(self.model, height, width, self._default_size(None, None)),
+            guidance_scale=scale,
+            guided=is_classifier_free(self.model, scale),
+            tile=self._tile,
+            platforms=(jax.default_backend(),) if platforms is None else platforms,
+            about={"model": self.name},
+        )
 
     def __call__(
         self,

@@ -135,8 +135,9 @@ def test_a_model_without_one_has_that_of_its_kind():
     turbo = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
     assert default_preset(teacher) == Preset(None, 50, 7.5)
     assert default_preset(teacher | {"text_encoder_2": {}}) == Preset(None, 50, 5.0)
-    assert default_preset(guided) == Preset("lcm", 4, 8.0)
-    assert default_preset(guided | {"unet": {}}) == Preset("lcm", 4, 1.0)
+    assert default_preset(guided) == Preset(None, 4, 8.0)
+    assert default_preset(guided | {"scheduler": teacher["scheduler"]}) == Preset("lcm", 4, 8.0)
+    assert default_preset(guided | {"unet": {}}) == Preset(None, 4, 1.0)
     assert default_preset(teacher | {"scheduler": turbo}) == Preset(None, 1, 1.0)
 
 

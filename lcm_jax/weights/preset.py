@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS, SAMPLERS
 from lcm_jax.ranges import GUIDANCE, STEPS
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.layout import read_json, shown
@@ -109,7 +109,8 @@ def default_preset(configs: Mapping[str, Mapping[str, Any]]) -> Preset:
     """
     if is_consistency_model(configs):
         guided = configs["unet"].get("time_cond_proj_dim") is not None
-        return Preset("lcm", FEW_STEPS, 8.0 if guided else 1.0)
+        own = configs["scheduler"].get("_class_name") in CONSISTENCY_SCHEDULERS
+        return Preset(None if own else "lcm", FEW_STEPS, 8.0 if guided else 1.0)
     if is_turbo(configs):
         return Preset(None, 1, 1.0)
     return Preset(None, MANY_STEPS, 5.0 if "text_encoder_2" in configs else 7.5)
