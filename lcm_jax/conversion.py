@@ -100,6 +100,7 @@ def convert(
         if format == "diffusers":
             raise ModelError("component works with ldm and orbax; a folder needs every component")
         model = replace(model, tensors={component: model.tensors[component]})
+        model = model if component == "unet" else replace(model, preset=None)
     if with_ema:
         if "unet" not in model.tensors:
             raise ModelError(f"with_ema is for a run that trains a UNet; {source} trains none")
@@ -131,6 +132,8 @@ def describe(model: StoredModel, log: Log = print) -> dict[str, str]:
     else:
         prediction = f"predicts {predicts or 'epsilon'}"
     log(f"{model.name}: {model.family}" + (f", {prediction}" if "unet" in model.tensors else ""))
+    if model.preset is not None:
+        log(f"  preset: {model.preset}")
     digests = _compute_digests(model.tensors, "reading")
     for name, tensors in model.tensors.items():
         specs = get_specs(tensors).values()
@@ -201,11 +204,12 @@ def _convert_lora(adapter: lora.LoRA, path: Path, target, format: str | None, dr
 
 def _merge(model: StoredModel, files: Sequence[str], log: Log) -> StoredModel:
     """Return `model` with every LoRA of `files` added to its tensors."""
-    adapters = []
+    adapters, preset = [], model.preset
     for path, weight in lora.files_and_weights(files):
         adapters.append((_open_lora(path, model), weight))
+        preset = adapters[-1][0].preset or preset  # an LCM-LoRA makes an LCM of it
         log(f"merging {path} at {weight:g}")
-    return replace(model, tensors=lora.merge(model.tensors, adapters))
+    return replace(model, tensors=lora.merge(model.tensors, adapters), preset=preset)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -279,7 +283,8 @@ def _write_ldm(model: StoredModel, target: Path, digests: Mapping[str, str], ove
     file = single_file.open_ldm(others, model.family, averages)
     marks = single_file_configs.make_marks(model.configs.get("scheduler", {})) if "unet" in others else {}
     tensors = Tensors({**file.specs, **marks}, lambda key: marks[key] if key in marks else file[key])
-    _write_file(model.tensors, tensors, {}, target, check)
+    metadata = {} if model.preset is None else model.preset.to_metadata()
+    _write_file(model.tensors, tensors, metadata, target, check)
 
 
 def _write_folder(model: StoredModel, target: Path, digests: Mapping[str, str], overwrite: bool) -> None:
@@ -296,6 +301,7 @@ def _write_folder(model: StoredModel, target: Path, digests: Mapping[str, str], 
             tokenizer,
             model.configs["scheduler"],
             model.index,
+            model.preset,
             xl="text_encoder_2" in model.tensors,
         )
         _verify(digests, {name: folders.open_component(folder, name)[1] for name in model.tensors})
@@ -308,6 +314,7 @@ def _write_orbax(model: StoredModel, target: Path, digests: Mapping[str, str], o
     if model.guessed:
         single_file_configs.complete(model.configs, model.family)
     about = {"family": model.family, "configs": model.configs, "index": model.index, "guessed": sorted(model.guessed)}
+    about |= {} if model.preset is None else {"preset": model.preset.to_json()}
     with folders.new_folder(target, overwrite) as folder:
         folders.write_json(folder / orbax_folder.CONFIGS, about)
         if model.tokenizer is not None:

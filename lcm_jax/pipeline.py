@@ -21,6 +21,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
 from lcm_jax.sampling.callbacks import PROGRESS_STEPS, StepCallback, diffusers_callback, progress_bar, shows_progress
+from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
@@ -28,7 +29,8 @@ from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import trees
 from lcm_jax.weights.errors import ModelError
-from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params, replace_vae
+from lcm_jax.weights.preset import Preset, default_preset
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,17 +45,27 @@ class Output:
 class Pipeline:
     """A text-to-image model on the device. Its parameters keep their stored dtypes and are cast when they are used."""
 
-    def __init__(self, stored: StoredModel, dtype: str = "float32", *, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        stored: StoredModel,
+        dtype: str = "float32",
+        *,
+        mesh: Mesh | None = None,
+        vae: StoredModel | str | Path | None = None,
+    ):
         """Read the parameters of `stored` onto the device, one array at a time; dtype: of the computation.
 
-        mesh: devices that share each batch, such as jax.make_mesh((8,), ("data",)); each holds all parameters. Raises
-        ModelError if a network or the tokenizer is missing, or they do not fit the configs.
+        vae: another autoencoder than the model's own, see `from_pretrained`. mesh: devices that share each batch, such
+        as jax.make_mesh((8,), ("data",)); each holds all parameters. Raises ModelError if a network or the tokenizer is
+        missing, or they do not fit the configs.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
+        if vae is not None:
+            stored = replace_vae(stored, vae if isinstance(vae, StoredModel) else open_model(vae))
         self.tokenizer_folder = check_complete(stored)
         self.name, self.family = stored.name, stored.family
-        self.configs, self.index = stored.configs, stored.index
+        self.configs, self.index, self._model_preset = stored.configs, stored.index, stored.preset
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
         abstract = self.model.abstract_params()
         check_params(stored, abstract)
@@ -70,6 +82,8 @@ class Pipeline:
         self._on_step = StepCallback()
         self._adapters: dict[str, tuple[Adapter, float]] = {}
         self._originals: dict[KernelPath, jax.Array] = {}  # by path, of every parameter that an adapter changes
+        self._adapter_presets: dict[str, Preset] = {}  # of those loaded LoRAs that have one
+        self._tile: int | None = None  # side of the autoencoder's tiles in pixels
 
     @classmethod
     def from_pretrained(
@@ -81,20 +95,22 @@ class Pipeline:
         base: str | Path | None = None,
         ema: bool | None = None,
         mesh: Mesh | None = None,
+        vae: StoredModel | str | Path | None = None,
     ) -> "Pipeline":
         """Open a model in any format: a folder in diffusers layout, a hub id, a bundled name, a file, a run.
 
         dtype: what the networks compute in. mesh: see `Pipeline`. variant, base, ema: see
         `lcm_jax.weights.model.open_model`, which has more options: `Pipeline(open_model(...))` is the same. A single
-        file has no tokenizer and needs `base`. Raises ModelError.
+        file has no tokenizer and needs `base`. vae: an autoencoder in place of the model's own, in any of these
+        formats, such as the tiny TAESD or the SDXL one for float16; or a model that has one. Raises ModelError.
         """
-        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype, mesh=mesh)
+        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype, mesh=mesh, vae=vae)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **save_options: Any) -> None:
         """Write the model to the folder `path` in diffusers layout, whole or not at all; tensors stay bit-exact.
 
-        If LoRAs are loaded, the written parameters include them. save_options: dtype, variant, max_shard_bytes. Raises
-        ModelError if `path` has content and overwrite is False.
+        If LoRAs are loaded, the written parameters and the preset include them. save_options: dtype, variant,
+        max_shard_bytes. Raises ModelError if `path` has content and overwrite is False.
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
             folders.write_pipeline(
@@ -104,6 +120,7 @@ class Pipeline:
                 self.tokenizer_folder,
                 self.configs["scheduler"],
                 index=self.index,
+                preset=self._stored_preset,
                 **save_options,
             )
 
@@ -122,8 +139,9 @@ class Pipeline:
 
         path: a file, a folder that holds pytorch_lora_weights.safetensors or what PEFT has saved, the workdir of a run
         that has trained a LoRA, or the name of a bundled one. name: by default that of the file, folder or run. Several
-        add up, each at its weight. No program that generates images is compiled again. Raises ModelError for a name
-        that is taken, and for a LoRA of another model; then nothing has changed.
+        add up, each at its weight. If it has a preset, as an LCM-LoRA has, that is the pipeline's while the LoRA is
+        loaded at another weight than 0. No program that generates images is compiled again. Raises ModelError for a
+        name that is taken, and for a LoRA of another model; then nothing has changed.
         """
         file = loras.find_file(path)
         name = loras.short_name(file) if name is None else name
@@ -132,8 +150,10 @@ class Pipeline:
                 f"a LoRA named {name!r} is loaded already; give this one another name, or use set_lora_weight"
             )
         base = {component: trees.from_params(params).specs for component, params in self.params.items()}
-        updates = loras.open_lora(file, base, self.family).updates
-        self._adapt(self._adapters | {name: (put_updates(updates, self.params), weight)})
+        lora = loras.open_lora(file, base, self.family)
+        self._adapt(self._adapters | {name: (put_updates(lora.updates, self.params), weight)})
+        if lora.preset is not None:
+            self._adapter_presets[name] = lora.preset
         return name
 
     def set_lora_weight(self, name: str, weight: float) -> None:
@@ -159,21 +179,93 @@ class Pipeline:
         """Set the parameters to those that were read, plus every adapter at its weight."""
         self.params, self._originals = adapt(self.params, self._originals, adapters)
         self._adapters = dict(adapters)
+        self._adapter_presets = {name: each for name, each in self._adapter_presets.items() if name in adapters}
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return token ids int32[B, L], or int32[B, 2, L] for SDXL, as in training: longer prompts are cut."""
         return tokenizers.encode_for(self.tokenizers, prompts)
 
     @property
+    def _stored_preset(self) -> Preset | None:
+        """The preset of the LoRA that was loaded last, of those that have one and act, else the model's own."""
+        active = (self._adapter_presets.get(name) for name, weight in self.lora_weights.items() if weight)
+        return next(reversed([preset for preset in active if preset is not None]), self._model_preset)
+
+    @property
+    def preset(self) -> Preset:
+        """The defaults of a call: sampler, steps, guidance scale, and the range of guidance scales of the distillation.
+
+        Those of the LoRA that was loaded last, of those that have some, else those stored with the model, else those
+        of its kind.
+        """
+        return self._stored_preset or default_preset(self.configs)
+
+    @property
     def sampler(self) -> str:
-        """Name in SAMPLERS of the folder's scheduler. Raises ValueError if no sampler has its class."""
-        return default_sampler(self.model)
+        """Name in SAMPLERS of the default sampler. Raises ValueError if no sampler is of the scheduler's class."""
+        return self.preset.sampler or default_sampler(self.model)
+
+    def enable_vae_tiling(self, tile_sample_min_size: int | None = None) -> None:
+        """Decode and encode images that are larger than a tile in tiles, so that memory does not grow with the image.
+
+        tile_sample_min_size: side of a tile in pixels, by default the autoencoder's sample_size. Tiles are those of
+        diffusers; the image differs a little. Raises ValueError for a size or an autoencoder that has no tiles.
+        """
+        self._tile = self.model.tile_size(tile_sample_min_size)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode and encode images in one piece again."""
+        self._tile = None
+
+    def export(
+        self,
+        path: str | Path,
+        batch_size: int = 1,
+        size: int | tuple[int, int] | None = None,
+        steps: int | None = None,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | None = None,
+        platforms: Sequence[str] | None = None,
+    ) -> None:
+        """Write text-to-image as StableHLO to the folder `path`, which runs without this package: python path/run.py.
+
+        The folder also has the parameters, with loaded LoRAs, as safetensors, the tokenizers, and export.json, which
+        describes the programs' inputs. On the same device it gives the images that a call gives for the same seed.
+
+        size: a side or (height, width) in pixels, by default the model's. steps, sampler, guidance_scale: by default
+        those of `preset`; run.py takes another guidance scale too, but no negative prompts if it is 1 here.
+        platforms: cpu, cuda, rocm, tpu; by default the one that this process runs on. Raises ValueError for an argument
+        that is not supported, and ModelError if `path` exists or the model inpaints.
+        """
+        if self.model.inpaints:
+            raise ModelError(f"{self.name} is an inpainting model, which export does not support; use its base model")
+        preset = self.preset
+        scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
+        sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
+        steps = arguments.integer("steps", preset.num_inference_steps if steps is None else steps)
+        height, width = (size, size) if size is None or isinstance(size, int) else arguments.pair("size", size)
+        write_export(
+            Path(path),
+            self.model,
+            self.params,
+            self.tokenizers,
+            sampler_table(self.model, sampler, steps),
+            sampler,
+            batch_size=arguments.integer("batch_size", batch_size, 1),
+            size=arguments.size(self.model, height, width, self._default_size(None, None)),
+            guidance_scale=scale,
+            guided=is_classifier_free(self.model, scale),
+            tile=self._tile,
+            platforms=(jax.default_backend(),) if platforms is None else platforms,
+            about={"model": self.name},
+        )
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        num_inference_steps: int = 4,
-        guidance_scale: float = 8.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -206,8 +298,9 @@ class Pipeline:
         (see `lcm_jax.data.prompts.parse`); by default brackets are text. Raises ValueError with the argument, its
         value and the allowed ones, and ModelError for NaN.
 
-        guidance_scale: in diffusers' convention, w + 1. latents: float32[N, h, w, c], standard normal, to start from.
-        output_type: pil, np or latent. sampler: a name in SAMPLERS; by default that of the folder's scheduler.
+        num_inference_steps, guidance_scale, sampler: by default those of `preset`. guidance_scale: in diffusers'
+        convention, w + 1; it warns outside the range that the model was distilled for. sampler: a name in SAMPLERS.
+        latents: float32[N, h, w, c], standard normal, to start from. output_type: pil, np or latent.
         original_size, crops_coords_top_left, target_size: pixels, (height, width) or (top, left), inputs of SDXL; other
         models ignore them. negative_prompt: what to guide away from, one or one for each prompt; without effect it
         warns. clip_skip: last layers of the text encoder to leave out, as in diffusers. batch_size: images computed at
@@ -230,11 +323,13 @@ class Pipeline:
         batch = self._round_up(count if batch_size is None else arguments.integer("batch_size", batch_size, 1))
         first = arguments.integer("first", first, 0, 2**31 - 1)
         seed = arguments.integer("seed", seed, 0, 2**31 - 1)
-        scale = arguments.guidance(guidance_scale)
+        preset = self.preset
+        scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
         strength = arguments.strength(strength, image, mask_image)
-        steps = arguments.integer("num_inference_steps", num_inference_steps)
+        steps = preset.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = arguments.integer("num_inference_steps", steps)
         table = sampler_table(self.model, sampler, steps, strength, eta)
         skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
         size = arguments.size(self.model, height, width, self._default_size(image, mask_image))
@@ -247,6 +342,7 @@ class Pipeline:
         if images.source is not None and (strength < 1 or mask_image is None):
             table = table.from_image()
         arguments.warn_of_no_effect(self.model, negative_prompt, scale)
+        arguments.warn_of_guidance(scale, preset.guidance_range)
 
         guided = is_classifier_free(self.model, scale)
         texts = [np.repeat(each, copies) for each in ([prompts, negatives] if guided else [prompts])]
@@ -260,6 +356,7 @@ class Pipeline:
                 zero_empty=negative_prompt is None,
                 decode=output_type != "latent",
                 callback=callback,
+                tile=self._tile,
             )
             made: dict[int, np.ndarray] = {}
             for rows, places, chunks in batches:

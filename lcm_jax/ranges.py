@@ -33,7 +33,8 @@ class Range:
             return all(map(self.has, value))
         if isinstance(value, bool) or not isinstance(value, int | float if self.real else int):
             return False
-        if not (math.isfinite(value) or (self.infinite and value == math.inf)):
+        # Integers are finite, and those that no float can hold cannot be asked.
+        if isinstance(value, float) and not (math.isfinite(value) or (self.infinite and value == math.inf)):
             return False
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
@@ -55,6 +56,7 @@ REAL = Range(0, real=True)
 FRACTION = Range(0, 1, real=True)
 DECAY = Range(0, 1, real=True, below=True)
 ABOVE_ZERO = Range(0, real=True, above=True)
+GUIDANCE = Range(1, 1000, real=True)  # w + 1, as a pipeline takes it
 MANY = Range(many=True)
 MANY_STEPS = Range(1, 1000, many=True, flat=True)
 

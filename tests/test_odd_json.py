@@ -9,43 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
+from odd_values import VALUES
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import orbax_tree
 from lcm_jax.weights.model import open_model
+from lcm_jax.weights.preset import Preset
 
-DEEP = json.loads("[" * 60 + "]" * 60)
-VALUES = (
-    None,
-    [],
-    {},
-    [None],
-    [1, 2, 3],
-    [[]],
-    {"a": {"b": None}},
-    "",
-    "8",
-    "epsilon\nTraceback",
-    "x" * 10_000,
-    -1,
-    0,
-    1,
-    3.5,
-    -0.5,
-    10**12,
-    -(10**12),
-    10**400,
-    1e308,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-    True,
-    False,
-    DEEP,
-)
 WHOLE = ("null", "[]", "[1]", "3", '"text"', "", "{", "nul", "NaN", '{"a": 1} 2', "\x00", "[" * 100_000, "{}", "é")
 
 
@@ -82,6 +56,8 @@ def folder(tmp_path_factory) -> Path:
     """A model with its UNet in two shards, a LoRA in the two ways that PEFT's settings come, an orbax model, a run."""
     folder = tmp_path_factory.mktemp("json")
     model = tiny_model.write(folder / "model", unet=tiny_model.SHALLOW)
+    preset = Preset("lcm", 4, 8.0, (4.0, 8.0))
+    folders.write_json(model / "preset.json", preset.to_json())
     whole = model / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(whole)
     whole.unlink()
@@ -107,9 +83,11 @@ def folder(tmp_path_factory) -> Path:
     configs["scheduler"] = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     index = json.loads((model / "model_index.json").read_text())
     about = {"family": "sd1", "configs": configs, "index": index, "guessed": ["sample_size"]}
+    about |= {"preset": preset.to_json()}
     (folder / "orbax").mkdir()
     (folder / "orbax" / "configs.json").write_text(json.dumps(about))
-    config = {"objective": {"name": "lcd", "num_ddim_steps": 8}, "teacher": str(model)}
+    config: dict = {"objective": {"name": "lcd", "num_ddim_steps": 8, "w_min": 3.0, "w_max": 7.0}}
+    config |= {"teacher": str(model), "sample": {"student_steps": [1, 4], "guidance_scale": 8.0}}
     (folder / "run" / "checkpoints").mkdir(parents=True)
     (folder / "run" / "config.json").write_text(json.dumps(config))
     return folder
@@ -146,6 +124,7 @@ PARTS = {
     "model/vae/config.json": "model",
     "model/text_encoder/config.json": "model",
     "model/scheduler/scheduler_config.json": "model",
+    "model/preset.json": "model",
     "model/unet/diffusion_pytorch_model.safetensors.index.json": "model",
     "model/tokenizer/vocab.json": "tokenizer",
     "model/tokenizer/tokenizer_config.json": "tokenizer",

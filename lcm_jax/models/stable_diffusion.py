@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel, TextOutput
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.layers import Dtype, apply
+from lcm_jax.models.tiling import map_tiles, tile_size
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
@@ -196,18 +197,36 @@ class StableDiffusion:
         embedding = None if width is None else guidance_embedding(guidance, width)
         return apply(self.unet, params, z, t, context, embedding, pooled, time_ids)
 
-    def encode(self, params: Params, images: jax.Array) -> jax.Array:
-        """Encode images float32[B, H, W, 3] in [-1, 1] to moments float32[B, h, w, 2c]. params: of the autoencoder."""
-        return apply(self.vae, params, images, method="encode")
+    def tile_size(self, side: int | None = None) -> int:
+        """Return the side of the autoencoder's tiles in pixels, by default its sample_size. Raises ValueError."""
+        if not isinstance(self.vae, AutoencoderKL):
+            raise ValueError(
+                "the autoencoder is an AutoencoderTiny, which is not tiled; omit tiling, or use another vae"
+            )
+        return tile_size(self.vae.config, side)
+
+    def encode(self, params: Params, images: jax.Array, tile: int | None = None) -> jax.Array:
+        """Encode images float32[B, H, W, 3] in [-1, 1] to moments float32[B, h, w, 2c].
+
+        params: of the autoencoder. tile: of `tile_size`, for larger images; None for one piece.
+        """
+        encode = partial(apply, self.vae, params, method="encode")
+        return encode(images) if tile is None else map_tiles(encode, images, tile, (1, self.downscale))
 
     def to_latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
         """Return scaled latents float32[B, h, w, c] of moments float32[B, h, w, 2c], by noise float32[B, h, w, c]."""
         return sample_latents(moments, noise, self.vae.config["scaling_factor"], self.vae.config["shift_factor"])
 
-    def decode(self, params: Params, z: jax.Array) -> jax.Array:
-        """Decode scaled latents float32[B, h, w, c] to images float32[B, H, W, 3], about [-1, 1]."""
+    def decode(self, params: Params, z: jax.Array, tile: int | None = None) -> jax.Array:
+        """Decode scaled latents float32[B, h, w, c] to images float32[B, H, W, 3], about [-1, 1].
+
+        params, tile: as in `encode`.
+        """
         latents = unscale_latents(z, self.vae.config["scaling_factor"], self.vae.config["shift_factor"])
-        return apply(self.vae, params, latents, method="decode")
+        decode = partial(apply, self.vae, params, method="decode")
+        if tile is None:
+            return decode(latents)
+        return map_tiles(decode, latents, tile // self.downscale, (self.downscale, 1))
 
     def abstract_params(self) -> dict[str, Params]:
         """Return every parameter as a ShapeDtypeStruct, by network. Nothing is allocated; the trees are not copies."""

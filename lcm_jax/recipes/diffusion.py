@@ -27,6 +27,7 @@ from lcm_jax.training.loop import TrainTask
 from lcm_jax.training.state import Params
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.model import compute_digests, open_model, read_params
+from lcm_jax.weights.preset import run_preset
 
 TRAINED = ("unet", "text_encoder")
 SCHEDULE = {
@@ -100,6 +101,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
     model = StableDiffusion.from_configs(configs, jnp.dtype(config.train.dtype))
     abstract = model.abstract_params()
     start = open_model(config.init) if config.init else None
+    preset = run_preset(config.to_dict(), False, None)
 
     def load_params() -> Params:
         if start is None:
@@ -128,9 +130,8 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
         params = {**jax.device_get(ema), "vae": read_params(autoencoder, "vae", abstract["vae"])}
         build_tokenizer(folder=workdir / "tokenizer")
         with folders.new_folder(workdir / "export", overwrite=True) as folder:
-            folders.write_pipeline(
-                folder, configs, params, workdir / "tokenizer", configs["scheduler"], dtype=config.export.dtype
-            )
+            tokens, dtype = workdir / "tokenizer", config.export.dtype
+            folders.write_pipeline(folder, configs, params, tokens, configs["scheduler"], preset=preset, dtype=dtype)
         print(f"teacher in {workdir / 'export'} after {seconds:.0f} s")
         finish_previews(config, workdir)
 

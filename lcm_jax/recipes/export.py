@@ -17,15 +17,19 @@ from lcm_jax.training.state import Params
 from lcm_jax.training.workdir import config_digest, differences, read_object
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights.model import StoredModel
+from lcm_jax.weights.preset import Preset
 
 REPORT_SEED = 2  # of the noise that a report's images begin from
 Plan = Mapping[str, Sequence[int]]
 
 
-def write_model(folder: Path, stored: StoredModel, configs: Mapping[str, Mapping[str, Any]], trained: Params) -> None:
+def write_model(
+    folder: Path, stored: StoredModel, configs: Mapping[str, Mapping[str, Any]], trained: Params, preset: Preset | None
+) -> None:
     """Write a model in diffusers layout to `folder`, all or nothing: `trained` networks, the others as stored.
 
-    Raises RunError if the tokenizer that it has a copy of is gone.
+    preset: of the trained model, or None for that of its kind. Raises RunError if the tokenizer that it has a copy of
+    is gone.
     """
     if stored.tokenizer is None or not stored.tokenizer.is_dir():
         raise RunError(
@@ -40,7 +44,7 @@ def write_model(folder: Path, stored: StoredModel, configs: Mapping[str, Mapping
             else:
                 folders.write_tensors(temporary, name, configs[name], tensors)
         xl = "text_encoder_2" in stored.tensors
-        folders.write_surroundings(temporary, configs, stored.tokenizer, configs["scheduler"], None, xl)
+        folders.write_surroundings(temporary, configs, stored.tokenizer, configs["scheduler"], None, preset, xl)
 
 
 def complete(

@@ -9,11 +9,11 @@ from lcm_jax.objectives.backward_simulation import BackwardSimulation
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.distillation import make_task
-from lcm_jax.recipes.models import OpenModel, is_consistency_model, open_complete, open_models
+from lcm_jax.recipes.models import OpenModel, open_complete, open_models
 from lcm_jax.recipes.trained import make_trained
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.weights.model import StoredModel
-from lcm_jax.weights.scheduler import LCM, lcm_scheduler
+from lcm_jax.weights.scheduler import LCM, is_consistency_model, lcm_scheduler
 
 
 def lcd_task(config, workdir: Path, open_model: OpenModel = open_complete) -> TrainTask:
@@ -27,7 +27,7 @@ def lcd_task(config, workdir: Path, open_model: OpenModel = open_complete) -> Tr
     lcd = from_settings(LCD, "objective", settings)
 
     def make_configs(stored: StoredModel) -> dict[str, Mapping[str, Any]]:
-        if is_consistency_model(stored):
+        if is_consistency_model(stored.configs):
             raise ValueError(f"teacher {config.teacher!r} is already a latent consistency model; use its own teacher")
         guided = {} if "lora" in config else {"time_cond_proj_dim": config.student.guidance_embedding_dim}
         # Adapters are exported without a scheduler, and users sample them on the grid that LCMScheduler has by default.

@@ -7,11 +7,11 @@ from typing import Any
 from lcm_jax.objectives.lcf import LCF
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.distillation import make_task
-from lcm_jax.recipes.models import OpenModel, is_consistency_model, is_turbo, open_complete, open_models
+from lcm_jax.recipes.models import OpenModel, open_complete, open_models
 from lcm_jax.recipes.trained import make_trained
 from lcm_jax.training.loop import TrainTask
 from lcm_jax.weights.model import StoredModel
-from lcm_jax.weights.scheduler import lcm_scheduler
+from lcm_jax.weights.scheduler import is_consistency_model, is_turbo, lcm_scheduler
 
 
 def lcf_task(config, workdir: Path, open_model: OpenModel = open_complete) -> TrainTask:
@@ -20,7 +20,7 @@ def lcf_task(config, workdir: Path, open_model: OpenModel = open_complete) -> Tr
 
     def make_configs(stored: StoredModel) -> dict[str, Mapping[str, Any]]:
         scheduler = stored.configs["scheduler"]
-        if not (is_consistency_model(stored) or is_turbo(stored)):
+        if not (is_consistency_model(stored.configs) or is_turbo(stored.configs)):
             raise ValueError(
                 f"init {config.init!r} is not a latent consistency model: its UNet has no input for the guidance "
                 f"weight, and its scheduler is {scheduler.get('_class_name')}; distill it first (--config=lcd), or "

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
@@ -73,20 +72,6 @@ def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping
     # A model before its fine-tuning is sampled as it is afterwards.
     base = StableDiffusion.from_configs(stored.configs if role == "teacher" else configs, dtype)
     return Models(role, stored, base, configs, StableDiffusion.from_configs(configs, dtype, remat=config.train.remat))
-
-
-def is_consistency_model(stored: StoredModel) -> bool:
-    """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler."""
-    guided = stored.configs["unet"].get("time_cond_proj_dim") is not None
-    return guided or stored.configs["scheduler"].get("_class_name") in CONSISTENCY_SCHEDULERS
-
-
-def is_turbo(stored: StoredModel) -> bool:
-    """Return True for a model of few steps without guidance, such as SDXL-Turbo, by its scheduler."""
-    scheduler = stored.configs["scheduler"]
-    trailing = scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
-    # Teachers with zero terminal SNR have this spacing too; the published models of few steps predict epsilon.
-    return trailing and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
 
 # ---- frozen weights -------------------------------------------------------------------------------------------------

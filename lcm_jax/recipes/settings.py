@@ -16,6 +16,7 @@ from lcm_jax.ranges import (
     DECAY,
     EVERY,
     FRACTION,
+    GUIDANCE,
     MANY,
     MANY_STEPS,
     POSITIVE,
@@ -25,7 +26,6 @@ from lcm_jax.ranges import (
     check_setting,
 )
 
-GUIDANCE = Range(1, real=True)  # w + 1, as a pipeline takes it
 RANGES: Mapping[str, Range] = {
     "objective.backward_simulation": FRACTION,
     "student.guidance_embedding_dim": Range(4, multiple=2),  # a sine and a cosine of two frequencies or more

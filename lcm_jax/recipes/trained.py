@@ -20,6 +20,7 @@ from lcm_jax.recipes.models import Models
 from lcm_jax.training.state import Params
 from lcm_jax.weights.lora_files import read_adapters, write_adapters
 from lcm_jax.weights.model import read_params
+from lcm_jax.weights.preset import adapter_preset, run_preset
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,16 @@ class Trained:
 
 def make_trained(config, models: Models) -> Trained:
     """Return what `config` trains: adapters if it has a group `lora`, else all of the UNet. Raises ValueError."""
-    return train_adapters(config, models) if "lora" in config else train_unet(models)
+    return train_adapters(config, models) if "lora" in config else train_unet(config, models)
 
 
 # ---- all of the UNet ------------------------------------------------------------------------------------------------
 
 
-def train_unet(models: Models) -> Trained:
-    """Train all of the UNet, from the weights of the model that the run begins from."""
+def train_unet(config, models: Models) -> Trained:
+    """Train all of the UNet, from the weights of the model that the run begins from. Raises ValueError."""
     student = models.student
+    preset = run_preset(config.to_dict(), student.guidance_embedding_dim is not None, models.stored.preset)
 
     def load() -> Params:
         abstract = models.base.abstract_params()["unet"]
@@ -64,7 +66,7 @@ def train_unet(models: Models) -> Trained:
         load=load,
         bind=lambda params, frozen: bind_unet(student, params["unet"]),
         networks=lambda params, frozen: {**frozen, **params},
-        write=lambda folder, params: write_model(folder, models.stored, models.configs, params),
+        write=lambda folder, params: write_model(folder, models.stored, models.configs, params, preset),
         objective=lambda objective: objective,
         of_frozen=False,
     )
@@ -107,6 +109,7 @@ def train_adapters(config, models: Models) -> Trained:
     def load() -> Params:
         return {"lora": read() if start else jax.jit(begin)(jax.random.key(config.train.seed))}
 
+    preset = adapter_preset(config.to_dict())
     if start:
         read()  # what does not fit is named before the step is compiled
     return Trained(
@@ -114,7 +117,9 @@ def train_adapters(config, models: Models) -> Trained:
         load=load,
         bind=lambda params, frozen: Adapted(models.student, frozen["unet"], params["lora"], settings),
         networks=lambda params, frozen: {**frozen, "unet": merge(frozen["unet"], params["lora"])},
-        write=lambda folder, params: write_adapters(folder, params["lora"], settings.alpha, overwrite=True),
+        write=lambda folder, params: write_adapters(
+            folder, params["lora"], settings.alpha, overwrite=True, preset=preset
+        ),
         objective=lambda objective: AdapterDropout(objective) if settings.dropout else objective,
         of_frozen=True,
     )

@@ -198,3 +198,13 @@ def warn_of_no_effect(model: StableDiffusion, negative_prompt: Any, guidance_sca
     elif guidance_scale == 1:
         reason = "raise guidance_scale above 1"
         warnings.warn(f"negative_prompt has no effect without guidance: {reason}", stacklevel=CALLER)
+
+
+def warn_of_guidance(guidance_scale: float, bounds: tuple[float, float] | None) -> None:
+    """Warn of a guidance scale outside the range that a model was distilled for."""
+    if bounds is not None and not bounds[0] <= guidance_scale <= bounds[1]:
+        warnings.warn(
+            f"guidance_scale is {guidance_scale:g}, and the model was distilled for {bounds[0]:g} to {bounds[1]:g}; "
+            "use a guidance_scale in that range",
+            stacklevel=CALLER,
+        )

@@ -61,14 +61,14 @@ def is_classifier_free(model: StableDiffusion, guidance_scale: float) -> bool:
     return guidance_scale != 1 and model.guidance_embedding_dim is None
 
 
-def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting) -> jax.Array:
+def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting, tile: int | None = None) -> jax.Array:
     """Return the `masked` part of a Conditioning, float32[N, h, w, 1 + c].
 
     It is the mask at the first pixel of each latent, and the scaled latents of the image, gray where it is repainted.
-    params: by network.
+    params: by network. tile: as in `StableDiffusion.encode`.
     """
     kept = inpainting.image * (1.0 - inpainting.mask)
-    encoded = model.to_latents(model.encode(params["vae"], kept), inpainting.noise)
+    encoded = model.to_latents(model.encode(params["vae"], kept, tile), inpainting.noise)
     return jnp.concatenate([inpainting.mask[:, :: model.downscale, :: model.downscale], encoded], axis=-1)
 
 
@@ -126,13 +126,15 @@ def generate(
     zero_empty: bool = True,
     decode: bool = True,
     callback: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+    tile: int | None = None,
 ) -> tuple[jax.Array, Finite]:
     """Return images uint8[B, H, W, 3], or scaled latents float32[B, h, w, c] if `decode` is False, and their flags.
 
     params: by network. sampler: name in SAMPLERS. table: of `sampler_table`. clip_skip: last layers of the text
     encoder to leave out, for the prompt but not for the negative prompt. zero_empty: False if an empty negative prompt
     is encoded even by a model that was trained with zeros for it. callback(i, t, z): called on the host after each
-    step, with int32[], the timestep and float32[B, h, w, c]; returns the latents to go on with.
+    step, with int32[], the timestep and float32[B, h, w, c]; returns the latents to go on with. tile: side in pixels
+    of the autoencoder's tiles, see `StableDiffusion.tile_size`; None for images in one piece.
     """
     encode = partial(model.encode_prompt, params, time_ids=inputs.time_ids)
     prompt = encode(inputs.token_ids, token_weights=inputs.token_weights, clip_skip=clip_skip, zero_empty=False)
@@ -142,12 +144,12 @@ def generate(
     texts = (prompt, negative)
     batch, *shape = inputs.latents.shape
     if inputs.inpainting is not None:
-        masked = masked_channels(model, params, inputs.inpainting)
+        masked = masked_channels(model, params, inputs.inpainting, tile)
         repeated = jnp.broadcast_to(masked, (batch, *masked.shape[1:]))
         prompt = prompt._replace(masked=repeated)
         negative = None if negative is None else negative._replace(masked=repeated)
     if inputs.source is not None:
-        source = model.to_latents(model.encode(params["vae"], inputs.source.image), inputs.source.noise)
+        source = model.to_latents(model.encode(params["vae"], inputs.source.image, tile), inputs.source.noise)
     network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
 
     def on_step(i, z):
@@ -163,7 +165,7 @@ def generate(
     noise = (lambda i: step_noise(inputs.noise, i, tuple(shape))) if SAMPLERS[sampler].adds_noise else None
     z = first_latents(inputs, table, source)
     z = SAMPLERS[sampler].sample(network, z, table, model.schedule, noise, on_step)
-    images = model.decode(params["vae"], z) if decode else None
+    images = model.decode(params["vae"], z, tile) if decode else None
     encoded = [each for each in (masked, source) if each is not None]
     finite = Finite(
         all_finite(texts),

@@ -24,6 +24,8 @@ from lcm_jax.weights.layout import (
     shown,
     weight_file,
 )
+from lcm_jax.weights.preset import FILE as PRESET_FILE
+from lcm_jax.weights.preset import Preset
 from lcm_jax.weights.stored import Advance, Tensors, get_specs, map_safetensors, total_bytes, widen, write_safetensors
 from lcm_jax.weights.trees import Params, from_params, to_params
 
@@ -210,6 +212,7 @@ def write_pipeline(
     tokenizer: Path,
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any] | None = None,
+    preset: Preset | None = None,
     **save_options: Any,
 ) -> None:
     """Write all of a text-to-image pipeline to the empty `folder`.
@@ -219,11 +222,12 @@ def write_pipeline(
     index: the model_index.json to keep but for components that are not written (a safety checker), which become null;
     otherwise one is made: a StableDiffusionXLPipeline if there are two text encoders, else a
     LatentConsistencyModelPipeline if the scheduler is LCMScheduler, else a StableDiffusionPipeline.
+    preset: written to preset.json if there is one.
     save_options: dtype, variant, max_shard_bytes of `write_component`.
     """
     for name in params:
         write_component(folder, name, configs[name], params[name], **save_options)
-    write_surroundings(folder, configs, tokenizer, scheduler, index, xl="text_encoder_2" in params)
+    write_surroundings(folder, configs, tokenizer, scheduler, index, preset, xl="text_encoder_2" in params)
 
 
 def write_surroundings(
@@ -232,6 +236,7 @@ def write_surroundings(
     tokenizer: Path,
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any] | None,
+    preset: Preset | None,
     xl: bool,
 ) -> None:
     """Write all of a pipeline but the networks. xl: there are two text encoders."""
@@ -240,6 +245,8 @@ def write_surroundings(
         shutil.copytree(tokenizer.with_name("tokenizer_2"), folder / "tokenizer_2")
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    if preset is not None:
+        write_json(folder / PRESET_FILE, preset.to_json())
     written = {*CLASSES, "scheduler"}
     if index is not None:
         kept = {k: [None, None] if isinstance(v, list) and k not in written else v for k, v in index.items()}

@@ -108,7 +108,9 @@ def needed_files(
             f"{model} is not in diffusers layout on the hub; download the file that you want, and use that"
         )
     folders = {name.partition("/")[0] for name in names}
-    needed = [name for name in names if re.fullmatch(r"model_index\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)]
+    needed = [
+        name for name in names if re.fullmatch(r"(model_index|preset)\.json|(tokenizer(_2)?|scheduler)/[^/]+", name)
+    ]
     inside = {
         part: [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")] for part in NETWORKS
     }

@@ -30,6 +30,7 @@ from lcm_jax.weights.diffusers_folder import open_file
 from lcm_jax.weights.errors import ModelError, overflowing
 from lcm_jax.weights.layout import LORA_FILE, read_json, shown
 from lcm_jax.weights.lora_settings import METADATA
+from lcm_jax.weights.preset import Preset
 from lcm_jax.weights.single_file import names_in_folder, rename
 from lcm_jax.weights.stored import Tensors, get_specs
 
@@ -53,6 +54,11 @@ Components = Mapping[str, Mapping[str, np.ndarray]]  # tensors by component and 
 class LoRA(NamedTuple):
     updates: Updates
     metadata: dict[str, str]  # of the file, without the keys that record alpha
+
+    @property
+    def preset(self) -> Preset | None:
+        """Preset of a model with this LoRA, if the file has one, as those of an LCM-LoRA here. Raises ModelError."""
+        return Preset.from_metadata(self.metadata)
 
 
 PREFIXES = {
@@ -237,6 +243,7 @@ def read_lora(
     lora = LoRA(updates, {key: value for key, value in metadata.items() if key not in ALPHA_KEYS})
     if base is not None:
         check(lora, base)
+    _ = lora.preset  # read once, so that one that is not supported is an error here
     return lora
 
 

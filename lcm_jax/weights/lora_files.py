@@ -18,6 +18,7 @@ from lcm_jax.weights.diffusers_folder import new_folder
 from lcm_jax.weights.errors import ModelError, overflowing
 from lcm_jax.weights.layout import LORA_FILE
 from lcm_jax.weights.lora import KOHYA_FILE, LoRA, Update, Updates, some
+from lcm_jax.weights.preset import Preset
 from lcm_jax.weights.stored import placeholder, raw_bytes, write_safetensors
 from lcm_jax.weights.trees import Params
 
@@ -61,17 +62,23 @@ def to_adapter(module: str, update: Update, params: Params) -> tuple[tuple[str, 
 
 
 def write_adapters(
-    folder: Path, adapters: Params, alpha: float, dtype: str = "float32", overwrite: bool = False
+    folder: Path,
+    adapters: Params,
+    alpha: float,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    preset: Preset | None = None,
 ) -> None:
     """Write the adapters of a UNet to `folder` in both namings, all or nothing, and compare what is read back.
 
     pytorch_lora_weights.safetensors is for diffusers' load_lora_weights, kohya.safetensors for the programs that read
-    kohya's naming. dtype: of the files: float32, bfloat16 or float16. Raises ModelError for NaN, for numbers that
+    kohya's naming. dtype: of the files: float32, bfloat16 or float16. preset: of a model with the adapters, for the
+    metadata of both files. Raises ModelError for NaN, for numbers that
     overflow in dtype, and if `folder` has content, unless overwrite is True and it is of a LoRA or a model.
     """
     if dtype not in trees.DTYPES:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(trees.DTYPES)}")
-    lora = LoRA({"unet": cast(to_updates(adapters, alpha), dtype)}, {})
+    lora = LoRA({"unet": cast(to_updates(adapters, alpha), dtype)}, {} if preset is None else preset.to_metadata())
     with new_folder(folder, overwrite) as temporary:
         for name, (tensors, metadata) in {LORA_FILE: loras.to_peft(lora), KOHYA_FILE: loras.to_kohya(lora)}.items():
             write_safetensors(temporary / name, tensors, metadata)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.lora import LoRA, is_lora
 from lcm_jax.weights.lora import merge as merge_lora
 from lcm_jax.weights.lora_files import to_updates
+from lcm_jax.weights.preset import Preset, adapter_preset, read_preset, run_preset
 from lcm_jax.weights.scheduler import LCM, lcm_scheduler, merge_scheduler
 from lcm_jax.weights.single_file_family import detect_family
 from lcm_jax.weights.stored import NoTensors, Tensors, get_specs
@@ -38,6 +40,7 @@ class StoredModel:
     index: Mapping[str, Any] | None = None  # model_index.json; None if it must be made from the configs
     guessed: frozenset[str] = frozenset()  # options of the configs that the input does not record
     left_out: tuple[str, ...] = ()  # keys of a single file that no component has a place for
+    preset: Preset | None = None  # as stored; `default_preset` has one for models without
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -102,12 +105,13 @@ def open_file(
     try:
         family = detect_family(specs)
         configs = single_file_configs.infer_configs(specs, family, prediction_type, scaling_factor, metadata)
+        settings = Preset.from_metadata(metadata)
         components = single_file.open_diffusers(tensors, family, ema)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     left_out = tuple(single_file.left_out(specs, family, ema))
     guessed = single_file_configs.GUESSED
-    return StoredModel(str(path), family, configs, components, guessed=guessed, left_out=left_out)
+    return StoredModel(str(path), family, configs, components, guessed=guessed, left_out=left_out, preset=settings)
 
 
 def open_folder(name: str | Path, variant: str | None = None, allow_single_network: bool = False) -> StoredModel:
@@ -121,7 +125,8 @@ def open_folder(name: str | Path, variant: str | None = None, allow_single_netwo
         configs[part], opened = folders.open_component(folder, part, variant)
         tensors[part] = rename_legacy_keys(part, opened)
     configs["scheduler"] = layout.read_json(folder / "scheduler" / "scheduler_config.json")
-    return StoredModel(str(name), infer_family(configs), configs, tensors, folder / "tokenizer", index)
+    family, settings = infer_family(configs), read_preset(folder)
+    return StoredModel(str(name), family, configs, tensors, folder / "tokenizer", index, preset=settings)
 
 
 def open_network(name: str | Path, folder: Path, variant: str | None = None) -> StoredModel:
@@ -177,7 +182,9 @@ def open_run(
         if configs["scheduler"]["_class_name"] != "LCMScheduler" or config["objective"]["name"] == "lcf":
             grid = LCM["original_inference_steps"] if adapted and guided is None else grid  # as users sample adapters
             configs["scheduler"], index = lcm_scheduler(configs["scheduler"], grid), None
-    return StoredModel(name, rest.family, configs, {**rest.tensors, **trained}, rest.tokenizer, index)
+    settings = preset_of_run(workdir, partial(run_preset, config, guided is not None, rest.preset))
+    tensors = {**rest.tensors, **trained}
+    return StoredModel(name, rest.family, configs, tensors, rest.tokenizer, index, preset=settings)
 
 
 def open_untrained(
@@ -208,6 +215,14 @@ def open_untrained(
         raise ModelError(f"the rest of {workdir} cannot be read, pass it as base (--base): {error}") from None
 
 
+def preset_of_run(workdir: Path, make: Callable[[], Preset | None]) -> Preset | None:
+    """Return what `make` makes of the config of a run. Raises ModelError that names the config for its ValueError."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ModelError(f"{workdir / 'config.json'}: {error}") from None
+
+
 def choose_part(workdir: Path, tree: Mapping[str, Any], ema: bool | None) -> str:
     """Return "ema" or "params", the part of a checkpoint to open. Raises ModelError for an EMA that is not there."""
     averaged = bool(tree.get("ema"))  # None in a run without one
@@ -225,14 +240,16 @@ def open_run_lora(place: orbax_folder.RunPlace, ema: bool | None = None) -> LoRA
     if "lora" not in tree[part] or config.get("lora") is None:
         raise ModelError(f"{workdir} trains no LoRA; use format diffusers, ldm or orbax")
     adapters = orbax_folder.read_arrays(folder, step, part, "lora")
-    return LoRA({"unet": to_updates(adapters, config["lora"]["alpha"])}, {})
+    settings = preset_of_run(workdir, partial(adapter_preset, config))
+    metadata = {} if settings is None else settings.to_metadata()
+    return LoRA({"unet": to_updates(adapters, config["lora"]["alpha"])}, metadata)
 
 
 def open_orbax(folder: Path) -> StoredModel:
     """Open a model that `convert` wrote as an orbax checkpoint. Raises ModelError."""
     content = orbax_folder.read_model_file(folder)
     _, tensors = orbax_folder.open_components(folder / "checkpoints", None)
-    tokenizer = folder / "tokenizer"
+    tokenizer, stated = folder / "tokenizer", content.get("preset")
     return StoredModel(
         str(folder),
         content["family"],
@@ -241,6 +258,7 @@ def open_orbax(folder: Path) -> StoredModel:
         tokenizer if tokenizer.is_dir() else None,
         content.get("index"),
         frozenset(content.get("guessed") or ()),
+        preset=None if stated is None else Preset.from_json(stated, f"{folder / orbax_folder.CONFIGS}: preset"),
     )
 
 
@@ -283,19 +301,15 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
             "same family"
         )
     configs = dict(base.configs)
-    for part in model.tensors:
-        theirs = base.configs.get(part, {})
-        own = model.configs.get(part, theirs)  # a run of an autoencoder has none
-        same_class = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
-        recorded = {option: value for option, value in own.items() if option not in model.guessed}
-        configs[part] = {**theirs, **recorded} if model.guessed and same_class else own
+    configs |= {part: merge_config(model, base, part) for part in model.tensors}
     guided = configs["unet"].get("time_cond_proj_dim") is not None
     configs["scheduler"] = merge_scheduler(model.configs.get("scheduler", {}), base.configs["scheduler"], guided)
     if model.family != base.family:
         StableDiffusion.from_configs(configs)  # raises if the networks belong to different models
-    index = None
+    index, settings = None, model.preset
     assert base.index is not None  # a diffusers folder has one
     if configs["scheduler"]["_class_name"] == base.configs["scheduler"]["_class_name"]:
+        settings = model.preset or base.preset
         named = [part for part in ("unet", "vae") if "_class_name" in configs[part]]
         index = {**base.index, **{part: ["diffusers", configs[part]["_class_name"]] for part in named}}
     return StoredModel(
@@ -306,7 +320,38 @@ def merge_base(model: StoredModel, base: StoredModel) -> StoredModel:
         base.tokenizer,
         index,
         left_out=model.left_out,
+        preset=settings,
     )
+
+
+def merge_config(model: StoredModel, base: StoredModel, part: str) -> Mapping[str, Any]:
+    """Return the config of a network of `model`, with the options that were guessed from the same kind in `base`."""
+    theirs = base.configs.get(part, {})
+    own = model.configs.get(part, theirs)  # a run of an autoencoder has none
+    same_class = theirs.get("_class_name", own.get("_class_name")) == own.get("_class_name")
+    recorded = {option: value for option, value in own.items() if option not in model.guessed}
+    return {**theirs, **recorded} if model.guessed and same_class else own
+
+
+def replace_vae(model: StoredModel, vae: StoredModel) -> StoredModel:
+    """Return `model` with the autoencoder of another model, or of a folder or file that has nothing else.
+
+    Raises ModelError if there is none, or if its latents have another number of channels.
+    """
+    if "vae" not in vae.tensors:
+        raise ModelError(f"{vae.name} has no autoencoder, only {', '.join(vae.tensors)}; use another vae")
+    config = merge_config(vae, model, "vae")
+    ours, theirs = (each.get("latent_channels", 4) for each in (model.configs["vae"], config))
+    if ours != theirs:
+        raise ModelError(
+            f"the autoencoder of {vae.name} has {layout.shown(theirs)} latent channels, and {model.name} has {ours}; "
+            "use one of the same family"
+        )
+    index = model.index
+    if index is not None:
+        index = {**index, "vae": ["diffusers", config.get("_class_name", layout.CLASSES["vae"][1][0])]}
+    configs, tensors = {**model.configs, "vae": config}, {**model.tensors, "vae": vae.tensors["vae"]}
+    return replace(model, configs=configs, tensors=tensors, index=index)
 
 
 def check_complete(model: StoredModel) -> Path:

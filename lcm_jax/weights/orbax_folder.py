@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcm_jax.ranges import ABOVE_ZERO, STEPS, check_setting
+from lcm_jax.ranges import ABOVE_ZERO, GUIDANCE, MANY_STEPS, REAL, STEPS, check_setting
 from lcm_jax.weights import layout, naming
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.single_file_family import COMPONENTS
@@ -21,9 +21,20 @@ from lcm_jax.weights.stored import Tensors, get_specs, placeholder
 
 CONFIGS = "configs.json"  # in the folder of a model
 # The keys that are read of this file and of a run's config.json, as `layout.read_json` takes them.
-MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "index": (dict, False), "guessed": ([str], False)}
-RUN_KEYS = {"objective": (dict, True), "lora": (dict, False)} | dict.fromkeys(("teacher", "init", "base"), (str, False))
+MODEL_KEYS = {"family": (str, True), "configs": ({str: dict}, True), "guessed": ([str], False)}
+MODEL_KEYS |= dict.fromkeys(("index", "preset"), (dict, False))
+RUN_KEYS = {"objective": (dict, True)} | dict.fromkeys(("lora", "sample"), (dict, False))
+RUN_KEYS |= dict.fromkeys(("teacher", "init", "base"), (str, False))
 OBJECTIVE_KEYS = {"name": (str, True), "num_ddim_steps": (int, False)}
+RUN_VALUES = {
+    "objective.num_ddim_steps": STEPS,
+    "objective.w_min": REAL,
+    "objective.w_max": REAL,
+    "sample.steps": STEPS,
+    "sample.student_steps": MANY_STEPS,
+    "sample.guidance_scale": GUIDANCE,
+    "lora.alpha": ABOVE_ZERO,  # required in the group
+}
 FILES = {"scheduler": "scheduler_config.json", "model_index": "model_index.json"}
 
 
@@ -54,7 +65,7 @@ def find_run(path: Path) -> RunPlace | None:
 
 
 def read_model_file(folder: Path) -> dict[str, Any]:
-    """Return configs.json of a model: its family, configs, index and guessed options. Raises ModelError."""
+    """Return configs.json of a model: its family, configs, index, guessed options and preset. Raises ModelError."""
     path = folder / CONFIGS
     content = layout.read_json(path, MODEL_KEYS)
     for name, config in content["configs"].items():
@@ -66,16 +77,16 @@ def read_model_file(folder: Path) -> dict[str, Any]:
 
 
 def read_run_file(workdir: Path) -> dict[str, Any]:
-    """Return config.json of a run, with the keys of its objective checked. Raises ModelError."""
+    """Return config.json of a run, with the values that are used here checked. Raises ModelError."""
     config = layout.read_json(workdir / "config.json", RUN_KEYS)
     layout.check_keys(workdir / "config.json", config["objective"], OBJECTIVE_KEYS)
-    lora = {"alpha": 1.0} if config.get("lora") is None else config["lora"]
-    for key, value, allowed in (
-        ("objective.num_ddim_steps", config["objective"].get("num_ddim_steps", 1), STEPS),
-        ("lora.alpha", lora.get("alpha"), ABOVE_ZERO),
-    ):
+    for key, allowed in RUN_VALUES.items():
+        group, _, name = key.partition(".")
+        settings = config.get(group)
+        if settings is None or name not in settings and key != "lora.alpha":
+            continue
         try:
-            check_setting(key, value, allowed)
+            check_setting(key, settings.get(name), allowed)
         except ValueError as error:
             raise ModelError(f"{workdir / 'config.json'}: {error}") from None
     return config

@@ -20,6 +20,23 @@ LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_
 INHERITED = ("trained_betas", "prediction_type", "rescale_betas_zero_snr", "steps_offset")  # by a student
 
 
+def is_consistency_model(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return True for a latent consistency model, by its input for the guidance weight or by its scheduler.
+
+    configs: by component.
+    """
+    guided = configs["unet"].get("time_cond_proj_dim") is not None
+    return guided or configs["scheduler"].get("_class_name") in CONSISTENCY_SCHEDULERS
+
+
+def is_turbo(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return True for a model of few steps without guidance, such as SDXL-Turbo, by its scheduler."""
+    scheduler = configs["scheduler"]
+    trailing = scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+    # Teachers with zero terminal SNR have this spacing too; the published models of few steps predict epsilon.
+    return trailing and scheduler.get("prediction_type", "epsilon") == "epsilon"
+
+
 def published_scheduler(
     family: str, guided: bool, prediction_type: str | None = None, zero_snr: bool = False
 ) -> dict[str, Any]:
