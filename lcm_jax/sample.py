@@ -21,7 +21,7 @@ from lcm_jax.errors import check_devices
 from lcm_jax.files import check_unicode, decode
 from lcm_jax.progress import progress
 from lcm_jax.sampling import png
-from lcm_jax.sampling.settings import File, Lora, Settings, differences
+from lcm_jax.sampling.settings import Control, File, Lora, Settings
 
 if TYPE_CHECKING:
     from lcm_jax.pipeline import Pipeline
@@ -38,6 +38,9 @@ MODEL = flags.DEFINE_string(
 BASE = flags.DEFINE_string(
     "base", None, "Model in diffusers layout that supplies what a file lacks: the tokenizer, networks.", **OWN
 )
+VAE = flags.DEFINE_string(
+    "vae", None, "Autoencoder in place of the model's own, in any format, such as the tiny TAESD.", **OWN
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text prompt; repeat the flag for more.", **OWN)
 PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Text file with one prompt per line; blank lines are skipped. - is the standard input.", **OWN
@@ -52,16 +55,18 @@ NEGATIVE = flags.DEFINE_string("negative_prompt", None, "Prompt to guide away fr
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", **OWN)
 STEPS = flags.DEFINE_integer(
     "num_inference_steps",
-    4,
-    "Number of denoising steps; an LCM supports 1 to its training grid size (shapes-lcm: 8).",
+    None,
+    "Number of denoising steps, by default the model's; an LCM supports 1 to its training grid size (shapes-lcm: 8).",
     **OWN,
 )
-GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "Strength of guidance, as in diffusers; 1 is none.", **OWN)
+GUIDANCE = flags.DEFINE_float(
+    "guidance_scale", None, "Strength of guidance, as in diffusers; 1 is none; by default the model's.", **OWN
+)
 SEED = flags.DEFINE_integer("seed", 0, "Random seed; the same seed gives the same images.", **OWN)
 COPIES = flags.DEFINE_integer("num_images_per_prompt", 1, "Number of images of each prompt.", **OWN)
 BATCH = flags.DEFINE_integer("batch_size", 8, "Images generated at once; lower it if memory runs out.", **OWN)
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Sampler, such as lcm, ddim or dpmsolver++; defaults to the model's scheduler.", **OWN
+    "sampler", None, "Sampler, such as lcm, ddim or dpmsolver++; by default the model's.", **OWN
 )
 ETA = flags.DEFINE_float("eta", None, "Noise that ddim (default 0) and tcd (0.3) add, 0 to 1.", **OWN)
 CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text encoder to skip, as in diffusers.", **OWN)
@@ -73,6 +78,13 @@ LORA = flags.DEFINE_multi_string(
     [],
     "LoRAs to apply: LORA or LORA:WEIGHT; repeat it, or use commas, for more. LORA is a file, a folder that has one, "
     "the workdir of a run, or a bundled name (shapes-lcm-lora).",
+    **OWN,
+)
+CONTROL = flags.DEFINE_multi_string(
+    "control",
+    [],
+    "ControlNet, the image that it follows, and the scale of what it adds (default 1): MODEL:IMAGE:SCALE; repeat it "
+    "for more.",
     **OWN,
 )
 VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
@@ -106,11 +118,14 @@ EXAMPLE = """Example:
         --prompt="a lighthouse" --output=images
     python -m lcm_jax.sample --model=path/to/a/model --image=photo.png --mask_image=mask.png --strength=0.8 \\
         --prompt="a lighthouse" --output=images
+    python -m lcm_jax.sample --model=path/to/a/model --control=path/to/a/controlnet:edges.png:0.8 \\
+        --prompt="a lighthouse" --output=images
     python -m lcm_jax.sample --from_png=images/000.png --output=again"""
 
-# Flags whose values are fields of the settings, under the same names.
-FIELDS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip eta strength
-padding_mask_crop width height model base variant dtype""".split()
+# Flags whose values are fields of the settings, and the first of these arguments of the pipeline, under the same names.
+ARGUMENTS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip eta strength
+padding_mask_crop width height""".split()
+FIELDS = [*ARGUMENTS, *"model base variant vae dtype".split()]
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -131,7 +146,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 def choose_settings(recorded: Settings | None) -> Settings:
     """Return the settings that all images share: of the flags that are set, else those recorded, else the defaults.
 
-    Raises OSError for an image that cannot be read, and ValueError for --lora that cannot be parsed.
+    Raises OSError for an image that cannot be read, and ValueError for --lora or --control that cannot be parsed.
     """
     from lcm_jax.weights import lora as loras
 
@@ -147,6 +162,10 @@ def choose_settings(recorded: Settings | None) -> Settings:
     pairs = [(lora.file.path, lora.weight) for lora in chosen.loras]
     if FLAGS[LORA.name].present:
         pairs = [(str(file), weight) for file, weight in loras.files_and_weights(LORA.value)]
+    if FLAGS[CONTROL.name].present:
+        fields["controls"] = tuple(map(Control.parse, CONTROL.value))
+    else:
+        fields["controls"] = tuple(replace(each, image=File.of(each.image.path)) for each in chosen.controls)
     fields["loras"] = tuple(Lora(File.of(path, loras.find_file(path)), weight) for path, weight in pairs)
     return replace(chosen, **fields)
 
@@ -160,53 +179,52 @@ def check_output(output: Path, files: Sequence[Path]) -> None:
         raise ValueError(f"--output={output} is a file; use a folder")
 
 
+def open_images(settings: Settings) -> dict[str, Any]:
+    """Return the images of the settings, and the scales of control images, as arguments of the pipeline.
+
+    Raises ImageError.
+    """
+    from lcm_jax.data.images import open_upright
+
+    files = {"image": settings.image, "mask_image": settings.mask_image}
+    images: dict[str, Any] = {name: open_upright(file.path) for name, file in files.items() if file is not None}
+    if settings.controls:
+        images["control_image"] = [open_upright(control.image.path) for control in settings.controls]
+        images["controlnet_conditioning_scale"] = [control.scale for control in settings.controls]
+    return images
+
+
 def open_pipeline(settings: Settings) -> tuple["Pipeline", Settings]:
-    """Return the pipeline with its LoRAs, and the settings with the model, the device and the versions.
+    """Return the pipeline with its LoRAs, and the settings with the model's defaults, the device and the versions.
 
     Raises ModelError.
     """
     import jax
 
     from lcm_jax.pipeline import Pipeline
-    from lcm_jax.weights.model import fingerprint, open_model
+    from lcm_jax.weights.controlnet import open_controlnet
+    from lcm_jax.weights.model import fingerprint, open_model, replace_vae
 
     s = settings
     stored = open_model(s.model or MODEL.default, base=s.base, variant=s.variant)
-    pipe = Pipeline(stored, s.dtype or DTYPE.default)
+    stored = stored if s.vae is None else replace_vae(stored, open_model(s.vae))
+    nets = [open_controlnet(control.model) for control in s.controls]
+    pipe = Pipeline(stored, s.dtype or DTYPE.default, controlnet=nets)
     for lora in s.loras:
         print(f"with {pipe.load_lora(lora.file.path, lora.weight)} at {lora.weight:g}")
-    device, version = jax.devices()[0].device_kind, lcm_jax.__version__
-    s = replace(s, sampler=s.sampler or pipe.sampler, fingerprint=fingerprint(stored))
-    return pipe, replace(s, device=device, jax=jax.__version__, version=version)
-
-
-def call_arguments(settings: Settings) -> dict[str, Any]:
-    """Return the arguments of the pipeline that all images share. Raises ImageError."""
-    from lcm_jax.data.images import open_upright
-
-    names = """negative_prompt prompt_weights num_inference_steps guidance_scale sampler seed width height clip_skip eta
-    strength padding_mask_crop""".split()
-    arguments = {"progress": False} | {name: getattr(settings, name) for name in names}
-    files = {"image": settings.image, "mask_image": settings.mask_image}
-    return arguments | {name: open_upright(file.path) for name, file in files.items() if file is not None}
-
-
-def report_differences(source: str, recorded: Settings, settings: Settings, image) -> None:
-    """Warn of settings that differ from those recorded in the file `source`, and of other pixels if none does."""
-    from lcm_jax.data.images import open_upright
-
-    if recorded.version is None:
-        warnings.warn(f"{source} was made by another program; the image will differ", stacklevel=2)
-    elif changed := differences(recorded, settings):
-        warnings.warn(f"the image may differ from {source}: {'; '.join(changed)}", stacklevel=2)
-    elif open_upright(source, ("PNG",), image.width * image.height).tobytes() == image.tobytes():
-        print(f"identical to {source}")
-    else:
-        warnings.warn(
-            f"the image differs from {source}, whose settings are the same; its pixels were changed, or this "
-            "machine computes differently",
-            stacklevel=2,
-        )
+    pairs = zip(s.controls, nets, strict=True)
+    steps, scale = s.num_inference_steps, s.guidance_scale
+    return pipe, replace(
+        s,
+        num_inference_steps=pipe.preset.num_inference_steps if steps is None else steps,
+        guidance_scale=pipe.preset.guidance_scale if scale is None else scale,
+        sampler=s.sampler or pipe.sampler,
+        fingerprint=fingerprint(stored),
+        controls=tuple(replace(control, fingerprint=fingerprint(net)) for control, net in pairs),
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        version=lcm_jax.__version__,
+    )
 
 
 def sample() -> None:
@@ -238,8 +256,9 @@ def sample() -> None:
     settings = choose_settings(recorded)
     command.configure_jax()
     check_devices()
-    arguments = call_arguments(settings)
+    arguments = open_images(settings)
     pipe, settings = open_pipeline(settings)
+    arguments |= {name: getattr(settings, name) for name in ARGUMENTS} | {"progress": False}
 
     start, kept, done = time.perf_counter(), [], 0
     rows = [prompts[0]] * row + prompts
@@ -255,8 +274,12 @@ def sample() -> None:
                         own = replace(own, width=images[i].width, height=images[i].height)
                     png.write(images[i], files[done], own)
                     print(files[done])
-                    if source is not None and recorded is not None and done == 0:
-                        report_differences(source, recorded, own, images[i])
+                    if source is not None and done == 0:
+                        same, text = png.compare(source, own, images[i])
+                        if same:
+                            print(text)
+                        else:
+                            warnings.warn(text, stacklevel=1)
                     done += 1
                     kept += [images[i]] if GRID.value else []
                 update(done)

@@ -8,9 +8,10 @@ from typing import BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lcm_jax.data.images import open_upright
 from lcm_jax.files import whole_file
 from lcm_jax.sampling.infotext import from_text, to_text
-from lcm_jax.sampling.settings import Settings, SettingsError, from_json
+from lcm_jax.sampling.settings import Settings, SettingsError, differences, from_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT, JSON = "parameters", "lcm_jax"  # keywords of the two texts
@@ -40,6 +41,24 @@ def read(file: str | Path | BinaryIO) -> Settings:
             return _settings(_texts(stream))
         except SettingsError as error:
             raise SettingsError(f"{file}: {error}") from None
+
+
+def compare(file: str | Path, settings: Settings, image: Image.Image) -> tuple[bool, str]:
+    """Return True if an image with these settings is that of a PNG, and a text that says so or why not.
+
+    Raises SettingsError as `read` does, and ImageError for damaged pixels.
+    """
+    recorded = read(file)
+    if recorded.version is None:
+        return False, f"{file} was made by another program; the image will differ"
+    if changed := differences(recorded, settings):
+        return False, f"the image may differ from {file}: {'; '.join(changed)}"
+    if open_upright(file, ("PNG",), image.width * image.height).tobytes() == image.tobytes():
+        return True, f"identical to {file}"
+    return False, (
+        f"the image differs from {file}, whose settings are the same; its pixels were changed, or this machine "
+        "computes differently"
+    )
 
 
 def _settings(texts: dict[str, str]) -> Settings:

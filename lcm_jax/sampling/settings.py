@@ -41,11 +41,29 @@ class Lora:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, the image that it followed, and the scale of what it adds. model: as it was given."""
+    """A ControlNet, the image that it followed, and the scale of what it adds.
+
+    model: as it was given. fingerprint: of the model, as `lcm_jax.weights.model.fingerprint` returns it.
+    """
 
     model: str
     image: File
     scale: float = 1.0
+    fingerprint: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Control":
+        """Return MODEL:IMAGE or MODEL:IMAGE:SCALE. Raises ValueError, and OSError for the image."""
+        model, *parts = text.split(":")
+        try:
+            scale = float(parts[1]) if len(parts) == 2 else 1.0
+        except ValueError:
+            scale = math.nan
+        if not model or len(parts) not in (1, 2) or not parts[0] or not math.isfinite(scale):
+            raise ValueError(
+                f"the control {text!r} cannot be read; use MODEL:IMAGE or MODEL:IMAGE:SCALE, SCALE a number"
+            )
+        return cls(model, File.of(parts[0]), scale)
 
 
 @dataclass(frozen=True)
