@@ -165,7 +165,7 @@ class StableDiffusion:
         ValueError for a part of the conditioning that this model has no input for, or lacks; a guidance weight is
         required if and only if `guidance_embedding_dim` is not None, a mask if and only if it inpaints.
         """
-        context, pooled, time_ids, guidance, masked = conditioning
+        context, pooled, time_ids, guidance, masked, control = conditioning
         width = self.guidance_embedding_dim
         if (guidance is None) != (width is None):
             raise ValueError(
@@ -180,7 +180,7 @@ class StableDiffusion:
         if masked is not None:
             z = jnp.concatenate([z, masked], axis=-1)
         embedding = None if width is None else guidance_embedding(guidance, width)
-        return apply(self.unet, params, z, t, context, embedding, pooled, time_ids)
+        return apply(self.unet, params, z, t, context, embedding, pooled, time_ids, control)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """Encode images float32[B, H, W, 3] in [-1, 1] to moments float32[B, h, w, 2c]. params: of the autoencoder."""
