@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from lcm_jax.models import unet
-from lcm_jax.models.layers import COUNT, SIZE, Conv, Dtype, check_config, check_groups, freeze
+from lcm_jax.models.layers import COUNT, SIZE, Conv, Dtype, abstract_network, check_config, check_groups, freeze
 from lcm_jax.models.unet import Residuals
 from lcm_jax.models.unet_blocks import embed_time, go_down
 
@@ -45,6 +46,7 @@ DEFAULTS = {name: unet.DEFAULTS[name] for name in SHARED} | {
 }
 IGNORED = ("encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds", "resnet_time_scale_shift")
 # Supported values of every option in the published config.json files (see `supports` in layers.py).
+TIME_IDS = 6  # sizes that SDXL's networks get
 SUPPORTED = {name: unet.SUPPORTED[name] for name in (*SHARED, *IGNORED, "addition_embed_type_num_heads")} | {
     "layers_per_block": (COUNT,),
     "cross_attention_dim": (SIZE,),
@@ -96,7 +98,14 @@ class ControlNet(nn.Module):
             raise ValueError(
                 f"{NAME} config: conditioning_embedding_out_channels is empty; it needs at least one width"
             )
-        return cls(freeze(config | FIXED), dtype)
+        network = cls(freeze(config | FIXED), dtype)
+        if network.pooled_width is not None and network.pooled_width <= 0:
+            raise ValueError(
+                f"{NAME} config: addition_time_embed_dim={config['addition_time_embed_dim']} is not supported; "
+                f"projection_class_embeddings_input_dim={config['projection_class_embeddings_input_dim']} has to be "
+                f"more than {TIME_IDS} times as much"
+            )
+        return network
 
     def setup(self):
         self.controlnet_cond_embedding = ConditioningEmbedding(
@@ -107,6 +116,22 @@ class ControlNet(nn.Module):
     def downscale(self) -> int:
         """Pixels of the control image per latent along one axis."""
         return 2 ** (len(self.config["conditioning_embedding_out_channels"]) - 1)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Features of the pooled prompt that SDXL's networks get; None for the others."""
+        if self.config["addition_embed_type"] is None:
+            return None
+        return self.config["projection_class_embeddings_input_dim"] - TIME_IDS * self.config["addition_time_embed_dim"]
+
+    def abstract_params(self) -> Any:
+        """Return the parameters as ShapeDtypeStructs. Nothing is allocated; the tree is not a copy."""
+        spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+        c, size = self.config, 2 ** (len(self.config["block_out_channels"]) - 1)
+        sample, context = spec(1, size, size, c["in_channels"]), spec(1, 1, c["cross_attention_dim"])
+        image = spec(1, size * self.downscale, size * self.downscale, 3)
+        more = [] if self.pooled_width is None else [spec(1, self.pooled_width), spec(1, TIME_IDS)]
+        return abstract_network(self.clone(dtype=jnp.float32), sample, spec(1), context, image, *more)
 
     def embed(self, images):
         """Return the features of images: float32[N, H, W, 3], RGB in [0, 1]; they are the same at every timestep."""
@@ -135,3 +160,28 @@ class ControlNet(nn.Module):
     def __call__(self, sample, timesteps, context, images, pooled=None, time_ids=None):
         """Return the `residuals` for images: float32[B or 1, H, W, 3]."""
         return self.residuals(sample, timesteps, context, self.embed(images), pooled, time_ids)
+
+
+def check_fit(controlnet: ControlNet, denoiser: unet.UNet2DCondition, downscale: int) -> None:
+    """Raise ValueError unless the UNet can add the ControlNet's residuals, and gives it the inputs that it needs.
+
+    downscale: pixels per latent of the autoencoder.
+    """
+    mine, theirs = controlnet.config, denoiser.config
+    options = ["block_out_channels", "layers_per_block", "addition_embed_type", "projection_class_embeddings_input_dim"]
+    if any("CrossAttn" in kind for kind in (*mine["down_block_types"], mine["mid_block_type"])):
+        options.append("cross_attention_dim")
+    pairs = [(option, mine[option], option, theirs[option]) for option in options]
+    pairs.append(("in_channels", mine["in_channels"], "out_channels", theirs["out_channels"]))
+    for option, value, other, expected in pairs:
+        same = {value} == {*expected} if isinstance(expected, tuple) and type(value) is int else value == expected
+        if not same:
+            raise ValueError(
+                f"{option} is {value!r}, and {other} of the model's UNet is {expected!r}; use a ControlNet of the same "
+                "family"
+            )
+    if controlnet.downscale != downscale:
+        raise ValueError(
+            f"conditioning_embedding_out_channels={list(mine['conditioning_embedding_out_channels'])} makes "
+            f"{controlnet.downscale} pixels one, and the autoencoder {downscale}; use a ControlNet of the same family"
+        )

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +12,7 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.conditioning import Conditioning
-from lcm_jax.models.layers import Dtype, apply
+from lcm_jax.models.layers import Dtype, abstract_network, apply
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
@@ -219,10 +217,3 @@ class StableDiffusion:
         plain = {name: getattr(self, name).clone(dtype=jnp.float32) for name in self.networks}
         plain["unet"] = plain["unet"].clone(remat=False)
         return {name: abstract_network(network, *inputs[name]) for name, network in plain.items()}
-
-
-@lru_cache(maxsize=32)
-def abstract_network(network: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> Params:
-    """Return the parameters of a network as ShapeDtypeStructs; equal networks are traced once, which takes seconds."""
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(network.init, rng, *inputs)["params"]
