@@ -131,7 +131,8 @@ class ControlNet(nn.Module):
         sample, context = spec(1, size, size, c["in_channels"]), spec(1, 1, c["cross_attention_dim"])
         image = spec(1, size * self.downscale, size * self.downscale, 3)
         more = [] if self.pooled_width is None else [spec(1, self.pooled_width), spec(1, TIME_IDS)]
-        return abstract_network(self.clone(dtype=jnp.float32), sample, spec(1), context, image, *more)
+        network: Any = self.clone(dtype=jnp.float32)
+        return abstract_network(network, sample, spec(1), context, image, *more)
 
     def embed(self, images):
         """Return the features of images: float32[N, H, W, 3], RGB in [0, 1]; they are the same at every timestep."""
