@@ -12,6 +12,7 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.conditioning import Conditioning
+from lcm_jax.models.controlnet import ControlNet
 from lcm_jax.models.layers import Dtype, abstract_network, apply
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
@@ -40,6 +41,7 @@ class StableDiffusion:
     schedule: Schedule
     scheduler: Mapping[str, Any]  # scheduler_config.json, for the samplers
     empty_is_zero: bool  # the empty prompt is encoded as zeros (SDXL's force_zeros_for_empty_prompt)
+    controlnets: tuple[ControlNet, ...] = ()  # beside the model's own networks; their parameters are separate too
 
     @classmethod
     def from_configs(

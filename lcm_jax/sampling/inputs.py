@@ -10,6 +10,7 @@ from PIL import Image
 
 from lcm_jax.data import images
 from lcm_jax.diffusion.pixels import to_float
+from lcm_jax.sampling.control import Control
 
 
 class Inpainting(NamedTuple):
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     a rule the empty prompt; None samples without classifier-free guidance, in one pass. latents: float32[B, h, w, c],
     standard normal. noise: key[B], from which `step_noise` makes the noise that steps add. guidance_scale: float32[] in
     diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model. source:
-    for image-to-image, and for inpainting with a model that was not trained for it.
+    for image-to-image, and for inpainting with a model that was not trained for it. control: for each ControlNet.
     """
 
     token_ids: Any
@@ -55,6 +56,7 @@ class Inputs(NamedTuple):
     time_ids: Any = None
     inpainting: Inpainting | None = None
     source: Source | None = None
+    control: tuple[Control, ...] | None = None
 
 
 def make_time_ids(
@@ -95,6 +97,14 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     Raises ImageError as `to_rgb` does.
     """
     return to_float(resize(image, size, "RGB"))
+
+
+def to_unit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a PIL image of any mode, resized to (height, width), as float32[1, H, W, 3] in [0, 1].
+
+    Raises ImageError as `to_rgb` does.
+    """
+    return resize(image, size, "RGB").astype(np.float32) / 255.0
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:

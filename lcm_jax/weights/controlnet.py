@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax.models.controlnet import NAME, ControlNet
+from lcm_jax.models.controlnet import NAME, ControlNet, check_fit
 from lcm_jax.models.layers import Dtype
+from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import hub, layout, trees
 from lcm_jax.weights.errors import ModelError
@@ -138,6 +139,25 @@ def build(model: StoredModel, dtype: Dtype = np.float32) -> tuple[ControlNet, tr
     abstract = network.abstract_params()
     trees.match_params(COMPONENT, model.tensors[COMPONENT], abstract, model.name)
     return network, abstract
+
+
+def place_controlnet(
+    name: str | Path | StoredModel, model: StableDiffusion, unet: Mapping[str, Any], put: Callable[[np.ndarray], Any]
+) -> tuple[str, ControlNet, trees.Params]:
+    """Open a ControlNet for a model; return its name, the network, and its parameters as `put` places them.
+
+    name: what `open_controlnet` accepts, or returns. unet: the config of the model's UNet. Raises ModelError for one
+    of another family.
+    """
+    stored = name if isinstance(name, StoredModel) else open_controlnet(name)
+    if COMPONENT not in stored.tensors:
+        raise ModelError(f"{stored.name} is a model, not a ControlNet; use what open_controlnet returns, or a path")
+    network, abstract = build(with_unet(stored, unet), model.unet.dtype)
+    try:
+        check_fit(network, model.unet, model.downscale)
+    except ValueError as error:
+        raise ModelError(f"ControlNet {stored.name}: {error}") from error
+    return stored.name, network, trees.to_params(COMPONENT, stored.tensors[COMPONENT], abstract, stored.name, put=put)
 
 
 # ---- what a file does not record ------------------------------------------------------------------------------------
