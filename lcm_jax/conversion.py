@@ -16,8 +16,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lcm_jax.files import whole_file
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.weights import (
+    controlnet,
+    layout,
+    lora,
+    lora_settings,
+    orbax_folder,
+    single_file,
+    single_file_configs,
+    stored,
+    trees,
+)
 from lcm_jax.weights import diffusers_folder as folders
-from lcm_jax.weights import layout, lora, lora_settings, orbax_folder, single_file, single_file_configs, stored, trees
 from lcm_jax.weights.errors import ModelError, plural, write_error
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_folder, open_model, open_run_lora
 from lcm_jax.weights.stored import Tensors, get_specs, total_bytes
@@ -69,25 +79,31 @@ def convert(
         raise ModelError(f"dtype {dtype!r} is not supported; use {', '.join(trees.DTYPES)}")
     write = None if dry_run else _choose_writer(target, format, overwrite)
     path = Path(source)
+    given = {
+        "merge": merge,
+        "component": component,
+        "with_ema": with_ema,
+        "prediction_type": prediction_type,
+        "scaling_factor": scaling_factor is not None,
+    }
     place = orbax_folder.find_run(path) if format in LORA_FORMATS else None
     if place is not None or _is_lora(source):
-        given = {
-            "merge": merge,
-            "component": component,
-            "with_ema": with_ema,
+        given |= {
             "ema": ema is not None and place is None,
             "base": base is not None and place is not None,
             "dtype": dtype,
-            "prediction_type": prediction_type,
-            "scaling_factor": scaling_factor is not None,
         }
-        if names := [name for name, value in given.items() if value]:
-            raise ModelError(f"{path} is a LoRA, which keeps its dtypes and is written whole; omit {names[0]}")
+        _refuse(given, f"{path} is a LoRA, which keeps its dtypes and is written whole")
         belongs_to = None if base is None else open_folder(base, variant)
         adapter = _open_lora(path, belongs_to) if place is None else open_run_lora(place, ema)
         return _convert_lora(adapter, path, target, format, dry_run, log)
     if format in LORA_FORMATS:
         raise ModelError(f"format {format} is for LoRAs, and {source} has none by its keys; use another format")
+    if controlnet.is_controlnet(source, variant):
+        _refuse(given | {"ema": ema is not None}, f"{source} is a ControlNet, one network without a schedule")
+        model = _open_controlnet(source, base, variant)
+        write = None if write is None else _choose_controlnet_writer(model, format, Path(str(target)))
+        return _write(model, write, target, describe(model, log), dtype, False, overwrite, log)
     if with_ema and (format != "ldm" or merge or ema is not None or orbax_folder.find_run(path) is None):
         raise ModelError("with_ema writes a run to format ldm, without merge and ema; omit it otherwise")
     open_with = partial(
@@ -108,13 +124,26 @@ def convert(
     digests = describe(model, log)
     if merge:
         model = _merge(model, merge, log)
+    return _write(model, write, target, digests, dtype, bool(merge), overwrite, log)
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Raise ModelError for the first of the options that is set."""
+    if names := [name for name, value in options.items() if value]:
+        raise ModelError(f"{reason}; omit {names[0]}")
+
+
+def _write(model: StoredModel, write, target, digests, dtype, changed: bool, overwrite: bool, log: Log):
+    """Write a model by `write`, cast to `dtype`, unless `write` is None; return the digests of what was written.
+
+    digests: of the tensors as they were opened. changed: they have been changed since.
+    """
     if write is None:
         return digests
-    assert target is not None  # checked with the format
     if dtype is not None:
         cast = {name: stored.cast(tensors, dtype) for name, tensors in model.tensors.items()}
         model = replace(model, tensors=cast)
-    if merge or dtype is not None:
+    if changed or dtype is not None:
         digests = _compute_digests(model.tensors, "changing")
     _check_space(Path(target), model.tensors)
     write(model, Path(target), digests, overwrite)
@@ -210,6 +239,49 @@ def _merge(model: StoredModel, files: Sequence[str], log: Log) -> StoredModel:
         preset = adapters[-1][0].preset or preset  # an LCM-LoRA makes an LCM of it
         log(f"merging {path} at {weight:g}")
     return replace(model, tensors=lora.merge(model.tensors, adapters), preset=preset)
+
+
+# ---- ControlNet -----------------------------------------------------------------------------------------------------
+
+
+def _open_controlnet(source: str | Path, base: str | Path | None, variant: str | None) -> StoredModel:
+    """Return a ControlNet with the options that its file does not record from the UNet of `base`, if there is one."""
+    model = controlnet.open_controlnet(source, variant)
+    if base is None:
+        return model
+    theirs = open_folder(base, variant)
+    if theirs.family != model.family:
+        raise ModelError(
+            f"{source} is of family {model.family} and the base {base} of {theirs.family}; use a base of the same "
+            "family"
+        )
+    return controlnet.with_unet(model, theirs.configs["unet"])
+
+
+def _choose_controlnet_writer(model: StoredModel, format: str | None, target: Path) -> Callable[..., None]:
+    """Return the function that writes a ControlNet. Raises ModelError if `format` or `target` cannot hold it."""
+    writers = {"diffusers": _write_controlnet_folder, "ldm": _write_controlnet_file}
+    if format not in writers:
+        raise ModelError(f"{model.name} is a ControlNet, which format {format} cannot hold; use {' or '.join(writers)}")
+    if format == "ldm":
+        controlnet.check_name(model, target)
+    return writers[format]
+
+
+def _write_controlnet_folder(model: StoredModel, target: Path, digests: Mapping[str, str], overwrite: bool) -> None:
+    """Write a ControlNet as a diffusers folder."""
+    controlnet.build(model)  # raises if weights and config disagree
+    tensors, config = model.tensors[controlnet.COMPONENT], model.configs[controlnet.COMPONENT]
+    with folders.new_folder(target, overwrite) as folder:
+        with _progress("writing", model.tensors) as advance:
+            folders.write_network(folder, controlnet.FILE, config, tensors, advance=advance)
+        _verify(digests, {controlnet.COMPONENT: folders.open_tensors(folder, controlnet.FILE)})
+
+
+def _write_controlnet_file(model: StoredModel, target: Path, digests: Mapping[str, str], overwrite: bool) -> None:
+    """Write a ControlNet as one .safetensors file."""
+    check = lambda file: _verify(digests, {controlnet.COMPONENT: controlnet.open_diffusers(file)[0]})  # noqa: E731
+    _write_file(model.tensors, controlnet.open_ldm(model), {}, target, check)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from lcm_jax.sampling import arguments
 from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
 from lcm_jax.sampling.callbacks import PROGRESS_STEPS, StepCallback, diffusers_callback, progress_bar, shows_progress
 from lcm_jax.sampling.export import write_export
-from lcm_jax.sampling.finite import check_finite
+from lcm_jax.sampling.finite import CONTROLNET, check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import trees
+from lcm_jax.weights.controlnet import place_controlnet
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params, replace_vae
 from lcm_jax.weights.preset import Preset, default_preset
 
+ControlNets = str | Path | StoredModel | Sequence[str | Path | StoredModel]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,12 +54,14 @@ class Pipeline:
         *,
         mesh: Mesh | None = None,
         vae: StoredModel | str | Path | None = None,
+        controlnet: ControlNets = (),
     ):
         """Read the parameters of `stored` onto the device, one array at a time; dtype: of the computation.
 
         vae: another autoencoder than the model's own, see `from_pretrained`. mesh: devices that share each batch, such
-        as jax.make_mesh((8,), ("data",)); each holds all parameters. Raises ModelError if a network or the tokenizer is
-        missing, or they do not fit the configs.
+        as jax.make_mesh((8,), ("data",)); each holds all parameters. controlnet: one or several, each a folder, hub id
+        or file, or what `lcm_jax.weights.controlnet.open_controlnet` returns. Raises ModelError if a network or the
+        tokenizer is missing, or they do not fit the configs.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
@@ -78,6 +82,11 @@ class Pipeline:
         self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
         self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
+        names = [controlnet] if isinstance(controlnet, str | Path | StoredModel) else controlnet
+        placed = [place_controlnet(each, self.model, self.configs["unet"], put) for each in names]
+        self.controlnets = tuple(name for name, _, _ in placed)
+        self._controlnet_params = tuple(params for _, _, params in placed)
+        self.model = replace(self.model, controlnets=tuple(network for _, network, _ in placed))
         self._compiled: dict = {}  # (sampler, options) -> jitted
         self._on_step = StepCallback()
         self._adapters: dict[str, tuple[Adapter, float]] = {}
@@ -96,21 +105,23 @@ class Pipeline:
         ema: bool | None = None,
         mesh: Mesh | None = None,
         vae: StoredModel | str | Path | None = None,
+        controlnet: ControlNets = (),
     ) -> "Pipeline":
         """Open a model in any format: a folder in diffusers layout, a hub id, a bundled name, a file, a run.
 
-        dtype: what the networks compute in. mesh: see `Pipeline`. variant, base, ema: see
+        dtype: what the networks compute in. mesh, controlnet: see `Pipeline`. variant, base, ema: see
         `lcm_jax.weights.model.open_model`, which has more options: `Pipeline(open_model(...))` is the same. A single
         file has no tokenizer and needs `base`. vae: an autoencoder in place of the model's own, in any of these
         formats, such as the tiny TAESD or the SDXL one for float16; or a model that has one. Raises ModelError.
         """
-        return cls(open_model(path, base=base, ema=ema, variant=variant), dtype, mesh=mesh, vae=vae)
+        stored = open_model(path, base=base, ema=ema, variant=variant)
+        return cls(stored, dtype, mesh=mesh, vae=vae, controlnet=controlnet)
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **save_options: Any) -> None:
         """Write the model to the folder `path` in diffusers layout, whole or not at all; tensors stay bit-exact.
 
-        If LoRAs are loaded, the written parameters and the preset include them. save_options: dtype, variant,
-        max_shard_bytes. Raises ModelError if `path` has content and overwrite is False.
+        If LoRAs are loaded, the written parameters and the preset include them; ControlNets are not written.
+        save_options: dtype, variant, max_shard_bytes. Raises ModelError if `path` has content and overwrite is False.
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
             folders.write_pipeline(
@@ -253,7 +264,7 @@ class Pipeline:
             sampler_table(self.model, sampler, steps),
             sampler,
             batch_size=arguments.integer("batch_size", batch_size, 1),
-            size=arguments.size(self.model, height, width, self._default_size(None, None)),
+            size=arguments.size(self.model, height, width, self._default_size(None, None, None)),
             guidance_scale=scale,
             guided=is_classifier_free(self.model, scale),
             tile=self._tile,
@@ -289,6 +300,10 @@ class Pipeline:
         prompt_weights: bool = False,
         callback_on_step_end: Callable[["Pipeline", int, float, dict[str, np.ndarray]], Any] | None = None,
         progress: bool | None = None,
+        control_image: Image.Image | Sequence[Image.Image] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Output:
         """Generate num_images_per_prompt images of each prompt, in that order.
 
@@ -313,6 +328,11 @@ class Pipeline:
         anew, unless padding_mask_crop is set: then the surroundings of the mask, with this margin in pixels, are
         generated at height x width, and are pasted into image where mask_image is white.
 
+        control_image: PIL image for the ControlNet, or a list of one for each, resized to height and width, whose
+        default is its size rounded down. controlnet_conditioning_scale: factor of what it adds; 0 turns it off.
+        control_guidance_start, control_guidance_end: the share of the steps from and until which it acts. The last
+        three are one number, or one for each ControlNet; no change of them compiles anything.
+
         callback_on_step_end(pipe, i, t, {"latents": float32[B, h, w, c]}): called after each step, for each batch; it
         may return other latents in a dict. progress: show a bar of steps on stderr; by default from 10 steps on.
         """
@@ -332,12 +352,22 @@ class Pipeline:
         steps = arguments.integer("num_inference_steps", steps)
         table = sampler_table(self.model, sampler, steps, strength, eta)
         skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
-        size = arguments.size(self.model, height, width, self._default_size(image, mask_image))
+        size = arguments.size(self.model, height, width, self._default_size(image, mask_image, control_image))
         shape = (*(side // self.model.downscale for side in size), self.model.vae.config["latent_channels"])
         latents = arguments.latents(latents, (count, *shape))
         time_ids = arguments.time_ids(self.model, batch, size, original_size, crops_coords_top_left, target_size)
         images = arguments.images(
             self.model, image, mask_image, padding_mask_crop, size, strength, seed, output_type=output_type
+        )
+        control = arguments.controls(
+            self.controlnets,
+            control_image,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+            size,
+            table.timesteps[table.timesteps >= 0],
+            images,
         )
         if images.source is not None and (strength < 1 or mask_image is None):
             table = table.from_image()
@@ -372,6 +402,7 @@ class Pipeline:
                     time_ids,
                     images.inpainting,
                     images.source,
+                    control,
                     token_weights=weights,
                     negative_weights=negative_weights,
                 )
@@ -379,9 +410,11 @@ class Pipeline:
         output = _output(np.stack([made[i] for i in range(count)]), output_type)
         return output if images.paste is None else Output(images.paste(output.images))
 
-    def _default_size(self, image: Any, mask_image: Any) -> Any:
-        """Return the size in latents: of the image for image-to-image, else the model's own."""
-        if isinstance(image, Image.Image) and mask_image is None and not self.model.inpaints:
+    def _default_size(self, image: Any, mask_image: Any, control_image: Any) -> Any:
+        """Return the size in latents: of the image for image-to-image, of a control image, else the model's own."""
+        if image is None or mask_image is not None or self.model.inpaints:
+            image = control_image[0] if isinstance(control_image, Sequence) and control_image else control_image
+        if isinstance(image, Image.Image):
             return image.height // self.model.downscale, image.width // self.model.downscale
         return self.configs["unet"].get("sample_size") or 64
 
@@ -422,9 +455,16 @@ class Pipeline:
             batch = len(inputs.token_ids)
             place = lambda leaf: split if np.ndim(leaf) and len(leaf) == batch else whole  # noqa: E731
             inputs, table = jax.device_put((inputs, table), (jax.tree.map(place, inputs), whole))
+        params = self.params | ({"controlnets": self._controlnet_params} if self.controlnets else {})
         # Waited for before the copy, which aborts the process instead of raising an error if memory has run out.
-        images, finite = jax.device_get(jax.block_until_ready(program(self.params, inputs, table=table)))
-        check_finite(finite, self.params, self.model.unet.dtype, self.name)
+        images, finite = jax.device_get(jax.block_until_ready(program(params, inputs, table=table)))
+        named = zip(self.controlnets, self._controlnet_params, strict=True)
+        check_finite(
+            finite,
+            self.params | {f"{CONTROLNET}{name}": each for name, each in named},
+            self.model.unet.dtype,
+            self.name,
+        )
         return images
 
     def __getstate__(self) -> dict:

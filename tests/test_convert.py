@@ -306,11 +306,11 @@ def test_an_autoencoder_alone_and_beside_a_base(model, tmp_path):
 
 
 def test_a_network_of_another_kind_is_named(tmp_path):
-    folders.write_tensors(tmp_path, "unet", {"_class_name": "ControlNetModel"}, {"a": np.zeros(3, np.float32)})
+    folders.write_tensors(tmp_path, "unet", {"_class_name": "MotionAdapter"}, {"a": np.zeros(3, np.float32)})
     done = convert(f"--input={tmp_path / 'unet'}", "--dry_run")
     assert (
         done.returncode == 1
-        and "class 'ControlNetModel' is not supported; use one of UNet2DConditionModel" in done.stderr
+        and "class 'MotionAdapter' is not supported; use one of UNet2DConditionModel" in done.stderr
     )
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcm_jax.models.unet import TimestepEmbedding, UNet2DCondition
+from lcm_jax.models.unet import UNet2DCondition
+from lcm_jax.models.unet_blocks import TimestepEmbedding
 from lcm_jax.weights import naming
 
 TWO = {

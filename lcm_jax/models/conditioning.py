@@ -12,7 +12,8 @@ class Conditioning(NamedTuple):
     context: [B, L, D], the encoded prompt. pooled: [B, P], SDXL's pooled prompt. time_ids: float32[B, 6], SDXL's sizes
     in pixels: (height, width) before cropping, (top, left) of the crop, (height, width) of the image. guidance:
     float32[B], the weight w of cond + w (cond - uncond), for a network distilled with guidance. masked:
-    float32[B, h, w, 1 + c], for an inpainting network: the mask, and the scaled latents of what is kept.
+    float32[B, h, w, 1 + c], for an inpainting network: the mask, and the scaled latents of what is kept. control: the
+    `Residuals` of ControlNets, which the network adds to its own features.
     """
 
     context: Any = None
@@ -20,6 +21,7 @@ class Conditioning(NamedTuple):
     time_ids: Any = None
     guidance: Any = None
     masked: Any = None
+    control: Any = None
 
 
 def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -93,6 +94,13 @@ def check_groups(network: str, config: Mapping[str, Any]) -> None:
 def apply(network: nn.Module, params: Any, *inputs, **options) -> Any:
     """Return the output of a network, which Flax annotates as a possible tuple of output and mutable variables."""
     return network.apply({"params": params}, *inputs, **options)
+
+
+@lru_cache(maxsize=32)
+def abstract_network(network: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> Any:
+    """Return the parameters of a network as ShapeDtypeStructs; equal networks are traced once, which takes seconds."""
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(network.init, rng, *inputs)["params"]
 
 
 def freeze(value: Any) -> Any:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +13,8 @@ from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel, TextOutput
 from lcm_jax.models.conditioning import Conditioning
-from lcm_jax.models.layers import Dtype, apply
+from lcm_jax.models.controlnet import ControlNet
+from lcm_jax.models.layers import Dtype, abstract_network, apply
 from lcm_jax.models.tiling import map_tiles, tile_size
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition
@@ -45,6 +45,7 @@ class StableDiffusion:
     schedule: Schedule
     scheduler: Mapping[str, Any]  # scheduler_config.json, for the samplers
     empty_is_zero: bool  # the empty prompt is encoded as zeros (SDXL's force_zeros_for_empty_prompt)
+    controlnets: tuple[ControlNet, ...] = ()  # beside the model's own networks; their parameters are separate too
 
     @classmethod
     def from_configs(
@@ -180,7 +181,7 @@ class StableDiffusion:
         ValueError for a part of the conditioning that this model has no input for, or lacks; a guidance weight is
         required if and only if `guidance_embedding_dim` is not None, a mask if and only if it inpaints.
         """
-        context, pooled, time_ids, guidance, masked = conditioning
+        context, pooled, time_ids, guidance, masked, control = conditioning
         width = self.guidance_embedding_dim
         if (guidance is None) != (width is None):
             raise ValueError(
@@ -195,7 +196,7 @@ class StableDiffusion:
         if masked is not None:
             z = jnp.concatenate([z, masked], axis=-1)
         embedding = None if width is None else guidance_embedding(guidance, width)
-        return apply(self.unet, params, z, t, context, embedding, pooled, time_ids)
+        return apply(self.unet, params, z, t, context, embedding, pooled, time_ids, control)
 
     def tile_size(self, side: int | None = None) -> int:
         """Return the side of the autoencoder's tiles in pixels, by default its sample_size. Raises ValueError."""
@@ -266,10 +267,3 @@ def emphasize(states: jax.Array, weights: jax.Array) -> jax.Array:
     factor = changed / mean
     measures = (factor >= jnp.maximum(weights.min(axis=1), MIN_FACTOR)) & (factor <= weights.max(axis=1))
     return (scaled / jnp.where(measures, factor, 1.0)[:, None, None]).astype(states.dtype)
-
-
-@lru_cache(maxsize=32)
-def abstract_network(network: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> Params:
-    """Return the parameters of a network as ShapeDtypeStructs; equal networks are traced once, which takes seconds."""
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(network.init, rng, *inputs)["params"]

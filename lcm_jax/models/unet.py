@@ -1,28 +1,25 @@
 """The denoising UNet with cross-attention of Stable Diffusion 1.x, 2.x and XL (diffusers' UNet2DConditionModel)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import (
     ACTIVATIONS,
     COUNT,
     SIZE,
     Between,
     Conv,
-    Downsample,
     Dtype,
     GroupNorm,
-    ResnetBlock,
-    Upsample,
     activation,
     check_config,
     check_groups,
     freeze,
 )
+from lcm_jax.models.unet_blocks import UpLevel, embed_time, expand_depth, go_down, heads_per_level, per_level
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -116,180 +113,44 @@ SUPPORTED = {
 }
 
 
-def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
-    """Return sinusoids of t: [B] with frequencies exp(-ln(10000) j / (dim/2 - freq_shift)), float32[B, dim]."""
-    half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
-    return jnp.concatenate(parts, axis=-1)
-
-
-class TimestepEmbedding(nn.Module):
-    """MLP(embedding + cond_proj(condition)), where the condition is the guidance embedding (arXiv 2310.04378)."""
-
-    features: int
-    condition_dim: int | None
-    act: str
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, embedding, condition=None):
-        if self.condition_dim is not None:
-            # Zeros, so that a student that gains this input equals its teacher at first for every guidance weight.
-            project = nn.Dense(embedding.shape[-1], use_bias=False, kernel_init=nn.initializers.zeros, name="cond_proj")
-            if condition is None:
-                condition = jnp.zeros((embedding.shape[0], self.condition_dim), jnp.float32)
-            embedding = embedding + project(condition)
-        hidden = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(activation(self.act)(hidden))
-
-
-class GEGLU(nn.Module):
-    """h gelu(g) with (h, g) = W x (arXiv 2002.05202). x: [B, N, C] -> [B, N, features]."""
-
-    features: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        hidden, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return hidden * nn.gelu(gate, approximate=False)
-
-
-class FeedForward(nn.Module):
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        hidden = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward layer of x: [B, N, C], each with a norm and a residual."""
-
-    heads: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x, context):
-        norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)  # noqa: E731
-        head_dim = x.shape[-1] // self.heads
-        x = x + Attention(self.heads, head_dim, dtype=self.dtype, name="attn1")(norm("norm1")(x))
-        x = x + Attention(self.heads, head_dim, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
-        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
-
-
-class Transformer2D(nn.Module):
-    """Transformer blocks over the positions of x: [B, H, W, C], between two projections, with a residual connection."""
-
-    heads: int
-    depth: int
-    groups: int
-    linear_projection: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x, context):
-        b, h, w, c = x.shape
-
-        def project(y, name):
-            if self.linear_projection:
-                return nn.Dense(c, dtype=self.dtype, name=name)(y)
-            return Conv(c, size=1, dtype=self.dtype, name=name)(y)
-
-        y = project(GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x), "proj_in").reshape(b, h * w, c)
-        for i in range(self.depth):
-            y = TransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, context)
-        return x + project(y.reshape(b, h, w, c), "proj_out")
-
-
-class Level(nn.Module):
-    """Base of the blocks of one resolution: resnets, the i-th followed by depths[i] transformer blocks."""
-
-    config: Mapping[str, Any]
-    features: int
-    heads: int
-    depths: tuple[int, ...]
-    dtype: Dtype
-
-    def resnet(self, i, x, time):
-        c = self.config
-        return ResnetBlock(
-            self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], dtype=self.dtype, name=f"resnets_{i}"
-        )(x, time)
-
-    def attend(self, i, x, context):
-        if not self.depths[i]:
-            return x
-        c = self.config
-        return Transformer2D(
-            self.heads,
-            self.depths[i],
-            c["norm_num_groups"],
-            c["use_linear_projection"],
-            self.dtype,
-            name=f"attentions_{i}",
-        )(x, context)
-
-
-class DownLevel(Level):
-    downsample: bool = True
-
-    @nn.compact
-    def __call__(self, x, time, context):
-        """Return x and the intermediate results that the way up concatenates."""
-        skips = []
-        for i in range(len(self.depths)):
-            x = self.attend(i, self.resnet(i, x, time), context)
-            skips.append(x)
-        if self.downsample:
-            x = Downsample(self.features, self.config["downsample_padding"], self.dtype, name="downsamplers_0")(x)
-            skips.append(x)
-        return x, skips
-
-
-class UpLevel(Level):
-    upsample: bool = True
-    size: tuple[int, int] | None = None  # (height, width) of the next level, which odd sizes need
-
-    @nn.compact
-    def __call__(self, x, skips, time, context):
-        """Concatenate `skips` in their order, innermost first, before the resnets."""
-        for i, skip in enumerate(skips):
-            x = self.attend(i, self.resnet(i, jnp.concatenate([x, skip], axis=-1), time), context)
-        return Upsample(self.features, self.dtype, name="upsamplers_0")(x, self.size) if self.upsample else x
-
-
-class MidLevel(Level):
-    @nn.compact
-    def __call__(self, x, time, context):
-        c = self.config
-        resnet = lambda i, y: ResnetBlock(  # noqa: E731
-            self.features,
-            c["norm_num_groups"],
-            c["norm_eps"],
-            c["act_fn"],
-            c["mid_block_scale_factor"],
-            dtype=self.dtype,
-            name=f"resnets_{i}",
-        )(y, time)
-        x = resnet(0, x)
-        return resnet(1, self.attend(0, x, context)) if self.depths else x
-
-
-def check_heads(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a level has more attention heads than channels, or sample_size is not (height, width)."""
-    heads, size = config["num_attention_heads"] or config["attention_head_dim"], config["sample_size"]
+def check_heads(network: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming `network`, if a level has more attention heads than channels."""
+    heads = config["num_attention_heads"] or config["attention_head_dim"]
     each = heads if isinstance(heads, list | tuple) else [heads] * len(config["block_out_channels"])
     if any(head > width for head, width in zip(each, config["block_out_channels"], strict=True)):
         raise ValueError(
-            f"UNet2DConditionModel config: {heads!r} attention heads are not supported; use at most one per channel "
-            f"of block_out_channels={list(config['block_out_channels'])!r}"
+            f"{network} config: {heads!r} attention heads are not supported; use at most one per channel of "
+            f"block_out_channels={list(config['block_out_channels'])!r}"
         )
-    if isinstance(size, list | tuple) and len(size) != 2:
-        raise ValueError(f"UNet2DConditionModel config: sample_size={size!r} is not supported; use [height, width]")
+
+
+def check_levels(network: str, config: Mapping[str, Any], kinds: Mapping[str, tuple], options: tuple[str, ...]) -> None:
+    """Raise ValueError, naming `network`, unless block types and options fit the number of levels.
+
+    kinds: option -> the supported block types, one for each level. options: those with one value, or one per level.
+    """
+    levels = len(config["block_out_channels"])
+    for option, supported in kinds.items():
+        if len(config[option]) != levels or any(kind not in supported for kind in config[option]):
+            raise ValueError(
+                f"{network} config: {option}={list(config[option])!r} is not supported; "
+                f"it needs one of {', '.join(supported)} for each of the {levels} block_out_channels"
+            )
+    for option in options:
+        value = config[option]
+        if isinstance(value, list | tuple) and len(value) != levels:
+            raise ValueError(f"{network} config: {option}={list(value)!r} needs 1 or {levels} values")
+
+
+def check_addition(network: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming `network`, unless SDXL's additional embedding has its two sizes."""
+    if config["addition_embed_type"] and not (
+        config["addition_time_embed_dim"] and config["projection_class_embeddings_input_dim"]
+    ):
+        raise ValueError(
+            f"{network} config: addition_embed_type='text_time' needs addition_time_embed_dim and "
+            "projection_class_embeddings_input_dim; set both"
+        )
 
 
 def check_depths(config: Mapping[str, Any], levels: int) -> None:
@@ -315,28 +176,37 @@ def check_depths(config: Mapping[str, Any], levels: int) -> None:
         )
 
 
-def transformer_depths(
-    config: Mapping[str, Any],
-) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, ...]]]:
-    """Return the transformer blocks after each resnet: per level down, in the middle, and per level up."""
-    levels = len(config["block_out_channels"])
-    per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
-    layers, down = per_level(config["layers_per_block"]), per_level(config["transformer_layers_per_block"])
+def up_depths(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Return the transformer blocks after each resnet of each level on the way up."""
+    layers, down = (per_level(config, config[name]) for name in ("layers_per_block", "transformer_layers_per_block"))
     reverse = config["reverse_transformer_layers_per_block"]
-    up = down[::-1] if reverse is None else per_level(reverse)
+    up = down[::-1] if reverse is None else per_level(config, reverse)
+    return [expand_depth(k, d, n + 1) for k, d, n in zip(config["up_block_types"], up, layers[::-1], strict=True)]
 
-    def expand_depth(kind, depth, count):
-        if "CrossAttn" not in kind:
-            return (0,) * count
-        return depth if isinstance(depth, tuple) else (depth,) * count
 
-    kind = config["mid_block_type"] or ""
-    last = down[-1][0] if isinstance(down[-1], tuple) else down[-1]
-    return (
-        [expand_depth(k, d, n) for k, d, n in zip(config["down_block_types"], down, layers, strict=True)],
-        (last,) if "CrossAttn" in kind else (),
-        [expand_depth(k, d, n + 1) for k, d, n in zip(config["up_block_types"], up, layers[::-1], strict=True)],
-    )
+class Residuals(NamedTuple):
+    """What ControlNets add in a UNet: to each skip [B, h, w, C] of the way down, in order, and to the middle's output.
+
+    The axes h and w are 1 if they are pooled.
+    """
+
+    down: tuple
+    middle: Any
+
+
+def add_residuals(x, skips: list, residuals: Residuals) -> tuple[Any, list]:
+    """Return x, the middle's output, and the skips with the residuals added, in the dtype of each.
+
+    Raises ValueError if their number or widths differ.
+    """
+    shapes, theirs = ([each.shape[-1] for each in (*down, mid)] for down, mid in ((skips, x), residuals))
+    if shapes != theirs:
+        raise ValueError(
+            f"residuals have {theirs} channels, and the UNet's skips and middle have {shapes}; use a ControlNet of "
+            "this UNet's family"
+        )
+    down = [skip + more.astype(skip.dtype) for skip, more in zip(skips, residuals.down, strict=True)]
+    return x + residuals.middle.astype(x.dtype), down
 
 
 class UNet2DCondition(nn.Module):
@@ -358,86 +228,41 @@ class UNet2DCondition(nn.Module):
         check_config("UNet2DConditionModel", config, SUPPORTED)
         config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
         check_groups("UNet2DConditionModel", config)
-        levels = len(config["block_out_channels"])
-        for option, supported in [("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)]:
-            kinds = config[option]
-            if len(kinds) != levels or any(kind not in supported for kind in kinds):
-                raise ValueError(
-                    f"UNet2DConditionModel config: {option}={list(kinds)!r} is not supported; "
-                    f"it needs one of {', '.join(supported)} for each of the {levels} block_out_channels"
-                )
-        for option in ("attention_head_dim", "num_attention_heads", "layers_per_block", "cross_attention_dim"):
-            value = config[option]
-            if isinstance(value, list | tuple) and len(value) != levels:
-                raise ValueError(f"UNet2DConditionModel config: {option}={list(value)!r} needs 1 or {levels} values")
-        check_heads(config)
-        check_depths(config, levels)
-        if config["addition_embed_type"] and not (
-            config["addition_time_embed_dim"] and config["projection_class_embeddings_input_dim"]
-        ):
-            raise ValueError(
-                "UNet2DConditionModel config: addition_embed_type='text_time' needs addition_time_embed_dim and "
-                "projection_class_embeddings_input_dim; set both"
-            )
+        kinds = {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS}
+        options = ("attention_head_dim", "num_attention_heads", "layers_per_block", "cross_attention_dim")
+        check_levels("UNet2DConditionModel", config, kinds, options)
+        check_heads("UNet2DConditionModel", config)
+        if isinstance(size := config["sample_size"], list | tuple) and len(size) != 2:
+            raise ValueError(f"UNet2DConditionModel config: sample_size={size!r} is not supported; use [height, width]")
+        check_depths(config, len(config["block_out_channels"]))
+        check_addition("UNet2DConditionModel", config)
         return cls(freeze(config), dtype, remat)
 
     @nn.compact
-    def __call__(self, sample, timesteps, context, guidance_embedding=None, pooled=None, time_ids=None):
+    def __call__(self, sample, timesteps, context, guidance_embedding=None, pooled=None, time_ids=None, residuals=None):
         """Return the network's output, float32[B, h, w, out_channels].
 
         sample: [B, h, w, in_channels]; timesteps: int32[B]; context: [B, L, cross_attention_dim]; guidance_embedding:
         float32[B, time_cond_proj_dim] or None; for SDXL pooled: float32[B, P], the pooled prompt, and time_ids:
-        float32[B, n], sizes in pixels. Raises ValueError if an unused input is given, or one that is needed is None.
+        float32[B, n], sizes in pixels. residuals: `Residuals` of a ControlNet, added to the skips and to the middle's
+        output, or None. Raises ValueError if an unused input is given, or one that is needed is None.
         """
         c, dtype = self.config, self.dtype
         if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
             raise ValueError("guidance_embedding is not supported without time_cond_proj_dim; pass None")
-        wanted = c["addition_embed_type"] == "text_time"
-        if (pooled is not None, time_ids is not None) != (wanted, wanted):
-            raise ValueError(
-                f"this UNet {'requires' if wanted else 'does not support'} pooled and time_ids, since its "
-                f"addition_embed_type is {c['addition_embed_type']!r}; pass {'both' if wanted else 'None'}"
-            )
-        widths, levels = c["block_out_channels"], len(c["block_out_channels"])
-        per_level = lambda value: value if isinstance(value, tuple) else (value,) * levels  # noqa: E731
-        heads = per_level(c["num_attention_heads"] or c["attention_head_dim"])
-        down_depths, mid_depths, up_depths = transformer_depths(c)
+        widths, heads = c["block_out_channels"], heads_per_level(c)
         block = (lambda kind: nn.remat(kind)) if self.remat else (lambda kind: kind)
 
-        embedding = timestep_embedding(timesteps, widths[0], c["flip_sin_to_cos"], c["freq_shift"])
-        time_dim = c["time_embedding_dim"] or 4 * widths[0]
-        time = TimestepEmbedding(time_dim, c["time_cond_proj_dim"], c["act_fn"], dtype, name="time_embedding")(
-            embedding, guidance_embedding
-        )
-        if wanted:
-            assert pooled is not None and time_ids is not None
-            sizes = timestep_embedding(
-                time_ids.reshape(-1), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"]
-            )
-            added = jnp.concatenate([pooled.astype(jnp.float32), sizes.reshape(len(time_ids), -1)], axis=-1)
-            if added.shape[-1] != (dim := c["projection_class_embeddings_input_dim"]):
-                raise ValueError(
-                    f"pooled [.., {pooled.shape[-1]}] and time_ids [.., {time_ids.shape[-1]}] have {added.shape[-1]} "
-                    f"features, and projection_class_embeddings_input_dim is {dim}; use inputs of this size"
-                )
-            # diffusers' activation is SiLU here for any act_fn.
-            time = time + TimestepEmbedding(time_dim, None, "silu", dtype, name="add_embedding")(added)
+        time = embed_time(c, dtype, timesteps, guidance_embedding, pooled, time_ids)
         context = context.astype(dtype)
-
         x = 2.0 * sample - 1.0 if c["center_input_sample"] else sample
         x = Conv(widths[0], c["conv_in_kernel"], dtype=dtype, name="conv_in")(x)
-        skips = [x]
-        for i, depths in enumerate(down_depths):
-            x, more = block(DownLevel)(c, widths[i], heads[i], depths, dtype, i < levels - 1, name=f"down_blocks_{i}")(
-                x, time, context
-            )
-            skips += more
+        x, skips = go_down(c, dtype, x, time, context, block)
+        if residuals is not None:
+            x, skips = add_residuals(x, skips, residuals)
 
-        if c["mid_block_type"]:
-            x = block(MidLevel)(c, widths[-1], heads[-1], mid_depths, dtype, name="mid_block")(x, time, context)
-
-        for i, depths in enumerate(up_depths):
-            level = levels - 1 - i
+        for i, depths in enumerate(up_depths(c)):
+            level = len(widths) - 1 - i
             taken, skips = skips[-len(depths) :][::-1], skips[: -len(depths)]
             size = skips[-1].shape[1:3] if skips else None
             x = block(UpLevel)(c, widths[level], heads[level], depths, dtype, level > 0, size, name=f"up_blocks_{i}")(

@@ -14,7 +14,8 @@ from lcm_jax.data.images import to_rgb
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import crop
-from lcm_jax.sampling.inputs import Inpainting, Source, draw_image_noise, make_time_ids, to_mask, to_pixels
+from lcm_jax.sampling.control import Control, control_window
+from lcm_jax.sampling.inputs import Inpainting, Source, draw_image_noise, make_time_ids, to_mask, to_pixels, to_unit
 
 CALLER = 3  # stacklevel of a warning: the call of the pipeline, whose __call__ calls the check
 
@@ -136,11 +137,16 @@ def strength(value: Any, image: Any, mask: Any) -> float:
 
 
 class Images(NamedTuple):
-    """Images of a call: what the model is given of them, and how its results are pasted back, if they are."""
+    """Images of a call: what the model is given of them, and how its results are pasted back, if they are.
+
+    box: what padding_mask_crop cut out, of images of `original_size`, (width, height).
+    """
 
     inpainting: Inpainting | None = None
     source: Source | None = None
     paste: Callable[[Sequence[Image.Image]], list[Image.Image]] | None = None
+    box: crop.Box | None = None
+    original_size: tuple[int, int] | None = None
 
 
 def images(
@@ -163,7 +169,8 @@ def images(
         raise ValueError(f"padding_mask_crop is {padding!r} and there is no mask_image; pass one, or omit it")
     if image is None:
         return Images()
-    paste = None
+    paste = box = None
+    original_size = image.size
     if padding is not None and mask is not None:
         padding = integer("padding_mask_crop", padding, 0)
         if output_type != "pil":
@@ -185,7 +192,66 @@ def images(
     source = Source(pixels, noise) if strength < 1 or mask is None else None
     if not model.inpaints and mask is not None:
         source = Source(pixels, noise, repainted)
-    return Images(inpainting, source, paste)
+    return Images(inpainting, source, paste, box, original_size)
+
+
+def controls(
+    nets: Sequence[str],
+    images: Any,
+    scales: Any,
+    starts: Any,
+    ends: Any,
+    size: tuple[int, int],
+    timesteps: np.ndarray,
+    whole: Images,
+) -> tuple[Control, ...] | None:
+    """An image, a scale and a window for each of the ControlNets, by their names; None without any.
+
+    size: (height, width). timesteps: of the steps that are made. whole: the other images of the call.
+    """
+    given = {
+        "control_image": (images, None),
+        "controlnet_conditioning_scale": (scales, 1.0),
+        "control_guidance_start": (starts, 0.0),
+        "control_guidance_end": (ends, 1.0),
+    }
+    if not nets:
+        for name, (value, default) in given.items():
+            if value is not default and value != default:
+                raise ValueError(f"{name} is given, and this pipeline has no ControlNet; pass controlnet, or omit it")
+        return None
+    images, scales, starts, ends = (_for_each(name, value, nets) for name, (value, _) in given.items())
+    made = []
+    for image, scale, start, end in zip(images, scales, starts, ends, strict=True):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"control_image must be a PIL image for each ControlNet, got {type(image).__name__}")
+        if not _is_real(scale) or not np.isfinite(scale):
+            raise ValueError(f"controlnet_conditioning_scale is {scale!r}; use a finite number, such as 1.0")
+        if not (_is_real(start) and _is_real(end) and 0 <= start < end <= 1):
+            raise ValueError(
+                f"control_guidance_start and control_guidance_end are {start!r} and {end!r}; use shares of the steps, "
+                "the first below the second, from 0 to 1"
+            )
+        if whole.box is not None:
+            if image.size != whole.original_size:
+                raise ValueError(
+                    f"control_image is {image.size} and image {whole.original_size} (width, height); use the same "
+                    "size with padding_mask_crop"
+                )
+            image = crop.fit(to_rgb(image).crop(whole.box), size)
+        made.append(Control(to_unit(image, size), np.float32(scale), control_window(timesteps, start, end)))
+    return tuple(made)
+
+
+def _for_each(name: str, value: Any, nets: Sequence[str]) -> Sequence[Any]:
+    """One value for each ControlNet: a list of as many, or for numbers one for all."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        if name != "control_image" or len(nets) == 1:
+            return [value] * len(nets)
+        value = [] if value is None else [value]
+    if len(value) != len(nets):
+        raise ValueError(f"{name} has {len(value)} values and there are {len(nets)} ControlNets; use one for each")
+    return value
 
 
 def warn_of_no_effect(model: StableDiffusion, negative_prompt: Any, guidance_scale: float) -> None:

@@ -20,6 +20,7 @@ class Finite(NamedTuple):
     vae_decoder: jax.Array | None
 
 
+CONTROLNET = "ControlNet "  # its residuals enter the UNet, and are a part of this stage
 STAGES = {  # name in an error, and the networks of the stage
     "text_encoder": ("text encoder", ("text_encoder", "text_encoder_2")),
     "vae_encoder": ("autoencoder's encoder", ("vae",)),
@@ -36,13 +37,16 @@ def all_finite(tree: Any) -> jax.Array:
 def check_finite(finite: Finite, params: Mapping[str, Any], dtype: Any, name: str) -> None:
     """Raise ModelError for the first stage whose output is not finite.
 
-    params: by network, searched for NaN only then. dtype: of the computation. name: of the model.
+    params: by network, searched for NaN only then; those of ControlNets have names that begin with CONTROLNET. dtype:
+    of the computation. name: of the model.
     """
     flags = jax.device_get(finite)._asdict()
     stage = next((stage for stage, flag in flags.items() if flag is not None and not flag), None)
     if stage is None:
         return
     label, networks = STAGES[stage]
+    if stage == "unet" and (nets := tuple(name for name in params if name.startswith(CONTROLNET))):
+        label, networks = f"{label} with {' and '.join(nets)}", (*networks, *nets)
     for network in networks:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(network, {})):
             if not np.isfinite(np.asarray(leaf, np.float32)).all():

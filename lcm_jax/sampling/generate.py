@@ -15,6 +15,7 @@ from lcm_jax.diffusion.samplers import CONSISTENCY_SCHEDULERS, SAMPLERS
 from lcm_jax.diffusion.samplers.table import Network, Table
 from lcm_jax.models.conditioning import Conditioning, concatenate
 from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling.control import Controller, make_controller
 from lcm_jax.sampling.finite import Finite, all_finite
 from lcm_jax.sampling.inputs import Inpainting, Inputs, step_noise
 
@@ -73,21 +74,33 @@ def masked_channels(model: StableDiffusion, params: Any, inpainting: Inpainting,
 
 
 def guided_network(
-    model: StableDiffusion, params: Any, prompt: Conditioning, negative: Conditioning | None, weight: jax.Array
+    model: StableDiffusion,
+    params: Any,
+    prompt: Conditioning,
+    negative: Conditioning | None,
+    weight: jax.Array,
+    controller: Controller | None = None,
 ) -> Network:
     """Return the network that a sampler evaluates, guided by the weight w: float32[].
 
     params: of the UNet. negative: None for a UNet that has the weight as an input, and for a model that is not guided;
-    else guidance is classifier-free, and its two passes are one batch of 2B.
+    else guidance is classifier-free, and its two passes are one batch of 2B. controller: of `make_controller`.
     """
+
+    def denoise(z, t, conditioning):
+        if controller is not None:
+            residuals = controller(z, t, conditioning, len(prompt.context))
+            conditioning = conditioning._replace(control=residuals)
+        return model.denoise(params, z, t, conditioning)
+
     if negative is None:
         takes_weight = model.guidance_embedding_dim is not None
         guided = prompt._replace(guidance=jnp.full(len(prompt.context), weight) if takes_weight else None)
-        return lambda z, t: model.denoise(params, z, t, guided)
+        return lambda z, t: denoise(z, t, guided)
     both = concatenate(prompt, negative)
 
     def network(z, t):
-        output = model.denoise(params, jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
+        output = denoise(jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
         cond, uncond = jnp.split(output, 2)
         return classifier_free(uncond, cond, weight)
 
@@ -130,11 +143,12 @@ def generate(
 ) -> tuple[jax.Array, Finite]:
     """Return images uint8[B, H, W, 3], or scaled latents float32[B, h, w, c] if `decode` is False, and their flags.
 
-    params: by network. sampler: name in SAMPLERS. table: of `sampler_table`. clip_skip: last layers of the text
-    encoder to leave out, for the prompt but not for the negative prompt. zero_empty: False if an empty negative prompt
-    is encoded even by a model that was trained with zeros for it. callback(i, t, z): called on the host after each
-    step, with int32[], the timestep and float32[B, h, w, c]; returns the latents to go on with. tile: side in pixels
-    of the autoencoder's tiles, see `StableDiffusion.tile_size`; None for images in one piece.
+    params: by network, and a tuple of `controlnets` if inputs.control is not None. sampler: name in SAMPLERS. table: of
+    `sampler_table`. clip_skip: last layers of the text encoder to leave out, for the prompt but not for the negative
+    prompt. zero_empty: False if an empty negative prompt is encoded even by a model that was trained with zeros for it.
+    callback(i, t, z): called on the host after each step, with int32[], the timestep and float32[B, h, w, c]; returns
+    the latents to go on with. tile: side in pixels of the autoencoder's tiles, see `StableDiffusion.tile_size`; None
+    for images in one piece.
     """
     encode = partial(model.encode_prompt, params, time_ids=inputs.time_ids)
     prompt = encode(inputs.token_ids, token_weights=inputs.token_weights, clip_skip=clip_skip, zero_empty=False)
@@ -150,7 +164,10 @@ def generate(
         negative = None if negative is None else negative._replace(masked=repeated)
     if inputs.source is not None:
         source = model.to_latents(model.encode(params["vae"], inputs.source.image, tile), inputs.source.noise)
-    network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0)
+    controller = None
+    if inputs.control is not None:
+        controller = make_controller(model.controlnets, params["controlnets"], inputs.control)
+    network = guided_network(model, params["unet"], prompt, negative, inputs.guidance_scale - 1.0, controller)
 
     def on_step(i, z):
         if inputs.source is not None and source is not None and inputs.source.mask is not None:

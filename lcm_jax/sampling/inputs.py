@@ -10,6 +10,7 @@ from PIL import Image
 
 from lcm_jax.data import images
 from lcm_jax.diffusion.pixels import to_float
+from lcm_jax.sampling.control import Control
 
 
 class Inpainting(NamedTuple):
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
     may be without its axis. token_weights, negative_weights: float32, of their shapes. latents: float32[B, h, w, c],
     standard normal. noise: key[B], from which `step_noise` makes the noise that steps add. guidance_scale: float32[] in
     diffusers' convention, w + 1. time_ids: float32[B, 6], SDXL's sizes. inpainting: for an inpainting model. source:
-    for image-to-image, and for inpainting with a model that was not trained for it.
+    for image-to-image, and for inpainting with a model that was not trained for it. control: for each ControlNet.
     """
 
     token_ids: Any
@@ -56,6 +57,7 @@ class Inputs(NamedTuple):
     time_ids: Any = None
     inpainting: Inpainting | None = None
     source: Source | None = None
+    control: tuple[Control, ...] | None = None
     token_weights: Any = None
     negative_weights: Any = None
 
@@ -98,6 +100,14 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> jax.Array:
     Raises ImageError as `to_rgb` does.
     """
     return to_float(resize(image, size, "RGB"))
+
+
+def to_unit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a PIL image of any mode, resized to (height, width), as float32[1, H, W, 3] in [0, 1].
+
+    Raises ImageError as `to_rgb` does.
+    """
+    return resize(image, size, "RGB").astype(np.float32) / 255.0
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -20,6 +20,7 @@ from lcm_jax.weights.layout import (
     NETWORKS,
     SECOND,
     choose_variant,
+    is_component,
     read_json,
     shown,
     weight_file,
@@ -134,7 +135,8 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise ModelError(f"{target} exists already; use another folder, or pass --overwrite (overwrite=True)")
-        if not any((target / part).exists() for part in ("model_index.json", "configs.json", LORA_FILE, *NETWORKS)):
+        marks = ("model_index.json", "configs.json", LORA_FILE, *NETWORKS)
+        if not any((target / part).exists() for part in marks) and not is_component(target):
             raise ModelError(f"{target} is not a model folder and was not overwritten; use another folder")
 
 
@@ -184,9 +186,22 @@ def write_tensors(
     """Write a component as `write_component` does, from tensors by PyTorch name, each read when its turn comes."""
     part = folder / name
     part.mkdir(parents=True)
+    write_network(part, FILES[name], config, tensors, variant, max_shard_bytes, advance)
+
+
+def write_network(
+    part: Path,
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    variant: str | None = None,
+    max_shard_bytes: int = 10 * 2**30,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Write config.json and safetensors of one network to the empty folder `part`. name: of the file, as in FILES."""
     write_json(part / "config.json", config)
     specs = get_specs(tensors)
-    stem = FILES[name] + (f".{variant}" if variant else "")
+    stem = name + (f".{variant}" if variant else "")
     shards: list[dict[str, np.ndarray]] = [{}]
     for key in sorted(specs):
         if shards[-1] and total_bytes(shards[-1]) + specs[key].nbytes > max_shard_bytes:
@@ -198,10 +213,10 @@ def write_tensors(
     placed = {}
     for i, shard in enumerate(shards, 1):
         tail = f"-{i:05d}-of-{len(shards):05d}"
-        file = f"{FILES[name]}.{variant}{tail}.safetensors" if variant else f"{stem}{tail}.safetensors"
+        file = f"{name}.{variant}{tail}.safetensors" if variant else f"{stem}{tail}.safetensors"
         write_safetensors(part / file, Tensors(shard, tensors.__getitem__), advance=advance)
         placed |= dict.fromkeys(shard, file)
-    index = f"{FILES[name]}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+    index = f"{name}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
     write_json(part / index, {"metadata": {"total_size": total_bytes(specs)}, "weight_map": placed})
 
 

@@ -133,6 +133,8 @@ def open_network(name: str | Path, folder: Path, variant: str | None = None) -> 
     """Open a network that is published alone. Raises ModelError for a kind that no model here has."""
     config = layout.read_json(folder / "config.json")
     kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if kind == "ControlNetModel":
+        raise ModelError(f"{folder} is a ControlNet; use its model, with this folder as controlnet")
     part = next((part for part in layout.NETWORKS if kind in layout.CLASSES[part][1]), None)
     if part is None:
         kinds = ", ".join(kind for part in layout.NETWORKS for kind in layout.CLASSES[part][1])

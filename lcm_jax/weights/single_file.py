@@ -90,15 +90,12 @@ def under(table: Mapping[str, str], old: str, new: str) -> dict[str, str]:
     return {f"{old}.{a}": f"{new}.{b}" for a, b in table.items()}
 
 
-def unet_names(layers: list[int], attended: set[int], family: str) -> dict[str, str]:
-    """layers: resnets of each level down, of which the way up has one more. attended: levels up with attention."""
+def down_names(layers: list[int], family: str) -> dict[str, str]:
+    """Return the names of all but the way up, which a ControlNet has as well. layers: resnets of each level."""
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
-        "time_embed.cond_proj": "time_embedding.cond_proj",
         "input_blocks.0.0": "conv_in",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
         "middle_block.1": "mid_block.attentions.0",
     }
     if family == "sdxl":
@@ -114,7 +111,14 @@ def unet_names(layers: list[int], attended: set[int], family: str) -> dict[str, 
         if i < last:
             names[f"input_blocks.{n}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
             n += 1
-    n = 0
+    return names
+
+
+def unet_names(layers: list[int], attended: set[int], family: str) -> dict[str, str]:
+    """layers: resnets of each level down, of which the way up has one more. attended: levels up with attention."""
+    names = down_names(layers, family)
+    names |= {"time_embed.cond_proj": "time_embedding.cond_proj", "out.0": "conv_norm_out", "out.2": "conv_out"}
+    last, n = len(layers) - 1, 0
     for i, resnets in enumerate(reversed(layers)):
         for j in range(resnets + 1):
             names |= under(RESNET, f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}")
@@ -161,12 +165,7 @@ def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]
     if has(keys, "down_blocks.") or has(keys, "encoder.down_blocks."):
         return {head: head for head in OWN[component]}
     if component == "unet":
-        layers = [0]
-        for n in range(1, count(keys, "input_blocks.")):
-            if f"input_blocks.{n}.0.op.weight" in keys:
-                layers.append(0)
-            else:
-                layers[-1] += 1
+        layers = count_layers(keys)
         ends = np.cumsum([n + 1 for n in reversed(layers)]) - 1
         attended = {i for i, n in enumerate(ends) if f"output_blocks.{n}.1.norm.weight" in keys}
         return unet_names(layers, attended, family)
@@ -176,6 +175,17 @@ def names_in_file(component: str, family: str, keys: Set[str]) -> dict[str, str]
         return open_clip_names(count(keys, "transformer.resblocks."))
     # Some files of 1.x were written without `text_model.`
     return {"text_model": "text_model"} | {f: f"text_model.{f}" for f in ("embeddings", "encoder", "final_layer_norm")}
+
+
+def count_layers(keys: Set[str]) -> list[int]:
+    """Return the resnets of each level down, from a UNet's keys in this layout without their prefix."""
+    layers = [0]
+    for n in range(1, count(keys, "input_blocks.")):
+        if f"input_blocks.{n}.0.op.weight" in keys:
+            layers.append(0)
+        else:
+            layers[-1] += 1
+    return layers
 
 
 def names_in_folder(component: str, family: str, keys: Set[str]) -> dict[str, str]:

@@ -26,9 +26,11 @@ COMPONENTS = {
 VAE_PREFIXES = ("", VAE, "vae.")  # that a file of an autoencoder alone may have
 UNET_PREFIXES = (UNET, "")
 MARKS = ("v_pred", "ztsnr")  # keys of empty tensors that record the prediction type, as in ComfyUI
+CONTROLNET = "a ControlNet"
 # Keys of other models that look alike.
 OTHERS = {
-    "control_model.": "a ControlNet",
+    "control_model.": CONTROLNET,
+    "input_hint_block.": CONTROLNET,
     "depth_model.": "a depth-to-image model",
     "embedder.model.": "unCLIP",
     "conditioner.embedders.0.model.": "the refiner of SDXL",
@@ -39,7 +41,7 @@ OTHERS = {
     "double_blocks.": "Flux",
     "lora_unet_": "a LoRA",
     "edm_vpred.": "CosXL",
-    "controlnet_": "a ControlNet",
+    "controlnet_": CONTROLNET,
     "text_model.": "the text encoder of a diffusers folder",
 }
 
@@ -50,6 +52,8 @@ def detect_family(tensors: Mapping[str, Any]) -> str:
     Raises ModelError, with the keys that were looked for and those that are there, for any other file.
     """
     for mark, kind in OTHERS.items():
+        if has(tensors, mark) and kind == CONTROLNET:
+            raise ModelError(f"this file is {kind} by its keys {mark}*; use its model, with this file as controlnet")
         if has(tensors, mark):
             raise ModelError(
                 f"this file is {kind} by its keys {mark}*, which is not supported here; "
