@@ -103,9 +103,6 @@ def test_mistakes_name_the_argument(models):
         ours("a circle", image=image())
     with pytest.raises(ValueError, match="^image must be a PIL image for inpainting models, got ndarray"):
         ours("a circle", image=np.zeros((16, 24, 3)), mask_image=mask())
-    plain = lcm_jax.Pipeline.from_pretrained("shapes-lcm")
-    with pytest.raises(ValueError, match="mask_image is not supported by this model, which does not inpaint; omit it"):
-        plain("a circle", mask_image=mask())
 
 
 def test_the_command_paints_in_the_picture(tmp_path):

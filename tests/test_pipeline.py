@@ -472,7 +472,9 @@ def test_models_that_cannot_work_are_refused(models, tmp_path):
         lcm_jax.Pipeline.from_pretrained(folder)
 
     folder = changed("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler")
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not supported; pass sampler=, one of lcm, ddim"):
+    with pytest.raises(
+        ValueError, match="HeunDiscreteScheduler is not supported; pass sampler=, one of lcm, tcd, ddim"
+    ):
         lcm_jax.Pipeline.from_pretrained(folder)(PROMPT)
     tokenizers.build(reference_pipeline.WORDS, folder / "tokenizer", model_max_length=30)
     with pytest.raises(ModelError, match="model_max_length is 30, above the text encoder's max_position_embeddings 12"):

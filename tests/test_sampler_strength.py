@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
 from sampler_parity import (
     CONSISTENCY,
     NEEDED,
@@ -23,6 +24,8 @@ from sampler_parity import (
 
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.schedule import make_schedule
+from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.sampling.generate import default_sampler, is_consistency_model
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -120,6 +123,16 @@ def test_the_default_of_eta():
     }
 
 
+def test_a_model_with_tcd_scheduler_is_a_consistency_model():
+    scheduler = {"_class_name": "TCDScheduler"}
+    configs = {"unet": tiny_model.SHALLOW, "vae": tiny_model.VAE, "text_encoder": tiny_model.TEXT}
+    model = StableDiffusion.from_configs(configs | {"scheduler": scheduler})
+    assert default_sampler(model) == "tcd" and is_consistency_model(model)
+    np.testing.assert_allclose(
+        model.schedule.alphas_cumprod, diffusers.TCDScheduler().alphas_cumprod.numpy(), rtol=1e-5
+    )
+
+
 def test_no_noise_is_drawn_at_eta_0():
     """Although one program serves every eta."""
     drawn = []
@@ -162,8 +175,8 @@ def test_bad_strengths_and_etas(name):
         ):
             make(schedule, config, 4, eta=0.5)
         return
-    for eta in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=f"^eta is {eta}; use a number from 0 to 1$"):
+    for eta in (-0.1, 1.5, float("nan"), "high", True):
+        with pytest.raises(ValueError, match=f"^eta is {eta!r}; use a number from 0 to 1$"):
             make(schedule, config, 4, eta=eta)
 
 

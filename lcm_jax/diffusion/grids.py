@@ -37,10 +37,9 @@ def lcm_timesteps(
     stride = num_train_timesteps // original_steps
     grid = (np.arange(1, steps_within(original_steps, strength) + 1) * stride - 1)[::-1]
     if not 1 <= num_inference_steps <= len(grid):
-        raise ValueError(
-            f"num_inference_steps is {num_inference_steps}; choose 1 to {len(grid)}"
-            f"{f' (at strength {strength})' if strength < 1 else ''}, best 2 to 8"
-        )
+        remedy = f"1 to {len(grid)}{f' (at strength {strength})' if strength < 1 else ''}"
+        best = ", best 2 to 8" if len(grid) >= 8 else ""
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; choose {remedy}{best}")
     indices = np.floor(np.linspace(0, len(grid), num_inference_steps, endpoint=False)).astype(int)
     return grid[indices].astype(np.int32)
 

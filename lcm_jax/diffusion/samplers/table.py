@@ -1,6 +1,7 @@
 """The shared part of all samplers: the record, the table of steps, and the loop over the table."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -85,11 +86,11 @@ class Sampler(NamedTuple):
         """
         if self.eta is None:
             if eta is not None:
-                raise ValueError(f"eta is {eta}, but sampler {self.name!r} has no eta; omit it, or use ddim or tcd")
+                raise ValueError(f"eta is {eta!r}, but sampler {self.name!r} has no eta; omit it, or use ddim or tcd")
             return self.build(schedule, config, n, strength)
         eta = self.eta if eta is None else eta
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; use a number from 0 to 1")
+        if not isinstance(eta, Real) or isinstance(eta, bool) or not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta!r}; use a number from 0 to 1")
         return self.build(schedule, config, n, strength, eta)
 
 
