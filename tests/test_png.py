@@ -236,6 +236,20 @@ def test_differences_name_the_fields():
     ]
 
 
+def test_an_image_is_compared_with_the_png_that_it_repeats(tmp_path):
+    file, other = tmp_path / "image.png", Image.new("RGB", (4, 3), "blue")
+    png.write(IMAGE, file, FULL)
+    assert png.compare(file, FULL, IMAGE) == (True, f"identical to {file}")
+    for settings, image, message in [
+        (FULL, other, f"the image differs from {file}, whose settings are the same; its pixels were changed"),
+        (dataclasses.replace(FULL, seed=5), IMAGE, f"may differ from {file}: seed is 5, was 2147483647"),
+    ]:
+        same, text = png.compare(file, settings, image)
+        assert not same and message in text
+    png.write(IMAGE, file, Settings("a"))
+    assert png.compare(file, FULL, IMAGE) == (False, f"{file} was made by another program; the image will differ")
+
+
 TEXT = b"parameters\0"
 
 

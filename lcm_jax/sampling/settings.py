@@ -60,9 +60,7 @@ class Control:
         except ValueError:
             scale = math.nan
         if not model or len(parts) not in (1, 2) or not parts[0] or not math.isfinite(scale):
-            raise ValueError(
-                f"the control {text!r} cannot be read; use MODEL:IMAGE or MODEL:IMAGE:SCALE, SCALE a number"
-            )
+            raise ValueError(f"control {text!r} is not supported; use MODEL:IMAGE, or MODEL:IMAGE:SCALE with a number")
         return cls(model, File.of(parts[0]), scale)
 
 
