@@ -161,8 +161,13 @@ def prepare_metrics(config) -> dict:
     return make_metrics(config.metrics, make_resources(features, held_out, reference, train, batch))
 
 
-def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, config) -> list[dict]:
-    """Return the rows of all models; each is printed when it is done, with the time left by its speed."""
+def measure_models(
+    models: Sequence, prompts: Sequence[str], metrics: Mapping, config
+) -> tuple[list[dict], dict[str, float]]:
+    """Return the rows of all models, and their guidance scales.
+
+    Each row is printed when it is done, with the time left by its speed.
+    """
     from lcm_jax.evaluation import report
     from lcm_jax.evaluation.evaluate import evaluate
     from lcm_jax.pipeline import Pipeline
@@ -170,6 +175,7 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
     from lcm_jax.sampling.preview import PreviewSampler
 
     rows: list[dict] = []
+    scales = {}
     steps_left = sum(sum(steps) for _, _, plan in models for steps in plan.values())
     total = sum(len(steps) for _, _, plan in models for steps in plan.values())
     all_steps, began = steps_left, time.monotonic()
@@ -181,7 +187,8 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
                 pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
             )
 
-            scale = effective_guidance_scale(pipe.model, settings.guidance_scale)
+            scale = pipe.preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+            scale = scales[name] = effective_guidance_scale(pipe.model, scale)
 
             def draw(sampler, steps, name=name, preview=preview, params=pipe.params, scale=scale):
                 update(f"{name} {sampler} {steps}", 0)
@@ -195,7 +202,7 @@ def measure_models(models: Sequence, prompts: Sequence[str], metrics: Mapping, c
                 seconds = (time.monotonic() - began) / (all_steps - steps_left) * steps_left
                 left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
                 print(f"{len(rows)}/{total}  {report.line(rows[-1])}{left}")
-    return rows
+    return rows, scales
 
 
 def evaluate() -> None:
@@ -213,16 +220,17 @@ def evaluate() -> None:
     from lcm_jax.evaluation import report
     from lcm_jax.recipes import settings
 
-    settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
+    groups = ("autoencoder", "metrics", "data", "report")
+    settings.check(config, groups, optional=("report.guidance_scale",))
     settings.check_keys(config, [config_files.load("eval/shapes")])
     if config.data.source != "shapes":
         raise ValueError(f"data.source {config.data.source!r} is not supported; use shapes")
     models = open_models(names, read_plan(PLAN.value, tuple(SAMPLERS)), config.data.size)
     start = time.monotonic()
     prompts = evaluation_prompts("test", config.report.prompts)
-    rows = measure_models(models, prompts, prepare_metrics(config), config)
+    rows, scales = measure_models(models, prompts, prepare_metrics(config), config)
     result = {"models": report.nest(rows)} | report.environment()
-    result |= {"captions": len(prompts), "guidance_scale": config.report.guidance_scale, "settings": config.to_dict()}
+    result |= {"captions": len(prompts), "guidance_scales": scales, "settings": config.to_dict()}
     result |= {"seconds": {"report": round(time.monotonic() - start, 1)}}
     report.show(result)
     if output is not None:

@@ -88,6 +88,9 @@ CONTROL = flags.DEFINE_multi_string(
     **OWN,
 )
 VARIANT = flags.DEFINE_string("variant", None, "Variant of the weight files to read, such as fp16.", **OWN)
+VAE_TILING = flags.DEFINE_bool(
+    "vae_tiling", False, "Decode and encode large images in tiles, which takes less memory.", **OWN
+)
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; defaults to the model's.", **OWN)
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; defaults to the model's.", **OWN)
 IMAGE = flags.DEFINE_string("image", None, "Image to change, or to repaint where --mask_image is white.", **OWN)
@@ -125,7 +128,7 @@ EXAMPLE = """Example:
 # Flags whose values are fields of the settings, and the first of these arguments of the pipeline, under the same names.
 ARGUMENTS = """negative_prompt prompt_weights num_inference_steps guidance_scale seed sampler clip_skip eta strength
 padding_mask_crop width height""".split()
-FIELDS = [*ARGUMENTS, *"model base variant vae dtype".split()]
+FIELDS = [*ARGUMENTS, *"model base variant vae vae_tiling dtype".split()]
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -210,6 +213,8 @@ def open_pipeline(settings: Settings) -> tuple["Pipeline", Settings]:
     stored = stored if s.vae is None else replace_vae(stored, open_model(s.vae))
     nets = [open_controlnet(control.model) for control in s.controls]
     pipe = Pipeline(stored, s.dtype or DTYPE.default, controlnet=nets)
+    if s.vae_tiling:
+        pipe.enable_vae_tiling()
     for lora in s.loras:
         print(f"with {pipe.load_lora(lora.file.path, lora.weight)} at {lora.weight:g}")
     pairs = zip(s.controls, nets, strict=True)

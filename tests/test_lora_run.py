@@ -24,6 +24,7 @@ from lcm_jax.weights import orbax_folder
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.lora_files import read_adapters, write_adapters
 from lcm_jax.weights.model import open_model
+from lcm_jax.weights.preset import Preset
 
 SETTINGS = lora.LoRASettings(4, 8.0, ("to_q", "to_out.0", "conv1"))  # of `shrunk`
 
@@ -69,7 +70,9 @@ def test_an_lcm_lora_from_a_teacher_to_its_files(teacher, tmp_path, capsys):
     stored = jax.tree.map(np.copy, base.params["unet"])
     assert base.load_lora(tmp_path / "run") == "run"
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), merged.params["unet"], base.params["unet"])
+    assert merged.preset == base.preset == Preset("lcm", 1, 1.0), "of its previews, without guidance"
     base.unload_lora()
+    assert base.preset == Preset(None, 50, 7.5)
     same(stored, base.params["unet"])
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), stored, merged.params["unet"])
     assert sum(jax.tree.leaves(changed)) == len(lora.modules(adapters)), "adapted modules alone"

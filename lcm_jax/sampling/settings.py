@@ -97,6 +97,7 @@ class Settings:
     base: str | None = None
     variant: str | None = None
     vae: str | None = None
+    vae_tiling: bool = False
     dtype: str | None = None
     fingerprint: str | None = None
     device: str | None = None
