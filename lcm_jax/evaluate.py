@@ -187,7 +187,7 @@ def measure_models(
                 pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
             )
 
-            scale = pipe.preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+            scale = settings.guidance_scale or pipe.preset.guidance_scale
             scale = scales[name] = effective_guidance_scale(pipe.model, scale)
 
             def draw(sampler, steps, name=name, preview=preview, params=pipe.params, scale=scale):
@@ -220,8 +220,7 @@ def evaluate() -> None:
     from lcm_jax.evaluation import report
     from lcm_jax.recipes import settings
 
-    groups = ("autoencoder", "metrics", "data", "report")
-    settings.check(config, groups, optional=("report.guidance_scale",))
+    settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
     settings.check_keys(config, [config_files.load("eval/shapes")])
     if config.data.source != "shapes":
         raise ValueError(f"data.source {config.data.source!r} is not supported; use shapes")

@@ -3,7 +3,7 @@
 The verifier judges images of simple shapes alone; a model that was not trained on them scores near 0.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
@@ -16,8 +16,7 @@ def get_config() -> ConfigDict:
             "prompts": 216,  # captions, as many of each of the six tasks
             "batch_size": 36,
             "reference": 1024,  # real images of held-out captions
-            # Of all models; None is each model's own, that of its preset: 3 for shapes, 4 for shapes-lcm.
-            "guidance_scale": config_dict.placeholder(float),
+            "guidance_scale": 0.0,  # of all models; 0 is that of each model's preset: 3 for shapes, 4 for shapes-lcm
             "seed": 2,  # of the noise, the same for every row
         }
     )

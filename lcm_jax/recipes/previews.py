@@ -58,6 +58,8 @@ def check_samplers(config, candidates: Sequence[Candidate]) -> None:
     """Raise ValueError for a sampler of previews or of the report that does not support a number of steps, and if a
     candidate has no plan."""
     plans = {f"sample.{each.name}_steps": (each.model, each.sampler, each.preview_steps(config)) for each in candidates}
+    if not config.report.guidance_scale:
+        raise ValueError("report.guidance_scale 0 is not supported for a run; use a number of at least 1")
     for each in candidates:
         if each.name not in config.report:
             raise ValueError(f"the config has no report.{each.name}; add its steps by sampler, such as lcm=(1, 2, 4)")

@@ -1,6 +1,7 @@
 """The range of every number in a config, by its key, and what must hold between them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -61,7 +62,7 @@ RANGES: Mapping[str, Range] = {
     "report.prompts": Range(2),  # a covariance takes two images
     "report.batch_size": POSITIVE,
     "report.reference": Range(2),
-    "report.guidance_scale": GUIDANCE,
+    "report.guidance_scale": replace(GUIDANCE, also=0),  # 0, in an evaluation: of each model's preset
     "report.seed": Range(0, 2**31 - 1),
     **{f"report.{who}.*": MANY_STEPS for who in MODELS},
     "unet.block_out_channels": MANY,
@@ -92,17 +93,15 @@ CHOICES: Mapping[str, tuple] = {
 }
 
 
-def check(config, groups: Sequence[str] = GROUPS, optional: Sequence[str] = ()) -> None:
+def check(config, groups: Sequence[str] = GROUPS) -> None:
     """Raise ValueError for a setting that is not supported; the text has its key, its value and the valid ones.
 
-    config: a ConfigDict. groups: the keys at its top that it must have. optional: settings that may be None. Reads
-    nothing else.
+    config: a ConfigDict. groups: the keys at its top that it must have. Reads nothing else.
     """
     required = [*groups, *(["metrics"] if "report" in config else [])]
     if missing := [key for key in required if key not in config]:
         raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
-    settings = {key: value for key, value in settings.items() if value is not None or key not in optional}
     for key, value in settings.items():
         if (allowed := range_of(key) or CHOICES.get(key)) is not None:
             check_setting(key, value, allowed)
