@@ -269,7 +269,6 @@ class Pipeline:
             guided=is_classifier_free(self.model, scale),
             tile=self._tile,
             platforms=(jax.default_backend(),) if platforms is None else platforms,
-            about={"model": self.name},
         )
 
     def __call__(

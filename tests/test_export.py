@@ -56,7 +56,7 @@ def test_the_folder_describes_itself(pipe, exported):
     assert (about["batch_size"], about["height"], about["width"], about["num_inference_steps"]) == (2, 32, 16, 2)
     assert about["sampler"] == "lcm" and about["guidance_scale"] == 3.0 and about["negative_prompt"]
     assert (
-        about["platforms"] == ["cpu"] and about["programs"]["images.stablehlo"]["inputs"]["token_ids"] == "int32[2, 20]"
+        about["platforms"] == ["cpu"] and about["programs"]["images.stablehlo"]["inputs"]["token_ids"] == "int32[2,20]"
     )
     with safe_open(exported / "parameters.safetensors", "np") as file:
         kernel = file.get_tensor("unet.conv_in.kernel")

@@ -80,7 +80,7 @@ def tiny_world() -> SimpleNamespace:
         unet=SimpleNamespace(dtype=jnp.float32),
         encode_prompt=lambda params, ids, time_ids, **_: Conditioning(ids[:, :1] / 10.0),
         denoise=denoise,
-        decode=lambda params, z: z,
+        decode=lambda params, z, tile: z,
     )
 
 

@@ -74,7 +74,7 @@ def test_a_distillation_leaves_a_student_and_a_report(teacher, tmp_path, capsys)
     assert f"at step {best['step']} ({tmp_path / 'run' / 'best'}); last: " in printed
     assert "Best frechet@2 of the previews: " in (tmp_path / "run" / "report.md").read_text()
     # Of its previews and the w that it was distilled for; an LCM of this kind is sampled in 4 steps, or what is near.
-    preset = Preset("lcm", 2, 8.0, (config.objective.w_min + 1, config.objective.w_max + 1))
+    preset = Preset("lcm", 2, config.sample.guidance_scale, (config.objective.w_min + 1, config.objective.w_max + 1))
     assert open_model(tmp_path / "run" / "export").preset == open_model(tmp_path / "run").preset == preset
     opened = open_model(tmp_path / "run" / "best")
     assert opened.name.endswith(f"the EMA target at step {best['step']}") and "unet" in opened.tensors

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -73,6 +74,32 @@ def noise_program(shape: tuple[int, int, int]) -> Callable[..., tuple[jax.Array,
     return program
 
 
+def describe_programs(
+    noise: jax.export.Exported, images: jax.export.Exported, parameters: int, guided: bool
+) -> dict[str, Any]:
+    """Return the inputs and outputs of both programs by file, for readers. parameters: their number."""
+    batch, ids = noise.in_avals[1].shape[0], str(images.in_avals[parameters + len(Table._fields)])
+    latents, keys = map(str, noise.out_avals)
+    return {
+        NOISE: {
+            "inputs": {"seed": "int32[]", "numbers": f"uint32[{batch}], of the images, from 0"},
+            "outputs": {"latents": latents, "keys": keys},
+        },
+        IMAGES: {
+            "inputs": {
+                "params": f"{parameters} arrays by name, those of {PARAMETERS}",
+                "table": f"{len(Table._fields)} arrays by name, those of {TABLE}",
+                "token_ids": ids,
+                "negative_ids": f"{ids}, {'of the negative prompts' if guided else 'not used'}",
+                "latents": latents,
+                "keys": keys,
+                "guidance_scale": "float32[]",
+            },
+            "outputs": {"images": str(images.out_avals[0]), "finite": "a list of bool[], False for NaN"},
+        },
+    }
+
+
 def write_export(
     target: Path,
     model: StableDiffusion,
@@ -87,17 +114,18 @@ def write_export(
     guided: bool,
     tile: int | None,
     platforms: Sequence[str],
-    about: Mapping[str, Any],
 ) -> None:
     """Write the folder `target`, whole or not at all, and never over another.
 
     params: by network. tokenizers: of transformers, one for each text encoder. table: of `sampler_table`. guided: the
-    program takes a second pass for negative prompts. platforms: that the program is lowered for, of PLATFORMS. about:
-    more entries of the description. Raises ModelError if `target` has content, and ValueError for a platform.
+    program takes a second pass for negative prompts. platforms: that the program is lowered for, of PLATFORMS. Raises
+    ModelError if `target` exists, and ValueError for a platform that is not supported.
     """
+    if target.exists():
+        raise ModelError(f"{target} exists already; use another folder")
     if other := [platform for platform in platforms if platform not in PLATFORMS]:
         raise ValueError(f"platforms has {other[0]!r}; use {', '.join(PLATFORMS)}")
-    shape = (*(side // model.downscale for side in size), model.vae.config["latent_channels"])
+    shape = (size[0] // model.downscale, size[1] // model.downscale, model.vae.config["latent_channels"])
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)  # noqa: E731
     like = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
     length = tokenizers[0].model_max_length
@@ -130,28 +158,8 @@ def write_export(
             {"file": f"tokenizer{'_2' * i}.json", "length": length, "end": each.eos_token_id, "pad": each.pad_token_id}
             for i, each in enumerate(tokenizers)
         ],
-        "programs": {
-            NOISE: {
-                "inputs": {"seed": "int32[]", "numbers": f"uint32[{batch_size}], of the images, from 0"},
-                "outputs": {"latents": str(noise.out_avals[0]), "keys": str(noise.out_avals[1])},
-            },
-            IMAGES: {
-                "inputs": {
-                    "params": f"{len(flat)} arrays by name, those of {PARAMETERS}",
-                    "table": f"{len(fields)} arrays by name, those of {TABLE}",
-                    "token_ids": f"int32{list(ids.shape)}",
-                    "negative_ids": f"int32{list(ids.shape)}, {'of the negative prompts' if guided else 'not used'}",
-                    "latents": str(noise.out_avals[0]),
-                    "keys": str(noise.out_avals[1]),
-                    "guidance_scale": "float32[]",
-                },
-                "outputs": {"images": str(images.out_avals[0]), "finite": "a list of bool[], False for NaN"},
-            },
-        },
-    } | dict(about)
-    target = Path(target)
-    if target.exists():
-        raise ModelError(f"{target} exists already; use another folder")
+        "programs": describe_programs(noise, images, len(flat), guided),
+    }
     with folders.new_folder(target) as folder:
         (folder / NOISE).write_bytes(noise.serialize())
         (folder / IMAGES).write_bytes(images.serialize())

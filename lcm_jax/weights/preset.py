@@ -69,9 +69,11 @@ class Preset:
                 raise ModelError(f"{where} has no {name}; add it, or remove the preset")
         if unknown := [name for name in content if name not in fields]:
             raise ModelError(f"{where}: {shown(unknown[0])} is not a setting of a preset; use {', '.join(fields)}")
-        bounds = content.get("guidance_range")
+        settings: dict[str, Any] = dict(content)
+        if isinstance(bounds := settings.get("guidance_range"), list):
+            settings["guidance_range"] = tuple(bounds)
         try:
-            return cls(**content | {"guidance_range": tuple(bounds) if isinstance(bounds, list) else bounds})
+            return cls(**settings)
         except ValueError as error:
             raise ModelError(f"{where}: {error}") from None
 
