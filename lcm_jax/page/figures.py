@@ -78,4 +78,7 @@ DROP = (
     '<label class="drop">Drop a PNG from this page here, or choose one, to restore its settings'
     '<input type="file" accept="image/png" aria-label="PNG whose settings are restored"></label>'
 )
-GALLERY = '<div class="cards gallery" aria-label="Gallery"></div><p class="hint">Images that you keep appear here.</p>'
+GALLERY = (
+    '<div class="cards gallery" role="group" aria-label="Gallery"></div>'
+    '<p class="hint">Images that you keep appear here.</p>'
+)

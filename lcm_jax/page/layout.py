@@ -19,6 +19,7 @@ STRIP = (1, 2, 4, 8)
 SEEDS = 9999  # on the slider; the number beside it and dropped images may be larger
 TEACHER_QUIET_S, STRIP_QUIET_S = 0.7, 0.3  # what takes long waits until the visitor pauses
 TICKET = "(...values) => [...values.slice(0, -1), window.lcmTicket()]"
+ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
 
@@ -35,7 +36,11 @@ class Defaults:
 
 def theme() -> Base:
     """Return the theme, whose fonts are the system's: nothing is fetched from another host."""
-    return Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO)
+    soft = Soft(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO)
+    plain = {"background_fill": "transparent", "padding": "0", "text_weight": "600", "text_color": "*body_text_color"}
+    labels = {f"block_title_{name}": value for name, value in plain.items()}
+    dark = {f"block_title_{name}_dark": plain[name] for name in ("background_fill", "text_color")}
+    return soft.set(**labels, **dark)
 
 
 def css() -> str:
@@ -82,9 +87,7 @@ class Controls:
         )
         self.sampler = gr.Dropdown(list(service.samplers), value=service.samplers[0], label="Sampler", **hidden)
         self.size = gr.Dropdown(sizes, value=sizes[0], label="Height x width", visible=len(sizes) > 1, **hidden)
-        self.strength = gr.Slider(
-            0.05, 1, defaults.strength, step=0.05, label="Strength", info="How far to leave the drawing", **hidden
-        )
+        self.strength = gr.Slider(0.05, 1, defaults.strength, step=0.05, label="Drawing strength", **hidden)
         self.loras = {
             name: gr.Slider(-1, 2, weight, step=0.05, label=f"LoRA {name}", **hidden)
             for name, weight in service.pipe.lora_weights.items()
@@ -180,10 +183,11 @@ class Events:
             return gr.skip(), gr.skip()
         except (Refused, uploads.UploadError) as error:
             return gr.skip(), _status(str(error), wrong=True)
-        caption = _count(job.num_inference_steps, "step")
+        steps = _count(job.num_inference_steps, "step")
+        caption = f"{steps} · {_seconds(result.seconds)}"
         cards = [figures.figure(*each, caption) for each in zip(result.images, result.settings, strict=True)]
         kind = "result" if len(cards) == 1 else "batch"
-        text = f"{_seconds(result.seconds)} for {_count(len(cards), 'image')} at {caption}"
+        text = f"{_count(len(cards), 'image')} at {steps} in {_seconds(result.seconds)}"
         return figures.figures(cards, kind), _status(". ".join([text, *result.warnings]), wrong=bool(result.warnings))
 
     async def draw_teacher(self, request: gr.Request, *values) -> Any:
@@ -199,7 +203,7 @@ class Events:
             return gr.skip()
         except (Refused, uploads.UploadError) as error:
             return figures.placeholder(str(error))
-        caption = f"Teacher, {_count(steps, 'step')}: {_seconds(result.seconds)}"
+        caption = f"{_count(steps, 'step')} · {_seconds(result.seconds)}"
         return figures.figure(result.images[0], result.settings[0], caption)
 
     async def draw_strip(self, request: gr.Request, *values) -> Any:
@@ -251,32 +255,26 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
     with gr.Blocks(title="lcm_jax", analytics_enabled=False, fill_width=True) as page:
         controls = Controls(service, defaults)
         events = Events(service, controls)
-        gr.HTML(f"<h1>lcm_jax</h1><p>{service.pipe.name}</p>", elem_id="title")
+        plain: dict[str, Any] = {"apply_default_css": False}
+        figure: dict[str, Any] = {"js_on_load": "lcmFigures(element)", **plain}
+        gr.HTML(f"<h1>lcm_jax</h1> <p>{figures.escape(service.pipe.name)}</p>", elem_id="title", **plain)
         controls.prompt.render()
-        status = gr.HTML(
-            _status("Warming up"),
-            elem_id="status",
-            js_on_load="element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');",
-        )
+        status = gr.HTML(_status("The first image is on its way."), elem_id="status", js_on_load=ANNOUNCE, **plain)
         with gr.Row(elem_id="main"):
-            with gr.Column(scale=3, elem_id="images"):
+            with gr.Column(scale=3, min_width=320):
                 with gr.Row(elem_id="side-by-side"):
-                    with gr.Column(min_width=200):
-                        gr.HTML("<h2>Image</h2>")
-                        image = gr.HTML(
-                            figures.figures([figures.placeholder("")], "result"),
-                            js_on_load="lcmFigures(element)",
-                            elem_id="image",
-                        )
-                    with gr.Column(min_width=200):
-                        gr.HTML("<h2>Drawing</h2>")
+                    with gr.Column(min_width=140):
+                        gr.HTML("<h2>Image</h2>", **plain)
+                        image = gr.HTML(figures.placeholder(""), elem_id="image", **figure)
+                    with gr.Column(min_width=140, visible=service.teacher is not None) as teacher_column:
+                        gr.HTML("<h2>Teacher</h2>", **plain)
+                        teacher = gr.HTML(figures.placeholder(""), elem_id="teacher", **figure)
+                    with gr.Column(min_width=200, elem_id="drawing"):
+                        gr.HTML("<h2>Drawing</h2>", **plain)
                         controls.canvas.render()
-                    with gr.Column(min_width=200, visible=service.teacher is not None) as teacher_column:
-                        gr.HTML("<h2>Teacher</h2>")
-                        teacher = gr.HTML(figures.placeholder(""), js_on_load="lcmFigures(element)", elem_id="teacher")
                 with gr.Column() as strip_column:
-                    gr.HTML("<h2>Steps</h2>")
-                    strip = gr.HTML("", js_on_load="lcmFigures(element)", elem_id="strip")
+                    gr.HTML("<h2>Steps</h2>", **plain)
+                    strip = gr.HTML("", elem_id="strip", **figure)
             with gr.Column(scale=1, min_width=260, elem_id="controls"):
                 for each in (controls.steps, controls.guidance, controls.seed):
                     each.render()
@@ -289,9 +287,9 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
                     controls.teacher.render()
                     controls.strip.render()
                 controls.ticket.render()
-                drop = gr.HTML(figures.DROP, js_on_load="lcmDrop(element, props, trigger)", elem_id="drop")
-        gr.HTML("<h2>Gallery</h2>")
-        gallery = gr.HTML(figures.GALLERY, js_on_load="lcmGallery(element, props, trigger)", elem_id="gallery")
+                drop = gr.HTML(figures.DROP, js_on_load="lcmDrop(element, props, trigger)", elem_id="drop", **plain)
+        gr.HTML("<h2>Gallery</h2>", **plain)
+        gallery = gr.HTML(figures.GALLERY, js_on_load="lcmGallery(element, props, trigger)", elem_id="gallery", **plain)
 
         drawings = ((events.draw, [image, status]), (events.draw_teacher, teacher), (events.draw_strip, strip))
         changes = [each.input for each in [*controls.settings, controls.teacher, controls.strip]]

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 
 from lcm_jax.page import layout, stamp, uploads
@@ -19,7 +19,9 @@ from lcm_jax.page.requests import InvalidRequest, QueueFull, Refused, Request, T
 from lcm_jax.page.service import Service
 
 # All that the page fetches. Gradio has many more routes: they read files, fetch addresses, accept uploads.
-OPEN = re.compile(r"/|/theme\.css|/(assets|static)/[\w./@-]+|/gradio_api/run/predict|/api/generate|/healthz|/metrics")
+OPEN = re.compile(
+    r"/|/theme\.css|/favicon\.ico|/(assets|static)/[\w./@-]+|/gradio_api/run/predict|/api/generate|/healthz|/metrics"
+)
 MAX_BODY_BYTES = 2 * uploads.MAX_BYTES
 STATUS = {InvalidRequest: 400, QueueFull: 429, TimedOut: 504, Unavailable: 503}
 # A browser that obeys it asks no other host for anything.
@@ -94,10 +96,6 @@ def make_app(service: Service, defaults: layout.Defaults, on_warm) -> FastAPI:
             status = STATUS.get(type(refused), 500)
             return Response(json.dumps({"error": str(refused)}), status, media_type="application/json")
         return Response(stamp.to_png(result.images[0], result.settings[0]), media_type="image/png")
-
-    @app.api_route("/gradio_api/{rest:path}", methods=["GET"])
-    def nothing(rest: str) -> Response:
-        raise HTTPException(404)
 
     page = layout.build(service, defaults)
     gr.mount_gradio_app(

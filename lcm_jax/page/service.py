@@ -236,6 +236,7 @@ class Service:
                     images=batch,
                     size=size,
                     image=image,
+                    strength=1.0,  # some samplers make no step of 1 at less
                     teacher=pipe is self.teacher,
                 )
 
@@ -263,6 +264,7 @@ class Service:
                 first=request.first,
                 height=height,
                 width=width,
+                progress=False,
                 **start,
             ).images
         seconds = time.monotonic() - began
