@@ -1,15 +1,15 @@
 """The queue and the worker of the page, without a browser: a fake pipeline for the order, a real one for programs."""
 
-import threading
 import time
-import warnings
-from types import SimpleNamespace
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import tiny_model
+from fake_pipeline import FakePipeline
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lcm_jax.page.metrics import Metrics
 from lcm_jax.page.requests import InvalidRequest, Limits, QueueFull, Refused, Request, Superseded, TimedOut, Unavailable
@@ -17,34 +17,7 @@ from lcm_jax.page.service import Service, supported_samplers
 from lcm_jax.pipeline import Pipeline
 
 SIZES = ((64, 64), (32, 64))
-ASKED = Request("a circle", num_inference_steps=4, guidance_scale=8.0, sampler="lcm")
-
-
-class Gated:
-    """A pipeline whose calls wait for `gate`, and are recorded by their prompts."""
-
-    name, sampler = "gated", "lcm"
-
-    def __init__(self):
-        self.gate, self.started, self.prompts = threading.Event(), threading.Event(), []
-        self.model = SimpleNamespace(guidance_embedding_dim=256)
-        self.lora_weights = {"style": 1.0}
-
-    def set_lora_weight(self, name, weight):
-        self.lora_weights[name] = weight
-
-    def __call__(self, prompt, **arguments):
-        self.started.set()
-        assert self.gate.wait(20)
-        if prompt:  # the warm-up has none
-            self.prompts.append(prompt)
-        if prompt == "warn":
-            warnings.warn("the prompt was cut", stacklevel=2)
-        if prompt == "fail":
-            raise RuntimeError("a fault of the device\nwith details")
-        if prompt == "too much":
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2000000000 bytes.")
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * arguments["num_images_per_prompt"])
+LORA = (("A", (1, 16)), ("B", (16, 1)))
 
 
 @pytest.fixture
@@ -54,7 +27,7 @@ def gated(monkeypatch):
     services = []
 
     def make(**limits):
-        pipe = Gated()
+        pipe = FakePipeline()
         service = Service(pipe, Limits(SIZES, **limits), Metrics(), ("lcm",))
         services.append((service, pipe))
         service.start()
@@ -235,7 +208,7 @@ def test_a_stopped_service_finishes_what_is_running_and_refuses_the_rest(gated):
 
 def test_a_service_that_is_warming_up_refuses_requests_and_reports_what_fails(monkeypatch):
     monkeypatch.setattr("lcm_jax.page.service._find_max_steps", lambda *_: 8)
-    pipe = Gated()
+    pipe = FakePipeline()
     service = Service(pipe, Limits(SIZES), Metrics(), ("lcm",))
     service.start()
     assert pipe.started.wait(20)
@@ -262,6 +235,11 @@ def warm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     unet = tiny_model.SHALLOW | {"time_cond_proj_dim": 256}
     student = Pipeline.from_pretrained(tiny_model.write(folder / "student", unet=unet, scheduler="LCMScheduler"))
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    save_file(
+        {f"{key}.lora_{side}.weight": np.ones(shape, np.float32) for side, shape in LORA}, folder / "style.safetensors"
+    )
+    student.load_lora(folder / "style.safetensors")
     teacher = Pipeline.from_pretrained(tiny_model.write(folder / "teacher", unet=tiny_model.SHALLOW))
     side = tiny_model.UNET["sample_size"] * student.model.downscale
     limits = Limits(((side, side),), max_steps=12, max_batch=2)
@@ -287,7 +265,7 @@ def test_no_request_compiles_a_program(warm):
     requests = [
         ask("a", num_inference_steps=1),
         ask("a red circle", num_inference_steps=7, guidance_scale=3.5, seed=123456),
-        ask("b", guidance_scale=1.0),
+        ask("b", guidance_scale=1.0, lora_weights={"style": 0.5}),
         ask("b", images=2),
         ask("b", images=2, image=drawing),
         ask("c", num_inference_steps=2, image=drawing, strength=0.8),
@@ -305,8 +283,10 @@ def test_no_request_compiles_a_program(warm):
             for image in (None, drawing)
         ),
     ]
+    requests.append(replace(requests[1], lora_weights={"style": 0.0}))
     images = [np.asarray(service.submit(each, "client").result(60).images[0]) for each in requests]
     assert len(compiled) == before
+    assert np.abs(images[-1].astype(int) - images[1]).max() > 0, "the LoRA has no effect"
     assert np.abs(images[4].astype(int) - images[3]).max() > 0, "the drawing has no effect"
 
 

@@ -22,6 +22,7 @@ from lcm_jax.page.service import Service
 OPEN = re.compile(
     r"/|/theme\.css|/favicon\.ico|/(assets|static)/[\w./@-]+|/gradio_api/run/predict|/api/generate|/healthz|/metrics"
 )
+EVENTS = "/gradio_api/run/predict"
 MAX_BODY_BYTES = 2 * uploads.MAX_BYTES
 STATUS = {InvalidRequest: 400, QueueFull: 429, TimedOut: 504, Unavailable: 503}
 # A browser that obeys it asks no other host for anything.
@@ -30,18 +31,28 @@ FIELDS = ("prompt", "num_inference_steps", "guidance_scale", "sampler", "seed", 
 
 
 class Gate:
-    """ASGI middleware that lets only the routes in OPEN through, with bodies of at most MAX_BODY_BYTES."""
+    """ASGI middleware that lets only the routes in OPEN through, with bodies of at most MAX_BODY_BYTES.
+
+    The values of an event are strings, numbers and booleans: Gradio would open the path of an object that describes a
+    file, whatever component it is sent to.
+    """
 
     def __init__(self, app):
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and (refusal := _refusal(scope)) is not None:
-            status, text = refusal
-            await Response(json.dumps({"error": text}), status, media_type="application/json")(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
+        refusal = _refusal(scope) if scope["type"] == "http" else (404, "there is nothing at this address")
+        if refusal is None and scope["path"] == EVENTS:
+            body = await HttpRequest(scope, receive).body()
+            receive = _replay(body, receive)
+            if not _is_flat(body):
+                refusal = 400, "the values of an event are strings, numbers and booleans"
+        if refusal is not None:
+            status, text = refusal
+            await _error(status, text)(scope, receive, send)
             return
 
         async def send_with_policy(message):
@@ -54,16 +65,40 @@ class Gate:
 
 
 def _refusal(scope) -> tuple[int, str] | None:
-    path, headers = scope["path"], dict(scope["headers"])
-    if OPEN.fullmatch(path) is None or ".." in path:
+    """Return the status and the text for a request that is refused by its line and headers."""
+    if OPEN.fullmatch(scope["path"]) is None or ".." in scope["path"]:
         return 404, "there is nothing at this address"
     if scope["method"] not in ("GET", "HEAD"):
-        length = headers.get(b"content-length", b"")
+        length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
             return 411, "the request has no Content-Length; send one"
         if int(length) > MAX_BODY_BYTES:
             return 413, f"the request has {int(length)} bytes; use at most {MAX_BODY_BYTES}"
     return None
+
+
+def _is_flat(body: bytes) -> bool:
+    """Return True if the inputs and the data of an event have neither lists nor objects in them."""
+    try:
+        event = json.loads(body)
+        values = [*event["data"], *(event.get("event_data") or {}).values()]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
+    return not any(isinstance(each, dict | list) for each in values)
+
+
+def _replay(body: bytes, receive):
+    """Return an ASGI `receive` that begins with the body, which has been read."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def again():
+        return next(messages, None) or await receive()
+
+    return again
+
+
+def _error(status: int, text: str) -> Response:
+    return Response(json.dumps({"error": text}), status, media_type="application/json")
 
 
 def make_app(service: Service, defaults: layout.Defaults, on_warm) -> FastAPI:
@@ -93,8 +128,7 @@ def make_app(service: Service, defaults: layout.Defaults, on_warm) -> FastAPI:
             request = parse(await http.body(), defaults, service)
             result = await asyncio.wrap_future(service.submit(request, client=str(uuid4())))
         except Refused as refused:
-            status = STATUS.get(type(refused), 500)
-            return Response(json.dumps({"error": str(refused)}), status, media_type="application/json")
+            return _error(STATUS.get(type(refused), 500), str(refused))
         return Response(stamp.to_png(result.images[0], result.settings[0]), media_type="image/png")
 
     page = layout.build(service, defaults)
