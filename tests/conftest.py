@@ -42,6 +42,8 @@ def pytest_unconfigure():
 
 
 LONG = (
+    "page_load",
+    "page",
     "lcd_config",
     "lora_run",
     "lcf_run",
