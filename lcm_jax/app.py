@@ -35,7 +35,9 @@ TEACHER = flags.DEFINE_string(
     "Model to compare with; defaults to shapes for shapes-lcm, and to none for others. 'none' is none.",
     **OWN,
 )
-TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 50, "Steps of the teacher.", lower_bound=1, **OWN)
+TEACHER_STEPS = flags.DEFINE_integer(
+    "teacher_steps", None, "Steps of the teacher; defaults to its preset.", lower_bound=1, **OWN
+)
 LORA = flags.DEFINE_multi_string(
     "lora", [], "LoRAs to load, each with a slider: LORA or LORA:WEIGHT; repeat it, or use commas, for more.", **OWN
 )
@@ -46,8 +48,20 @@ SIZE = flags.DEFINE_multi_string(
     "size", [], "Sizes to choose from, HEIGHTxWIDTH, the default first; defaults to the model's.", **OWN
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Prompt that the page begins with.", **OWN)
-STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Steps that the page begins with.", lower_bound=1, **OWN)
-GUIDANCE = flags.DEFINE_float("guidance_scale", 8.0, "Guidance scale that the page begins with.", lower_bound=1, **OWN)
+STEPS = flags.DEFINE_integer(
+    "num_inference_steps",
+    None,
+    "Steps that the page begins with; defaults to the model's preset.",
+    lower_bound=1,
+    **OWN,
+)
+GUIDANCE = flags.DEFINE_float(
+    "guidance_scale",
+    None,
+    "Guidance scale that the page begins with; defaults to the model's preset.",
+    lower_bound=1,
+    **OWN,
+)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every network.", **OWN)
 PORT = flags.DEFINE_integer(
     "port", 7860, "Port to listen on; 0 is any free one.", lower_bound=0, upper_bound=65535, **OWN
@@ -63,7 +77,7 @@ TIMEOUT = flags.DEFINE_float(
 EXAMPLE = """Example:
 
     python -m lcm_jax.app --model=shapes-lcm --port=7860
-    python -m lcm_jax.app --model=shapes --lora=shapes-lcm-lora --sampler=lcm --guidance_scale=1
+    python -m lcm_jax.app --model=shapes --lora=shapes-lcm-lora
     python -m lcm_jax.app --model=path/to/an/lcm --teacher=path/to/its/teacher --dtype=bfloat16 --size=512x512"""
 
 
@@ -115,8 +129,14 @@ def serve() -> None:
         queue_size=QUEUE.value,
         timeout_s=TIMEOUT.value,
     )
-    service = Service(pipe, limits, Metrics(), chosen or samplers, teacher, TEACHER_STEPS.value)
-    defaults = Defaults(PROMPT.value, STEPS.value, GUIDANCE.value)
+    preset, steps = pipe.preset, TEACHER_STEPS.value or (1 if teacher is None else teacher.preset.num_inference_steps)
+    service = Service(pipe, limits, Metrics(), chosen or samplers, teacher, steps)
+    most = service.max_steps[service.samplers[0]]
+    defaults = Defaults(
+        prompt=PROMPT.value,
+        num_inference_steps=min(STEPS.value or preset.num_inference_steps, most),
+        guidance_scale=GUIDANCE.value or preset.guidance_scale,
+    )
     print(f"warming up: {sum(1 for _ in service.programs())} programs")
     server.serve(service, defaults, bound)
 

@@ -5,6 +5,7 @@ import threading
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 from PIL import Image
 
 
@@ -20,7 +21,7 @@ class FakePipeline:
 
     def __init__(self):
         self.gate, self.started, self.prompts = threading.Event(), threading.Event(), []
-        self.model = SimpleNamespace(guidance_embedding_dim=256)
+        self.model = SimpleNamespace(guidance_embedding_dim=256, unet=SimpleNamespace(dtype=np.dtype("float32")))
         self.lora_weights = {"style": 1.0}
 
     def set_lora_weight(self, name, weight):

@@ -30,6 +30,7 @@ ROOMS = (
     "cost",
     "dry_run",
     "conversion",
+    "page",
     "command",
     "benchmarks",
     "commands",
@@ -64,6 +65,7 @@ UNKNOWN = {
     "evaluation": TRAINING,
     "sampling": FLAGS | TRAINING,
     "pipeline": TRAINING,
+    "page": FLAGS | TRAINING | {"lcm_jax.recipes", "lcm_jax.evaluation"},
 }
 # What a room knows all the same: objectives build what networks are told, and know no network.
 KNOWN = {"objectives": ("lcm_jax.models.conditioning",)}
@@ -71,6 +73,10 @@ ONLY_IN = {
     "orbax": {"training/checkpoint.py", "training/distributed.py", "weights/orbax_tree.py"},
     "torch": {"benchmarks/diffusers_peer.py"},
     "diffusers": {"benchmarks/diffusers_peer.py"},
+    "gradio": {"page/layout.py", "page/server.py"},
+    "fastapi": {"page/server.py"},
+    "uvicorn": {"page/server.py"},
+    "prometheus_client": {"page/metrics.py"},
     "tensorflow": set(),
     "tensorflow_datasets": set(),
     "clu": set(),

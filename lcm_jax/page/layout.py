@@ -10,7 +10,7 @@ from gradio.themes import Base, Soft
 
 from lcm_jax.page import figures, stamp, uploads
 from lcm_jax.page.requests import Refused, Request, Result, Superseded
-from lcm_jax.page.service import Service
+from lcm_jax.page.service import Service, shown_name
 from lcm_jax.sampling.settings import Settings
 
 FOLDER = Path(__file__).parent
@@ -80,7 +80,9 @@ class Controls:
             **hidden,
         )
         self.steps = gr.Slider(1, most, defaults.num_inference_steps, step=1, label="Steps", **hidden)
-        self.guidance = gr.Slider(1, 20, defaults.guidance_scale, step=0.5, label="Guidance", **hidden)
+        self.guidance = gr.Slider(
+            1, max(20, defaults.guidance_scale), defaults.guidance_scale, step=0.5, label="Guidance", **hidden
+        )
         self.seed = gr.Slider(0, SEEDS, 0, step=1, label="Seed", **hidden)
         self.images = gr.Slider(
             1, max(limits.max_batch, 2), 1, step=1, label="Images", visible=limits.max_batch > 1, **hidden
@@ -257,7 +259,7 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
         events = Events(service, controls)
         plain: dict[str, Any] = {"apply_default_css": False}
         figure: dict[str, Any] = {"js_on_load": "lcmFigures(element)", **plain}
-        gr.HTML(f"<h1>lcm_jax</h1> <p>{figures.escape(service.pipe.name)}</p>", elem_id="title", **plain)
+        gr.HTML(f"<h1>lcm_jax</h1> <p>{figures.escape(shown_name(service.pipe))}</p>", elem_id="title", **plain)
         controls.prompt.render()
         status = gr.HTML(_status("The first image is on its way."), elem_id="status", js_on_load=ANNOUNCE, **plain)
         with gr.Row(elem_id="main"):

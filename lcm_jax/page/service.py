@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -268,11 +269,13 @@ class Service:
                 **start,
             ).images
         seconds = time.monotonic() - began
-        settings = tuple(_settings(pipe, request, (height, width), number) for number in range(request.images))
+        settings = tuple(
+            _settings(pipe, request, (height, width), number, self.limits.max_batch) for number in range(request.images)
+        )
         return Result(tuple(images), settings, seconds, tuple(str(each.message) for each in caught))
 
 
-def _settings(pipe: Pipeline, request: Request, size: tuple[int, int], number: int) -> Settings:
+def _settings(pipe: Pipeline, request: Request, size: tuple[int, int], number: int, max_batch: int) -> Settings:
     """Return what generates image `number` of the request again; a drawing or photo is not part of it."""
     loras = {} if request.teacher else pipe.lora_weights
     return Settings(
@@ -286,8 +289,17 @@ def _settings(pipe: Pipeline, request: Request, size: tuple[int, int], number: i
         width=size[1],
         strength=None if request.image is None else float(request.strength),
         loras=tuple(Lora(File(name), weight) for name, weight in loras.items()),
-        model=pipe.name,
+        model=shown_name(pipe),
+        dtype=pipe.model.unet.dtype.name,
+        row=number,
+        batch_size=1 if request.images == 1 else max_batch,
     )
+
+
+def shown_name(pipe: Pipeline) -> str:
+    """Return the model's name for visitors: of a folder or file without where it is."""
+    path = Path(pipe.name)
+    return path.name if path.exists() else pipe.name
 
 
 def supported_samplers(pipe: Pipeline) -> tuple[str, ...]:
