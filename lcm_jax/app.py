@@ -129,13 +129,15 @@ def serve() -> None:
         queue_size=QUEUE.value,
         timeout_s=TIMEOUT.value,
     )
-    preset, steps = pipe.preset, TEACHER_STEPS.value or (1 if teacher is None else teacher.preset.num_inference_steps)
-    service = Service(pipe, limits, Metrics(), chosen or samplers, teacher, steps)
+    teacher_steps = TEACHER_STEPS.value or (1 if teacher is None else teacher.preset.num_inference_steps)
+    service = Service(pipe, limits, Metrics(), chosen or samplers, teacher, teacher_steps)
     most = service.max_steps[service.samplers[0]]
+    if STEPS.value is not None and STEPS.value > most:
+        raise ValueError(f"--num_inference_steps={STEPS.value} is not supported; use 1 to {most}")
     defaults = Defaults(
         prompt=PROMPT.value,
-        num_inference_steps=min(STEPS.value or preset.num_inference_steps, most),
-        guidance_scale=GUIDANCE.value or preset.guidance_scale,
+        num_inference_steps=STEPS.value or min(pipe.preset.num_inference_steps, most),
+        guidance_scale=GUIDANCE.value or pipe.preset.guidance_scale,
     )
     print(f"warming up: {sum(1 for _ in service.programs())} programs")
     server.serve(service, defaults, bound)

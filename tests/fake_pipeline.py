@@ -22,7 +22,7 @@ class FakePipeline:
     def __init__(self):
         self.gate, self.started, self.prompts = threading.Event(), threading.Event(), []
         self.model = SimpleNamespace(guidance_embedding_dim=256, unet=SimpleNamespace(dtype=np.dtype("float32")))
-        self.lora_weights = {"style": 1.0}
+        self.lora_weights, self.tokenizers = {"style": 1.0}, []
 
     def set_lora_weight(self, name, weight):
         self.lora_weights[name] = weight

@@ -290,6 +290,14 @@ def test_no_request_compiles_a_program(warm):
     assert np.abs(images[4].astype(int) - images[3]).max() > 0, "the drawing has no effect"
 
 
+def test_a_prompt_of_more_tokens_than_one_program_takes_is_refused(warm):
+    service, compiled = warm
+    before = len(compiled)
+    error = service.submit(ask("a red circle " * 10), "client").exception(60)
+    assert isinstance(error, InvalidRequest) and str(error) == "prompt has 30 tokens; use at most 18"
+    assert service.submit(ask("red " * 18), "client").result(60) and len(compiled) == before
+
+
 def test_images_are_those_of_the_pipeline(warm):
     service, _ = warm
     result = service.submit(ask("a red circle", seed=5, images=2, first=1), "client").result(60)

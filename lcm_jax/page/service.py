@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from lcm_jax.data.tokenizer import token_lists
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.errors import first_line, memory_shortage
 from lcm_jax.page.metrics import Metrics
@@ -244,6 +245,7 @@ class Service:
     def generate(self, request: Request) -> Result:
         """Generate the images of a request at once; the worker's alone once the service is started."""
         pipe = self.teacher if self.teacher is not None and request.teacher else self.pipe
+        _check_tokens(pipe, request.prompt)  # by the worker, since a tokenizer serves one thread at a time
         if pipe is self.pipe:
             for name, weight in request.lora_weights.items():
                 if pipe.lora_weights[name] != weight:
@@ -325,6 +327,14 @@ def _find_max_steps(pipe: Pipeline, sampler: str, limit: int) -> int:
             continue
         return steps
     return 1
+
+
+def _check_tokens(pipe: Pipeline, prompt: str) -> None:
+    """Raise ValueError for a prompt longer than the text encoders take at once, which needs another program."""
+    for tokenizer in pipe.tokenizers:
+        tokens, limit = len(token_lists(tokenizer, [prompt])[0]), tokenizer.model_max_length
+        if tokens > limit:
+            raise ValueError(f"prompt has {tokens - 2} tokens; use at most {limit - 2}")  # with both ends
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
