@@ -132,6 +132,9 @@ def test_sliders_and_the_strip_of_steps(visit):
     strip = [read(page, f"#strip figure:nth-child({i}) img") for i in (1, 2, 3, 4)]
     assert [settings.num_inference_steps for settings, _ in strip] == [1, 2, 4, 8]
     assert len({each for _, each in strip}) == 4 and strip[1][1] == pixels[-1]
+    page.get_by_label("Sampler").click()
+    page.get_by_role("option", name="tcd").click()
+    assert wait(page, sampler="tcd") not in pixels
     slide(page, "Images", 2)
     page.locator("#image figure:nth-child(2) img").wait_for()
     assert read(page, "#image figure:nth-child(2) img")[0].number == 1
@@ -140,7 +143,9 @@ def test_sliders_and_the_strip_of_steps(visit):
     page.get_by_label("Teacher").uncheck()
     page.locator("#teacher").wait_for(state="hidden")
     page.get_by_role("button", name="New seed").click()
-    page.wait_for_function("document.querySelector('#image img').alt && true")
+    seed = page.get_by_role("spinbutton", name="Seed")
+    playwright.expect(seed).not_to_have_value("77")
+    wait(page, seed=int(seed.input_value()))
 
 
 def test_a_stroke_on_the_canvas_changes_the_image(visit, tmp_path):
