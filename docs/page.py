@@ -29,7 +29,7 @@ def draw(page: Page) -> None:
     box = page.locator("canvas").bounding_box()
     assert box is not None
     for color, x, y, brush in DOTS:
-        page.get_by_role("button", name=color).click()
+        page.get_by_role("button", name=color, exact=True).click()
         page.locator("[data-brush]").fill(str(brush))
         page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
     page.wait_for_timeout(5000)  # for the teacher
@@ -38,17 +38,19 @@ def draw(page: Page) -> None:
 
 def main() -> None:
     command = [sys.executable, "-m", "lcm_jax.app", "--port=0", f"--prompt={PROMPT}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
-        assert server.stdout is not None
-        address = next(match[1] for line in server.stdout if (match := re.match(r"ready: (\S+)", line)))
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(address)
-        page.locator("#teacher img").wait_for()
-        draw(page)
-        page.screenshot(path=OUTPUT, full_page=True)
-        browser.close()
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = next(match[1] for line in server.stdout or () if (match := re.match(r"ready: (\S+)", line)))
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.goto(address)
+            page.locator("#teacher img").wait_for()
+            draw(page)
+            page.screenshot(path=OUTPUT, full_page=True)
+    finally:
         server.terminate()
+        server.wait()
 
 
 if __name__ == "__main__":
