@@ -294,7 +294,9 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
         gallery = gr.HTML(figures.GALLERY, js_on_load="lcmGallery(element, props, trigger)", elem_id="gallery", **plain)
 
         drawings = ((events.draw, [image, status]), (events.draw_teacher, teacher), (events.draw_strip, strip))
-        changes = [each.input for each in [*controls.settings, controls.teacher, controls.strip]]
+        # A text box reports `input` for keys alone, not for text that is pasted, dictated or filled in.
+        others = [*controls.settings[1:], controls.teacher, controls.strip]
+        changes = [controls.prompt.change, *(each.input for each in others)]
         restored = [
             event(events.restore, None, [*controls.settings, status], **once) for event in (drop.upload, gallery.click)
         ]
