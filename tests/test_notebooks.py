@@ -20,8 +20,8 @@ MAX_BYTES = 1_500_000
 # Paths of machines, tracebacks and warnings.
 NOISE = re.compile(r"/(?:home|root|tmp|usr|var|opt|content|work)/|site-packages|Traceback|[Ww]arning|\x1b\[")
 
-FEW = {"train.batch_size": 4, "sample.batch_size": 6, "report.batch_size": 6, "report.prompts": 6, "report.reference": 8}
-TINY = QUICK | FEW | {"mesh.data": 1, "optimizer.warmup_steps": 0, "sample.scored_prompts": 6}
+TINY = QUICK | {"mesh.data": 1, "train.batch_size": 4, "optimizer.warmup_steps": 0, "sample.scored_prompts": 6}
+TINY |= {"sample.batch_size": 6, "report.batch_size": 6, "report.prompts": 6, "report.reference": 8}
 LCD = TINY | {"data.length": 16, "data.held_out": 8, "sample.teacher_steps": 1, "report.teacher.ddim": (1,)}
 LCD |= {"report.teacher.euler": (), "sample.student_steps": (1, 2, 4, 8), "objective.backward_simulation": 0.5}
 LCF = TINY | {"data.held_out": 8, "checkpoint.best": "frechet@4"}
