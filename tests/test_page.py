@@ -105,6 +105,8 @@ def test_the_image_follows_the_prompt_while_it_is_typed(visit):
     before = read(page)
     assert before[0].prompt == PROMPT
     prompt = page.get_by_label("Prompt")
+    prompt.fill("pasted")  # without a key
+    wait(page, prompt="pasted")
     prompt.fill("")
     prompt.press_sequentially("two green squares", delay=5)
     after = wait(page, prompt="two green squares")
