@@ -365,7 +365,7 @@ class Pipeline:
             control_guidance_start,
             control_guidance_end,
             size,
-            table.timesteps[table.timesteps >= 0],
+            np.asarray(table.timesteps[table.timesteps >= 0]),
             images,
         )
         if images.source is not None and (strength < 1 or mask_image is None):
