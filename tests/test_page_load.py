@@ -46,8 +46,9 @@ def prompt_of(client, number):
 
 @pytest.fixture(scope="module")
 def server():
-    limits = ("--max_batch=1", "--queue_size=60", "--timeout_s=100")
-    with serve("--model=shapes-lcm", "--teacher=none", "--sampler=lcm", *limits) as server:
+    with serve(
+        "--model=shapes-lcm", "--teacher=none", "--sampler=lcm", "--max_batch=1", "--queue_size=60", "--timeout_s=100"
+    ) as server:
         yield server
 
 

@@ -265,7 +265,10 @@ def test_settings_are_restored_from_a_png(app):
     for png_sent, message in bad.items():
         *_, status = send(client, "restore", event_data={"png": png_sent}).json()["data"]
         assert message in status, status
-    assert send(client, "restore", event_data={}).status_code == 200
+    for nothing in ({}, None, "/etc/passwd", 5):
+        assert "not a data URL" in send(client, "restore", event_data=nothing).json()["data"][-1]
+    for not_flat in ([], [{"path": "/etc/passwd"}], {"png": {"path": "/etc/passwd"}}):
+        assert send(client, "restore", event_data=not_flat).status_code == 400
 
 
 # --- the command ---

@@ -236,9 +236,9 @@ class Events:
 
     def restore(self, event: gr.EventData) -> list[Any]:
         """Return the controls' values from the settings in a PNG that was sent, and the status."""
-        nothing = [gr.skip() for _ in self._controls.settings]
+        sent, nothing = event._data, [gr.skip() for _ in self._controls.settings]
         try:
-            settings = stamp.read(uploads.decode_data_url(event._data.get("png")))
+            settings = stamp.read(uploads.decode_data_url(sent.get("png") if isinstance(sent, dict) else sent))
             shown = self._controls.show(settings)
         except (Refused, ValueError) as error:  # UploadError, SettingsError
             return [*nothing, _status(f"The settings cannot be restored: {error}", wrong=True)]

@@ -81,8 +81,9 @@ def _is_flat(body: bytes) -> bool:
     """Return True if the inputs and the data of an event have neither lists nor objects in them."""
     try:
         event = json.loads(body)
-        values = [*event["data"], *(event.get("event_data") or {}).values()]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        values, extra = event["data"], event.get("event_data")
+        values = [*values, *(extra.values() if isinstance(extra, dict) else [extra])]
+    except (ValueError, RecursionError, KeyError, TypeError):
         return False
     return not any(isinstance(each, dict | list) for each in values)
 
