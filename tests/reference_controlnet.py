@@ -16,18 +16,30 @@ def build(unet: dict, seed: int = 0, **options):
     """A ControlNetModel for a UNet's config whose last layers, zeros in a new one, are random."""
     torch.manual_seed(seed)
     config = {name: value for name, value in unet.items() if name not in LEFT_OUT}
-    net = diffusers.ControlNetModel(**config | OWN | options).eval()
+    return filled(diffusers.ControlNetModel(**config | OWN | options))
+
+
+def for_unet(unet, folder, seed: int = 0, **options):
+    """A ControlNetModel for a UNet2DConditionModel, written to `folder`."""
+    torch.manual_seed(seed)
+    net = filled(diffusers.ControlNetModel.from_unet(unet, **OWN, load_weights_from_unet=False))
+    net.register_to_config(**options)
+    net.save_pretrained(folder)
+    return net
+
+
+def filled(net):
     with torch.no_grad():
         for parameter in net.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.3)
-    return net
+    return net.eval()
 
 
 def image(seed: int = 0, mode: str = "RGB") -> Image.Image:
-    """Smooth colors, 27 x 21 pixels, which is a multiple of nothing."""
+    """Smooth colors; its size, rounded down to multiples of 2, is SIZE of reference_families."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(coarse).resize((27, 21), Image.Resampling.BICUBIC).convert(mode)
+    return Image.fromarray(coarse).resize((25, 17), Image.Resampling.BICUBIC).convert(mode)
 
 
 SD1 = reference_families.UNET
