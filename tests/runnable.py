@@ -23,7 +23,8 @@ def options(settings: dict) -> list[str]:
 
 
 FEW = {"report.prompts": 6, "report.batch_size": 6, "report.reference": 16}
-SMALL_RUN = options(SHRUNK_LCD | QUICK | FEW | {"sample.scored_prompts": 0, "data.length": 16, "data.held_out": 16})
+TINY = {"sample.scored_prompts": 0, "data.length": 16, "data.held_out": 16, "report.teacher.ddim": (1,)}
+SMALL_RUN = options(SHRUNK_LCD | QUICK | FEW | TINY)
 SMALL = {"lcm_jax.main": SMALL_RUN, "lcm_jax.evaluate": options(FEW)}
 
 
