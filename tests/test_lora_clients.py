@@ -16,7 +16,7 @@ import lcm_jax
 from lcm_jax.models import lora as adapters
 from lcm_jax.models.layers import apply
 from lcm_jax.models.unet import UNet2DCondition
-from lcm_jax.pipeline import _merge_kernel
+from lcm_jax.sampling.adapters import _merge_kernel
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import lora_files, trees
 from lcm_jax.weights.errors import ModelError
