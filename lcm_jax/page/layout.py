@@ -238,7 +238,8 @@ class Events:
         """Return the controls' values from the settings in a PNG that was sent, and the status."""
         sent, nothing = event._data, [gr.skip() for _ in self._controls.settings]
         try:
-            settings = stamp.read(uploads.decode_data_url(sent.get("png") if isinstance(sent, dict) else sent))
+            png = str(sent.get("png", "") if isinstance(sent, dict) else sent)
+            settings = stamp.read(uploads.decode_data_url(png))
             shown = self._controls.show(settings)
         except (Refused, ValueError) as error:  # UploadError, SettingsError
             return [*nothing, _status(f"The settings cannot be restored: {error}", wrong=True)]
