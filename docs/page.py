@@ -14,7 +14,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 PROMPT = "a red circle above a blue square"
-KEPT = ("two green squares", "a yellow triangle", "a purple circle left of an orange square")
+KEPT = ("two green squares", "a yellow triangle", "a purple circle")
 DOTS = (("red", 0.32, 0.3, 36), ("blue", 0.68, 0.72, 36))  # color, x, y and brush of the drawing
 OUTPUT = Path(__file__).with_name("page.png")
 
