@@ -1,4 +1,4 @@
-"""Convert models and LoRAs between formats, bit-exact: one tensor at a time, whole or not at all, and read back."""
+"""Convert models, LoRAs and ControlNets, bit-exact: one tensor at a time, whole or not at all, and read back."""
 
 import logging
 import shutil
@@ -58,19 +58,19 @@ def convert(
     dry_run: bool = False,
     log: Log = print,
 ) -> dict[str, str]:
-    """Convert a model or a LoRA to another format; return the sha256 of what was written, by component.
+    """Convert a model, a LoRA or a ControlNet to another format; return the sha256 of what was written, by component.
 
         convert("runs/sd/export", "lcm.safetensors", "ldm")
         convert("model.ckpt", "model", "diffusers", base="path/to/any/sd15/folder")
         convert("style.safetensors", "peft.safetensors", "lora-peft", base="model")
         convert("model", "merged", "diffusers", merge=["style.safetensors:0.8"])
 
-    source: anything that `weights.model.open_model` opens, or a LoRA. target: a folder (diffusers, orbax) or a
-    .safetensors file (ldm, lora-kohya, lora-peft). base, ema, prediction_type, scaling_factor, variant: see
-    `open_model`; for a LoRA, base is the model that it belongs to. merge: LoRAs to add, each LORA or LORA:WEIGHT.
-    dtype: float32, bfloat16 or float16; by default each tensor's own. component: write this component alone. with_ema:
-    write a run's student together with its EMA to one file. overwrite: replace the target. dry_run: describe the
-    source and write nothing; target and format may then be None. log: receives each printed line.
+    source: anything that `weights.model.open_model` opens, a LoRA, or a ControlNet (to diffusers or ldm). target: a
+    folder (diffusers, orbax) or a .safetensors file (ldm, lora-kohya, lora-peft). base, ema, prediction_type,
+    scaling_factor, variant: see `open_model`; for a LoRA, base is the model that it belongs to. merge: LoRAs to add,
+    each LORA or LORA:WEIGHT. dtype: float32, bfloat16 or float16; by default each tensor's own. component: write this
+    component alone. with_ema: write a run's student together with its EMA to one file. overwrite: replace the target.
+    dry_run: describe the source and write nothing; target and format may then be None. log: receives each printed line.
 
     The target appears when all of it is written and has been read back. Raises ModelError; the target is then
     untouched.

@@ -6,6 +6,7 @@
     python -m lcm_jax.convert --input=runs/sd --output=student --format=diffusers --noema
     python -m lcm_jax.convert --input=style.safetensors --output=peft.safetensors --format=lora-peft --base=model
     python -m lcm_jax.convert --input=model --output=merged --format=diffusers --merge=style.safetensors:0.8
+    python -m lcm_jax.convert --input=path/to/a/controlnet --output=controlnet.safetensors --format=ldm
 
 It prints a description of the input, reads and writes one tensor at a time, and reads the result back; the output
 appears when it is complete. A single file has no tokenizer and does not record the number of attention heads: --base
@@ -13,7 +14,8 @@ names a model in diffusers layout of the same family that supplies them. Precede
 base. If the input is a part of a model (a folder, hub id or single file of a UNet, an autoencoder, text encoders),
 --base supplies the rest. For a LoRA, a file or a folder that PEFT has saved, --base is the model that the LoRA belongs
 to, which kohya's names require. float8 becomes float16, in which it is exact; keys of a single file that no network has
-a place for are listed. --merge adds LoRAs to the output; the input stays unchanged.
+a place for are listed. --merge adds LoRAs to the output; the input stays unchanged. A ControlNet (folder, hub id or
+single file) is converted alone, to diffusers or ldm; --base then supplies config values that a single file lacks.
 For a run, the newest checkpoint is converted (--input=runs/sd/checkpoints/300: that one): the EMA weights, as in
 exports, the student's own with --noema, or both in one file with --with_ema. --dry_run only describes the input.
 """
@@ -32,7 +34,7 @@ INPUT = flags.DEFINE_string(
     "input",
     None,
     "Folder in diffusers layout (also of a single network), hub id, bundled name, .safetensors or .ckpt file, LoRA, "
-    "or workdir of a run.",
+    "ControlNet, or workdir of a run.",
     **OWN,
 )
 OUTPUT = flags.DEFINE_string(

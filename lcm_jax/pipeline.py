@@ -247,10 +247,12 @@ class Pipeline:
         size: a side or (height, width) in pixels, by default the model's. steps, sampler, guidance_scale: by default
         those of `preset`; run.py takes another guidance scale too, but no negative prompts if it is 1 here.
         platforms: cpu, cuda, rocm, tpu; by default the one that this process runs on. Raises ValueError for an argument
-        that is not supported, and ModelError if `path` exists or the model inpaints.
+        that is not supported, and ModelError if `path` exists, the model inpaints, or there are ControlNets.
         """
         if self.model.inpaints:
             raise ModelError(f"{self.name} is an inpainting model, which export does not support; use its base model")
+        if self.controlnets:
+            raise ModelError(f"export does not support ControlNets ({', '.join(self.controlnets)}); omit controlnet")
         preset = self.preset
         scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))

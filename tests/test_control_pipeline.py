@@ -149,7 +149,9 @@ def test_mistakes_name_the_argument(models, arguments, message):
         models[2](PROMPTS, num_inference_steps=2, **{"control_image": image()} | arguments)
 
 
-def test_mistakes_with_two_nets_and_with_none(both, folder):
+def test_mistakes_with_two_nets_and_with_none(both, folder, tmp_path):
+    with pytest.raises(ModelError, match="export does not support ControlNets .*net1, .*net2.safetensors.; omit contr"):
+        both.export(tmp_path / "exported")
     for given, count in [(image(), 1), ([image()], 1), (None, 0)]:
         with pytest.raises(ValueError, match=f"control_image has {count} values and there are 2 ControlNets; use one"):
             both(PROMPTS, num_inference_steps=2, control_image=given)
