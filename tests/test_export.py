@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights.errors import ModelError
 
-PROMPTS = ["a red circle above a blue square", "a green cross " * 12]  # the second one is cut
+PROMPTS = ["a red circle above a blue square", "a green cross"]
 # run.py as a user starts it, where importing this package fails.
 WITHOUT = "import runpy, sys; sys.modules['lcm_jax'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
@@ -43,10 +44,13 @@ def run_alone(folder, cwd, *arguments):
 def test_it_runs_alone_and_gives_the_same_bits(pipe, exported, tmp_path):
     done = run_alone(exported, tmp_path, *(f"--prompt={prompt}" for prompt in PROMPTS), "--seed=5")
     assert done.returncode == 0, done.stderr
-    with pytest.warns(UserWarning, match="was cut"):
-        expected = pipe(PROMPTS, 2, 3.0, seed=5, height=32, width=16, sampler="lcm").images
+    expected = pipe(PROMPTS, 2, 3.0, seed=5, height=32, width=16, sampler="lcm").images
     for name, image in zip(("image.png", "image-1.png"), expected, strict=True):
         np.testing.assert_array_equal(Image.open(tmp_path / name), image)
+    long = run_alone(exported, tmp_path, f"--prompt={'a green cross ' * 12}", "--output=long.png")
+    assert long.returncode == 1 and re.fullmatch(
+        r"prompt 'a green cross .*' has \d+ tokens; use at most 20, begin and end included\n", long.stderr
+    )
     again = run_alone(exported, tmp_path, f"--prompt={PROMPTS[0]}")
     assert again.returncode == 1 and again.stderr == "image.png exists already; use another --output\n"
 

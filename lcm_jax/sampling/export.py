@@ -155,7 +155,7 @@ def write_export(
         "guidance_scale": guidance_scale,
         "negative_prompt": guided,
         "tokenizers": [
-            {"file": f"tokenizer{'_2' * i}.json", "length": length, "end": each.eos_token_id, "pad": each.pad_token_id}
+            {"file": f"tokenizer{'_2' * i}.json", "length": length, "pad": each.pad_token_id}
             for i, each in enumerate(tokenizers)
         ],
         "programs": describe_programs(noise, images, len(flat), guided),

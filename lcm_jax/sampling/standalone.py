@@ -47,7 +47,8 @@ def load(folder):
             for tokenizer, each in tokenizers:
                 ids = tokenizer.encode(prompt).ids
                 if len(ids) > each["length"]:
-                    ids = [*ids[: each["length"] - 1], each["end"]]
+                    limit = f"use at most {each['length']}, begin and end included"
+                    raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens; {limit}")
                 row.append([*ids, *[each["pad"]] * (each["length"] - len(ids))])
             rows.append(row if len(row) > 1 else row[0])
         return np.array(rows, np.int32)
