@@ -185,7 +185,7 @@ def up_depths(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
 
 
 class Residuals(NamedTuple):
-    """Outputs of ControlNets that a UNet adds: to each skip [B, h, w, C] of the way down, in order, and to the middle's.
+    """Outputs of ControlNets that a UNet adds: to each skip [B, h, w, C] of the way down in order, and to the middle's.
 
     The axes h and w are 1 if they are pooled.
     """
