@@ -1,7 +1,6 @@
 """Images from prompts, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
-from lcm_jax.sampling.callbacks import PROGRESS_STEPS, StepCallback, diffusers_callback, progress_bar, shows_progress
+from lcm_jax.sampling.callbacks import StepCallback, diffusers_callback
 from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import CONTROLNET, check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
@@ -380,7 +379,8 @@ class Pipeline:
         tokens = encode_prompts(self.tokenizers, np.concatenate(texts).tolist(), prompt_weights)
         batches = list(split_batches(tokens.chunks.reshape(len(texts), count).max(axis=0), batch))
         rows_made = int(np.sum(table.timesteps >= 0))
-        with self._each_step(callback_on_step_end, progress, rows_made, len(batches)) as callback:
+        function = callback_on_step_end and diffusers_callback(self, callback_on_step_end)
+        with self._on_step.each_step(function, progress, rows_made, len(batches)) as callback:
             program = self._program(
                 sampler,
                 clip_skip=skip,
@@ -423,25 +423,6 @@ class Pipeline:
         """Return the batch that the devices of the mesh share equally."""
         devices = 1 if self.mesh is None else self.mesh.size
         return -(-batch // devices) * devices
-
-    @contextmanager
-    def _each_step(self, function, progress: bool | None, steps: int, batches: int) -> Iterator[StepCallback | None]:
-        """Yield what a program calls after each step, or None: the callback of a call, and a progress bar."""
-        if progress is None:
-            progress = steps >= PROGRESS_STEPS and shows_progress()
-        if function is None and not progress:
-            yield None
-            return
-        called = (lambda i, t, z: z) if function is None else diffusers_callback(self, function)
-        with progress_bar(steps * batches, progress) as advance:
-
-            def each(i: int, t: float, z: np.ndarray) -> np.ndarray:
-                z = called(i, t, z)
-                advance()
-                return z
-
-            with self._on_step.calling(each):
-                yield self._on_step
 
     def _program(self, sampler: str, **options: Any):
         """Return `generate` of this model, jitted once for each sampler and each set of options."""

@@ -68,7 +68,7 @@ def test_a_bar_counts_the_steps_of_all_batches(student, monkeypatch, capsys):
         counted.append((total, shown))
         return bar(total, shown)
 
-    monkeypatch.setattr("lcm_jax.pipeline.progress_bar", watched)
+    monkeypatch.setattr("lcm_jax.sampling.callbacks.progress_bar", watched)
     expected = student([PROMPT] * 3, batch_size=2, **FIXED).images
     assert not counted
     found = student([PROMPT] * 3, batch_size=2, progress=True, **FIXED).images

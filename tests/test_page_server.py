@@ -254,9 +254,9 @@ def test_settings_are_restored_from_a_png(app):
     assert values[0] == "two" and values[1] == "" and values[2]["value"] == 3 and values[5] == 3
     assert (values[4]["value"], values[4]["maximum"]) == (70_000, 70_000) and "Settings restored." in status
     settings = replace(settings_of(answer.content), height=128)
-    from lcm_jax.page import stamp
+    from lcm_jax.sampling import png
 
-    other = PNG + base64.b64encode(stamp.to_png(Image.new("RGB", (4, 4)), settings)).decode()
+    other = PNG + base64.b64encode(png.encode(Image.new("RGB", (4, 4)), settings)).decode()
     bad = {
         "data:image/png;base64,AAAA": "not a PNG",
         "/etc/passwd": "not a data URL",

@@ -5,7 +5,7 @@ from html import escape
 
 from PIL import Image
 
-from lcm_jax.page import stamp
+from lcm_jax.sampling import png
 from lcm_jax.sampling.infotext import to_text
 from lcm_jax.sampling.settings import Settings
 
@@ -23,7 +23,7 @@ SWATCHES = {
 
 def figure(image: Image.Image, settings: Settings, caption: str, compact: bool = False) -> str:
     """Return a figure whose image is a PNG with its settings, as a data URL; compact: without buttons but Keep."""
-    url = "data:image/png;base64," + base64.b64encode(stamp.to_png(image, settings)).decode()
+    url = "data:image/png;base64," + base64.b64encode(png.encode(image, settings)).decode()
     name = f"seed{settings.seed}-{settings.number}-{settings.num_inference_steps}steps.png"
     pixelated = " pixelated" if max(image.size) < 256 else ""
     hidden = " compact" if compact else ""

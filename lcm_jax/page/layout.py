@@ -1,6 +1,7 @@
 """The page itself: controls that redraw when they change, images, the canvas, the gallery."""
 
 import asyncio
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import gradio as gr
 from gradio.themes import Base, Soft
 
-from lcm_jax.page import figures, stamp, uploads
+from lcm_jax.page import figures, uploads
 from lcm_jax.page.requests import Refused, Request, Result, Superseded
 from lcm_jax.page.service import Service, shown_name
+from lcm_jax.sampling import png
 from lcm_jax.sampling.settings import Settings
 
 FOLDER = Path(__file__).parent
@@ -214,7 +216,7 @@ class Events:
             job, _, shown, ticket = self._controls.read(values)
             if not shown:
                 return gr.skip()
-            steps = [each for each in STRIP if each <= self._service.max_steps.get(job.sampler, 0)]
+            steps = [each for each in STRIP if self._service.has_steps(replace(job, num_inference_steps=each))]
             requests = [replace(job, num_inference_steps=each, images=1) for each in steps]
             names = [f"{request.session_hash}/strip/{each}" for each in steps]
             jobs = [self._generate(*each, ticket, STRIP_QUIET_S) for each in zip(requests, names, strict=True)]
@@ -238,8 +240,8 @@ class Events:
         """Return the controls' values from the settings in a PNG that was sent, and the status."""
         sent, nothing = event._data, [gr.skip() for _ in self._controls.settings]
         try:
-            png = str(sent.get("png", "") if isinstance(sent, dict) else sent)
-            settings = stamp.read(uploads.decode_data_url(png))
+            url = str(sent.get("png", "") if isinstance(sent, dict) else sent)
+            settings = png.read(io.BytesIO(uploads.decode_data_url(url)))
             shown = self._controls.show(settings)
         except (Refused, ValueError) as error:  # UploadError, SettingsError
             return [*nothing, _status(f"The settings cannot be restored: {error}", wrong=True)]

@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 
-from lcm_jax.page import layout, stamp, uploads
+from lcm_jax.page import layout, uploads
 from lcm_jax.page.requests import InvalidRequest, QueueFull, Refused, Request, TimedOut, Unavailable
 from lcm_jax.page.service import Service
+from lcm_jax.sampling import png
 
 # All that the page fetches. Gradio has many more routes: they read files, fetch addresses, accept uploads.
 OPEN = re.compile(
@@ -130,7 +131,7 @@ def make_app(service: Service, defaults: layout.Defaults, on_warm) -> FastAPI:
             result = await asyncio.wrap_future(service.submit(request, client=str(uuid4())))
         except Refused as refused:
             return _error(STATUS.get(type(refused), 500), str(refused))
-        return Response(stamp.to_png(result.images[0], result.settings[0]), media_type="image/png")
+        return Response(png.encode(result.images[0], result.settings[0]), media_type="image/png")
 
     page = layout.build(service, defaults)
     gr.mount_gradio_app(

@@ -143,6 +143,17 @@ class Service:
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
 
+    def has_steps(self, request: Request) -> bool:
+        """Return True if the sampler has this number of steps, from a drawing at this strength if there is one."""
+        if request.num_inference_steps > self.max_steps.get(request.sampler, 0):
+            return False
+        try:
+            strength = 1.0 if request.image is None else request.strength
+            sampler_table(self.pipe.model, request.sampler, request.num_inference_steps, strength)
+        except ValueError:
+            return False
+        return True
+
     def _enqueue(self, job: Job, client: str, ticket: float | None) -> Job | None:
         """Put the job into the queue; return the older one of the client, whose place it takes."""
         with self._changed:

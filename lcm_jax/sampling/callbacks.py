@@ -42,6 +42,34 @@ class StepCallback:
         finally:
             self._function = None
 
+    @contextmanager
+    def each_step(
+        self,
+        function: Callable[[int, float, np.ndarray], np.ndarray] | None,
+        progress: bool | None,
+        steps: int,
+        batches: int,
+    ) -> Iterator["StepCallback | None"]:
+        """Yield this callback if programs are to call it, else None.
+
+        It calls function(i, t, z), if there is one, and moves a bar of all steps of all batches. progress: True for the
+        bar; None shows it from PROGRESS_STEPS steps on, where stderr can show one.
+        """
+        if progress is None:
+            progress = steps >= PROGRESS_STEPS and shows_progress()
+        if function is None and not progress:
+            yield None
+            return
+        with progress_bar(steps * batches, progress) as advance:
+
+            def each(i: int, t: float, z: np.ndarray) -> np.ndarray:
+                z = z if function is None else function(i, t, z)
+                advance()
+                return z
+
+            with self.calling(each):
+                yield self
+
 
 def diffusers_callback(pipe: Any, function: Callable[[Any, int, Any, dict], Any]) -> Callable:
     """Return function(i, t, z) that calls `function` as diffusers does: (pipe, i, t, {"latents": z}).

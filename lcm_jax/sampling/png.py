@@ -1,5 +1,6 @@
 """PNG files with the settings of their image: A1111's text for other programs, and JSON to repeat it."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -18,14 +19,21 @@ TEXT, JSON = "parameters", "lcm_jax"  # keywords of the two texts
 MAX_BYTES = 2**20  # of one text, as stored and unpacked: a small file can unpack to more than the memory holds
 
 
-def write(image: Image.Image, path: Path, settings: Settings | None = None) -> None:
-    """Write a PNG with its settings, if any, whole or not at all. The folder must exist. Raises OSError."""
+def encode(image: Image.Image, settings: Settings | None = None) -> bytes:
+    """Return the bytes of a PNG with its settings, if any."""
     info = PngInfo()
     if settings is not None:
         info.add_text(TEXT, to_text(settings))
         info.add_text(JSON, settings.to_json())
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write(image: Image.Image, path: Path, settings: Settings | None = None) -> None:
+    """Write a PNG with its settings, if any, whole or not at all. The folder must exist. Raises OSError."""
     with whole_file(path) as temporary:
-        image.save(temporary, format="png", pnginfo=info)
+        Path(temporary).write_bytes(encode(image, settings))
 
 
 def read(file: str | Path | BinaryIO) -> Settings:
