@@ -213,6 +213,8 @@ def test_settings_are_copied_kept_and_restored_from_a_dropped_png(visit, tmp_pat
     Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png")
     page.get_by_label("PNG whose settings are restored").set_input_files(tmp_path / "foreign.png")
     playwright.expect(page.locator("#status .wrong")).to_contain_text("The settings cannot be restored")
+    page.wait_for_timeout(700)  # in which another image would be drawn, whose status replaces the message
+    playwright.expect(page.locator("#status .wrong")).to_contain_text("The settings cannot be restored")
 
 
 def test_a_phone_needs_no_horizontal_scrolling(visit):

@@ -21,6 +21,8 @@ STRIP = (1, 2, 4, 8)
 SEEDS = 9999  # on the slider; the number beside it and dropped images may be larger
 TEACHER_QUIET_S, STRIP_QUIET_S = 0.7, 0.3  # what takes long waits until the visitor pauses
 TICKET = "(...values) => [...values.slice(0, -1), window.lcmTicket()]"
+# Ticket 0 is older than all: after an error nothing is redrawn, so that the message stays.
+TICKET_IF_LAST = "(...values) => [...values.slice(0, -1), values.at(-1) ? window.lcmTicket() : 0]"
 ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
@@ -101,6 +103,7 @@ class Controls:
         )
         self.strip = gr.Checkbox(True, label="Steps strip", **hidden)
         self.ticket = gr.Number(0, visible=False, **hidden)
+        self.restored = gr.Number(0, visible=False, **hidden)
         self.settings = [
             self.prompt,
             self.canvas,
@@ -237,18 +240,18 @@ class Events:
         return figures.figures(cards, "strip")
 
     def restore(self, event: gr.EventData) -> list[Any]:
-        """Return the controls' values from the settings in a PNG that was sent, and the status."""
+        """Return the controls' values from the settings in a PNG that was sent, the status, and 1; 0 for an error."""
         sent, nothing = event._data, [gr.skip() for _ in self._controls.settings]
         try:
             url = str(sent.get("png", "") if isinstance(sent, dict) else sent)
             settings = png.read(io.BytesIO(uploads.decode_data_url(url)))
             shown = self._controls.show(settings)
         except (Refused, ValueError) as error:  # UploadError, SettingsError
-            return [*nothing, _status(f"The settings cannot be restored: {error}", wrong=True)]
+            return [*nothing, _status(f"The settings cannot be restored: {error}", wrong=True), 0]
         note = "Settings restored."
         if settings.strength is not None:
             note += " The image was generated from a drawing or photo, which its PNG does not contain."
-        return [*shown, _status(note)]
+        return [*shown, _status(note), 1]
 
     async def _generate(self, job: Request, client: str, ticket: float, quiet_s: float = 0.0) -> Result:
         return await asyncio.wrap_future(self._service.submit(job, client, ticket, quiet_s))
@@ -292,6 +295,7 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
                     controls.teacher.render()
                     controls.strip.render()
                 controls.ticket.render()
+                controls.restored.render()
                 drop = gr.HTML(figures.DROP, js_on_load="lcmDrop(element, props, trigger)", elem_id="drop", **plain)
         gr.HTML("<h2>Gallery</h2>", **plain)
         gallery = gr.HTML(figures.GALLERY, js_on_load="lcmGallery(element, props, trigger)", elem_id="gallery", **plain)
@@ -301,7 +305,8 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
         others = [*controls.settings[1:], controls.teacher, controls.strip]
         changes = [controls.prompt.change, *(each.input for each in others)]
         restored = [
-            event(events.restore, None, [*controls.settings, status], **once) for event in (drop.upload, gallery.click)
+            event(events.restore, None, [*controls.settings, status, controls.restored], **once)
+            for event in (drop.upload, gallery.click)
         ]
         reseeded = new_seed.click(
             None, None, controls.seed, js=f"() => Math.floor(Math.random() * {SEEDS + 1})", **once
@@ -309,8 +314,9 @@ def build(service: Service, defaults: Defaults) -> gr.Blocks:
         for draw, outputs in drawings:
             options = {**once, "js": TICKET, "trigger_mode": "multiple"}
             gr.on([page.load, *changes], draw, controls.all, outputs, **options)
-            for event in [*restored, reseeded]:
-                event.then(draw, controls.all, outputs, **options)
+            reseeded.then(draw, controls.all, outputs, **options)
+            for event in restored:
+                event.then(draw, [*controls.all[:-1], controls.restored], outputs, **{**options, "js": TICKET_IF_LAST})
         controls.sampler.input(
             lambda sampler: gr.update(maximum=service.max_steps[sampler]), controls.sampler, controls.steps, **once
         )
