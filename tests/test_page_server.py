@@ -250,7 +250,8 @@ def test_settings_are_restored_from_a_png(app):
     client, service = app
     answer = client.post("/api/generate", json={"prompt": "two", "seed": 70_000, "num_inference_steps": 3, "first": 2})
     url = PNG + base64.b64encode(answer.content).decode()
-    *values, status = send(client, "restore", event_data={"png": url}).json()["data"]
+    *values, status, restored = send(client, "restore", event_data={"png": url}).json()["data"]
+    assert restored == 1
     assert values[0] == "two" and values[1] == "" and values[2]["value"] == 3 and values[5] == 3
     assert (values[4]["value"], values[4]["maximum"]) == (70_000, 70_000) and "Settings restored." in status
     settings = replace(settings_of(answer.content), height=128)
@@ -263,10 +264,10 @@ def test_settings_are_restored_from_a_png(app):
         other: "128 and 64; choose 64 x 64",
     }
     for png_sent, message in bad.items():
-        *_, status = send(client, "restore", event_data={"png": png_sent}).json()["data"]
-        assert message in status, status
+        *_, status, restored = send(client, "restore", event_data={"png": png_sent}).json()["data"]
+        assert message in status and restored == 0, status
     for nothing in ({}, None, "/etc/passwd", 5):
-        assert "not a data URL" in send(client, "restore", event_data=nothing).json()["data"][-1]
+        assert "not a data URL" in send(client, "restore", event_data=nothing).json()["data"][-2]
     for not_flat in ([], [{"path": "/etc/passwd"}], {"png": {"path": "/etc/passwd"}}):
         assert send(client, "restore", event_data=not_flat).status_code == 400
 
