@@ -12,6 +12,8 @@ four. `report.md` contains the Frechet distances of teacher and student; `export
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 PAPER = {"steps": 100_000, "learning_rate": 8e-6, "ema_rate": 0.999943, "w": (2.0, 14.0), "distance": "l2"}
 SCRIPTS = {"steps": 1000, "learning_rate": 1e-6, "ema_rate": 0.95, "w": (5.0, 15.0), "distance": "huber"}
 # The scripts use 12 images per device; eight devices are a choice (raise train.accumulate if there are fewer).
@@ -49,22 +51,13 @@ def get_config(model: str = "sd15") -> ConfigDict:
         }
     )
     config.student = ConfigDict({"guidance_embedding_dim": 256})  # published
-    config.data = ConfigDict(
-        {
-            "source": "tar",  # or folder, or shapes
-            "length": 100_000,  # of shapes: training images
-            "shards": "data/{00000..00015}.tar",  # of tar: or a glob, such as data/*.tar
-            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
-            "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv
-            "caption": "",  # of folder: of all images without their own
-            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
-            "crop": "center",  # of folder: a square in the middle, or random
-            "flip": False,  # of folder: mirror half of the images
-            "size": published["size"],
-            "held_out": 1024,  # a choice: the last records are not trained on, the report compares with them
-            "encode": "step",  # each step encodes its own images; or cache: once, before training
-            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
-        }
+    config.data = config_groups.data(
+        source="tar",
+        length=100_000,
+        shards="data/{00000..00015}.tar",
+        size=published["size"],
+        held_out=1024,  # a choice: the last records are not trained on, the report compares with them
+        encode="step",
     )
     config.train = ConfigDict(
         {
@@ -89,10 +82,9 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "clip_norm": 1.0,  # a choice
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # best: a figure of the previews, such as frechet@4; its best checkpoint is kept in best/
-    config.checkpoint = ConfigDict({"every_steps": max(published["steps"] // 20, 100), "keep": 2, "best": ""})
-    config.log = ConfigDict({"every_steps": 10})
+    config.mesh = config_groups.mesh()
+    config.checkpoint = config_groups.checkpoint(every_steps=max(published["steps"] // 20, 100))
+    config.log = config_groups.log(every_steps=10)
     config.sample = ConfigDict(
         {
             "every_steps": max(published["steps"] // 10, 100),

@@ -12,6 +12,8 @@ light backgrounds. The bundled student had 5,000 updates of 128 images; its mode
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -33,24 +35,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.student = ConfigDict({"guidance_embedding_dim": 256})
-    config.data = ConfigDict(
-        {
-            "source": "shapes",  # or tar, or folder
-            "length": 5000,  # of shapes: training images
-            "style": "fill",  # of shapes: or outline
-            "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
-            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
-            "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv
-            "caption": "",  # of folder: of all images without their own
-            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
-            "crop": "center",  # of folder: a square in the middle, or random
-            "flip": False,  # of folder: mirror half of the images
-            "size": 64,
-            "held_out": 1024,  # images that are not trained on; the report compares with them
-            "encode": "cache",  # once, before training; or step: each step encodes its own images
-            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
-        }
-    )
+    config.data = config_groups.data(source="shapes", length=5000, size=64, held_out=1024, encode="cache")
     config.train = ConfigDict(
         {
             "steps": 600,
@@ -74,10 +59,9 @@ def get_config() -> ConfigDict:
             "clip_norm": 1.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # best: a figure of the previews, such as frechet@4; its best checkpoint is kept in best/
-    config.checkpoint = ConfigDict({"every_steps": 120, "keep": 2, "best": ""})
-    config.log = ConfigDict({"every_steps": 20})
+    config.mesh = config_groups.mesh()
+    config.checkpoint = config_groups.checkpoint(every_steps=120)
+    config.log = config_groups.log(every_steps=20)
     config.sample = ConfigDict(
         {
             "every_steps": 300,

@@ -22,6 +22,8 @@ a GPU with batches of 256; see their model card.
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -97,10 +99,9 @@ def get_config() -> ConfigDict:
         }
     )
     config.export = ConfigDict({"dtype": "float16"})
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # best: a figure of the previews, such as verifier@25; its best checkpoint is kept in best/
-    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best": ""})
-    config.log = ConfigDict({"every_steps": 50})
+    config.mesh = config_groups.mesh()
+    config.checkpoint = config_groups.checkpoint(every_steps=500)  # best: or verifier@25
+    config.log = config_groups.log(every_steps=50)
     config.sample = ConfigDict(
         {"every_steps": 1500, "prompts": 72, "steps": 25, "guidance_scale": 2.5, "batch_size": 36}
     )

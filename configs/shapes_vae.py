@@ -13,26 +13,21 @@ on a GPU, and has an error of 0.011:
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.init = ""  # initial model, such as `shapes` (bundled); if empty, train from scratch
     config.objective = ConfigDict({"name": "autoencoder", "kl_weight": 1e-5})
-    config.data = ConfigDict(
-        {
-            "source": "shapes",  # or folder, or tar
-            "length": 200_000,  # of shapes: training images
-            "shards": "",  # of tar: such as data/{00000..00015}.tar or data/*.tar
-            "caption_field": "caption",  # of tar and folder: in JSON files and metadata
-            "folder": "",  # of folder: of images at any depth
-            "caption": "an image",  # of folder: of all images without their own; an autoencoder reads none
-            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
-            "crop": "random",  # of folder: or center
-            "flip": False,  # of folder: mirror half of the images
-            "size": 64,
-            "held_out": 512,
-            "encode": "step",
-        }
+    config.data = config_groups.data(
+        source="shapes",
+        length=200_000,
+        caption="an image",  # an autoencoder reads none
+        crop="random",
+        size=64,
+        held_out=512,
+        encode="step",
     )
     config.vae = ConfigDict(
         {
@@ -58,9 +53,8 @@ def get_config() -> ConfigDict:
             "clip_norm": 1.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # best: a figure of the previews, such as held_out_absolute_error; its best checkpoint is kept in best/
-    config.checkpoint = ConfigDict({"every_steps": 250, "keep": 2, "best": ""})
-    config.log = ConfigDict({"every_steps": 20})
+    config.mesh = config_groups.mesh()
+    config.checkpoint = config_groups.checkpoint(every_steps=250)  # best: or held_out_absolute_error
+    config.log = config_groups.log(every_steps=20)
     config.sample = ConfigDict({"every_steps": 250, "images": 16})
     return config

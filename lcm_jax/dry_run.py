@@ -87,7 +87,8 @@ def estimate(config) -> dict[str, Any]:
     # The gradient is traced for one device's micro-batch.
     of_device = lambda tree, count: jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0))
-    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents), key)
+    latents = task.latents(task.batch)
+    draws = jax.eval_shape(lambda key: task.objective.draw(key, latents), key)
     gradient = jax.grad(make_loss(task.objective, task.bind, task.prepare), has_aux=True)
     micro = of_device((dict(task.batch), draws), local)
     program = jax.jit(gradient).trace(task.params, task.params, task.frozen, *micro)
@@ -101,7 +102,7 @@ def estimate(config) -> dict[str, Any]:
         "frozen parameters": device_bytes(mesh, task.frozen),
         "batch": nbytes(of_device(dict(task.batch), local * accumulate)),
     }
-    fused = fused_attentions(task.latents.shape[1])
+    fused = fused_attentions(latents.shape[1])
     activations = {
         name: cost.peak_bytes(program.jaxpr.jaxpr, skip) for name, skip in [("fused", fused), ("unfused", frozenset())]
     }

@@ -50,7 +50,7 @@ def line(stops: bool) -> TrainTask:
         frozen={"zero": jax.ShapeDtypeStruct((), jnp.float32)},
         load_params=lambda: {"slopes": np.linspace(0, 1, 2**14, dtype=np.float32)},
         load_frozen=lambda: {"zero": np.float32(0)},
-        latents=row,
+        latents=lambda batch: row,
         batch={"x": row, "y": row},
         make_batches=make_batches,
         write_preview=write_preview,

@@ -39,7 +39,7 @@ def run_until(config, workdir: Path, step: int) -> None:
 
 def trace_loss(task: TrainTask) -> None:
     """Trace the loss of a step, by the shapes alone."""
-    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents), jax.random.key(0))
+    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents(task.batch)), jax.random.key(0))
     loss = make_loss(task.objective, task.bind, task.prepare)
     total, metrics = jax.eval_shape(loss, task.params, task.params, task.frozen, dict(task.batch), draws)
     assert total.shape == () and "loss" in metrics

@@ -70,7 +70,7 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
 
 def gradient_of(task):
     """The traced gradient of a task's loss for a whole batch."""
-    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents), jax.random.key(0))
+    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents(task.batch)), jax.random.key(0))
     gradient = jax.grad(make_loss(task.objective, task.bind, task.prepare), has_aux=True)
     return jax.jit(gradient).trace(task.params, task.params, task.frozen, dict(task.batch), draws)
 

@@ -449,7 +449,7 @@ def make_step(accumulate, optimizer, ema_rate=0.9, fraction=0.0):
         bind_to(*analytic(plan), plan),
         PREPARE,
         optimizer,
-        latents=jax.ShapeDtypeStruct((8, H, W, C), jnp.float32),
+        latents=lambda batch: jax.ShapeDtypeStruct((8, H, W, C), jnp.float32),
         seed=3,
         ema_rate=ema_rate,
         accumulate=accumulate,

@@ -143,7 +143,7 @@ def test_a_step_that_encodes_its_pictures_equals_one_with_their_moments(teacher_
     moments = jax.jit(model.encode)(frozen["vae"], batch["image"] / np.float32(127.5) - 1)
     other = {"moments": moments, "token_ids": batch["token_ids"], "time_ids": batch["time_ids"]}
     rng = jax.random.key(3)
-    draws = task.objective.draw(rng, task.latents)
+    draws = task.objective.draw(rng, task.latents(task.batch))
     params = task.load_params()
     loss = jax.jit(make_loss(task.objective, task.bind, task.prepare))
     mine = loss(params, params, frozen, batch, draws)[0]

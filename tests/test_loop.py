@@ -43,7 +43,7 @@ def line(draw=lambda rng, latents: None, loss=squared_error, **more) -> TrainTas
         "frozen": {},
         "load_params": lambda: {"slope": np.float32(0)},
         "load_frozen": dict,
-        "latents": jax.ShapeDtypeStruct((8,), jnp.float32),
+        "latents": lambda batch: jax.ShapeDtypeStruct((8,), jnp.float32),
         "batch": {"x": X, "y": X},
         "make_batches": lambda frozen, step: repeat({"x": X, "y": 3 * X}),
         "write_preview": lambda ema, frozen, path: {},

@@ -98,7 +98,7 @@ def run(data: int, fsdp: int, steps: int = 3):
             bind,
             make_prepare(encoders),
             optimizer,
-            latents=jax.ShapeDtypeStruct((8, 4, 4, 2), jnp.float32),
+            latents=lambda batch: jax.ShapeDtypeStruct((8, 4, 4, 2), jnp.float32),
             seed=5,
             ema_rate=0.9,
         ),

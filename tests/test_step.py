@@ -39,7 +39,7 @@ def linear(accumulate=1, seed=0):
         lambda params, target, frozen: (params["a"], target["a"]),
         lambda params, frozen, batch, draws: batch["x"],
         optax.sgd(1.0),
-        latents=jax.ShapeDtypeStruct((8,), jnp.float32),
+        latents=lambda batch: jax.ShapeDtypeStruct((8,), jnp.float32),
         seed=seed,
         ema_rate=0.5,
         accumulate=accumulate,

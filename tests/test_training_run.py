@@ -212,7 +212,7 @@ def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
     assert shapes == (task.params, task.frozen), "what is loaded is what the step is compiled for"
     assert task.params["unet"]["time_embedding"]["cond_proj"]["kernel"].shape[0] == 64
-    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents), jax.random.key(0))
+    draws = jax.eval_shape(lambda key: task.objective.draw(key, task.latents(task.batch)), jax.random.key(0))
     loss = make_loss(task.objective, task.bind, task.prepare)
     assert jax.eval_shape(loss, task.params, task.params, task.frozen, task.batch, draws)[0].shape == ()
 

@@ -25,6 +25,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes.distillation import bind_networks, make_prepare
+from lcm_jax.recipes.models import latent_shape
 from lcm_jax.recipes.trained import add_guidance_input, bind_unet
 from lcm_jax.training.state import create_state
 from lcm_jax.training.step import make_train_step
@@ -143,7 +144,6 @@ def prepare_train(case: Case):
     student = {"unet": add_guidance_input(unet, model)}
     frozen["empty_ids"] = pipe.tokenize([""])[0]
     side = latent_side(case, pipe)
-    latents = jax.ShapeDtypeStruct((case.batch, side, side, model.vae.config["latent_channels"]), jnp.float32)
     optimizer = optax.chain(
         optax.clip_by_global_norm(cases.CLIP_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY)
     )
@@ -153,7 +153,7 @@ def prepare_train(case: Case):
         bind_networks(lambda params, frozen: bind_unet(model, params["unet"]), teacher, model.schedule),
         make_prepare(model),
         optimizer,
-        latents=latents,
+        latents=partial(latent_shape, model),
         seed=0,
         ema_rate=cases.EMA_RATE,
     )
@@ -161,7 +161,9 @@ def prepare_train(case: Case):
     rng = np.random.default_rng(0)
     batch = jax.device_put(
         {
-            "moments": rng.standard_normal((*latents.shape[:-1], 2 * latents.shape[-1]), np.float32),
+            "moments": rng.standard_normal(
+                (case.batch, side, side, 2 * model.vae.config["latent_channels"]), np.float32
+            ),
             "token_ids": pipe.tokenize([cases.PROMPT] * case.batch),
             "time_ids": np.zeros((case.batch, 6), np.float32),
         }

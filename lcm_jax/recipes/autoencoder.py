@@ -47,13 +47,17 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
     if size % downscale:
         raise ValueError(f"data.size {size} is not supported; use a multiple of {downscale}, for the autoencoder")
     side = size // downscale
-    latents = jax.ShapeDtypeStruct((count, side, side, channels), jnp.float32)
+
+    def latents(batch) -> jax.ShapeDtypeStruct:
+        count, height, width, _ = batch["image"].shape
+        return jax.ShapeDtypeStruct((count, height // downscale, width // downscale, channels), jnp.float32)
+
     encode = lambda params, images: apply(vae, params, images, method="encode")  # noqa: E731
     decode = lambda params, z: apply(vae, params, z, method="decode")  # noqa: E731
 
     @jax.jit
     def init():
-        image, noise = jnp.zeros((1, size, size, 3)), jnp.zeros((1, *latents.shape[1:]))
+        image, noise = jnp.zeros((1, size, size, 3)), jnp.zeros((1, side, side, channels))
         return vae.init(jax.random.key(config.train.seed), image, noise)["params"]
 
     @jax.jit

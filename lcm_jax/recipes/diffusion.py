@@ -20,7 +20,7 @@ from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
 from lcm_jax.recipes.curve import finish_previews
-from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
+from lcm_jax.recipes.distillation import batch_shapes, frame, latent_batches, make_prepare
 from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import TrainTask
@@ -156,8 +156,8 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             "vae": read_params(autoencoder, "vae", abstract["vae"], lambda leaf: np.dtype(np.float32), put=np.array),
             "empty_ids": empty,
         },
-        latents=latent_shape(model, config.data.size, config.train.batch_size),
-        batch=batch_shapes(model, config.data.size, config.train.batch_size, config.data.encode),
+        latents=partial(latent_shape, model),
+        batch=batch_shapes(model, frame(config.data), config.train.batch_size, config.data.encode),
         make_batches=latent_batches(
             config,
             workdir,

@@ -30,26 +30,34 @@ from lcm_jax.weights.model import compute_digests
 # ---- batches and examples -------------------------------------------------------------------------------------------
 
 
-def batch_shapes(model: StableDiffusion, size: int, count: int, encode: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of `count` images of size x size pixels and their captions.
+def frame(data) -> tuple[int, int]:
+    """Return (height, width) of the largest images of a run, in pixels. data: the group of its config."""
+    return data.size, data.size
 
-    encode: "step" for images (and masks for an inpainting model), or "cache" for moments. Raises ValueError if the
-    autoencoder does not divide the size, and for an inpainting model without images.
+
+def batch_shapes(
+    model: StableDiffusion, size: tuple[int, int], count: int, encode: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of a batch of `count` images and their captions.
+
+    size: (height, width) in pixels. encode: "step" for images (and masks for an inpainting model), or "cache" for
+    moments. Raises ValueError if the autoencoder does not divide the size, and for an inpainting model without images.
     """
-    if size % model.downscale:
-        raise ValueError(f"data.size {size} is not supported; use a multiple of {model.downscale}, for the autoencoder")
+    if any(side % model.downscale for side in size):
+        text = size[0] if size[0] == size[1] else size
+        raise ValueError(f"data.size {text} is not supported; use a multiple of {model.downscale}, for the autoencoder")
     if model.inpaints and encode != "step":
         raise ValueError(
             "this is an inpainting model, of which each step masks images anew; use --config.data.encode=step"
         )
-    latents = latent_shape(model, size, count).shape
     shapes = {"token_ids": ((count, *token_shape(model)), jnp.int32), "time_ids": ((count, 6), jnp.float32)}
     if encode == "cache":
-        shapes["moments"] = ((*latents[:-1], 2 * latents[-1]), jnp.float32)
+        latent = [side // model.downscale for side in size]
+        shapes["moments"] = ((count, *latent, 2 * model.vae.config["latent_channels"]), jnp.float32)
     else:
-        shapes["image"] = ((count, size, size, 3), jnp.uint8)
+        shapes["image"] = ((count, *size, 3), jnp.uint8)
     if model.inpaints:
-        shapes["mask"] = ((count, size, size, 1), jnp.uint8)
+        shapes["mask"] = ((count, *size, 1), jnp.uint8)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -150,7 +158,6 @@ def make_task(
         Candidate("student", models.student, trained.networks),
     )
     check_samplers(config, candidates)
-    size, count = config.data.size, config.train.batch_size
 
     @cache
     def dataset() -> CaptionedDataset:  # opened when it is first needed: indexing writes to the workdir
@@ -177,8 +184,8 @@ def make_task(
         frozen=abstract_frozen(models.base, keep_unet),
         load_params=trained.load,
         load_frozen=lambda: load_frozen(models, keep_unet),
-        latents=latent_shape(models.student, size, count),
-        batch=batch_shapes(models.student, size, count, config.data.encode),
+        latents=partial(latent_shape, models.student),
+        batch=batch_shapes(models.student, frame(config.data), config.train.batch_size, config.data.encode),
         make_batches=latent_batches(
             config, workdir, dataset, models.base, models.tokenize, lambda: digests()["vae"], models.student.inpaints
         ),

@@ -120,7 +120,14 @@ def token_shape(model: StableDiffusion) -> tuple[int, ...]:
     return (length,) if model.text_encoder_2 is None else (2, length)
 
 
-def latent_shape(model: StableDiffusion, size: int, count: int) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of the scaled latents of `count` images of size x size pixels."""
-    side = size // model.downscale
-    return jax.ShapeDtypeStruct((count, side, side, model.vae.config["latent_channels"]), jnp.float32)
+def latent_shape(model: StableDiffusion, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the scaled latents of a batch, see `distillation.batch_shapes`.
+
+    batch: arrays or their shapes.
+    """
+    if "moments" in batch:
+        leading = batch["moments"].shape[:3]
+    else:
+        count, height, width, _ = batch["image"].shape
+        leading = (count, height // model.downscale, width // model.downscale)
+    return jax.ShapeDtypeStruct((*leading, model.vae.config["latent_channels"]), jnp.float32)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,12 @@ class TrainTask:
 
     objective, bind, prepare: see `objectives.networks`. params, frozen: the shapes and dtypes of what is optimized, and
     of what never changes (teacher, text encoder). load_params(), load_frozen(): those parameters, as arrays on the host
-    that nothing else refers to. latents, batch: the shapes of a whole batch's z and of its records, by which the step
-    is compiled before anything is loaded. make_batches(frozen, step): endless batches of numpy arrays, beginning with
-    that of `step` (0-based); frozen as it lies on the devices. weight_digests(): of the weights that the run starts
-    from, by name. figures: those of previews by which a checkpoint can be the best, True if lower is better.
+    that nothing else refers to. latents(batch): the shape of z of a whole batch. batch: the shapes of the largest
+    batch, for which the step is compiled before anything is loaded; for another shape it is compiled when a batch of it
+    comes. make_batches(frozen, step): endless batches of numpy arrays, beginning with that of `step` (0-based); frozen
+    as it lies on the devices. skipped(): how many records of this process's batches could not be read so far, by cause.
+    weight_digests(): of the weights that the run starts from, by name. figures: those of previews by which a checkpoint
+    can be the best, True if lower is better.
     """
 
     title: str
@@ -61,13 +63,14 @@ class TrainTask:
     frozen: Params
     load_params: Callable[[], Params]
     load_frozen: Callable[[], Params]
-    latents: jax.ShapeDtypeStruct
+    latents: Callable[[Mapping[str, Any]], jax.ShapeDtypeStruct]
     batch: Mapping[str, jax.ShapeDtypeStruct]
     make_batches: Callable[[Params, int], Iterator[Mapping[str, np.ndarray]]]
     write_preview: WritePreview
     on_complete: OnComplete
     weight_digests: Callable[[], Mapping[str, str]]
     figures: Mapping[str, bool] = field(default_factory=dict)
+    skipped: Callable[[], Mapping[str, int]] = dict
 
 
 def check_run(workdir: Path, config) -> None:
@@ -115,7 +118,7 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
         ema_rate=config.train.ema_rate,
         accumulate=config.train.accumulate,
     )
-    step = jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
@@ -125,7 +128,8 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
     # the step is compiled nothing is written or encoded.
     again = "run the same command to begin again"
     with phase("compiling the step", memory=STEP_MEMORY, kept=again):
-        step = compile_step(step, (abstract, task.frozen, dict(task.batch)), task.title, mesh)
+        programs = Programs(lambda batch: compile_step(jitted, (abstract, task.frozen, batch), task.title, mesh))
+        programs.of(task.batch)
     distributed.wait_for_all("checked")  # one of them takes the lock that all have just looked at
     with hold_workdir(workdir):
         with phase("loading the weights", memory=STEP_MEMORY, kept=again):
@@ -157,7 +161,11 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
                 if first:
                     batches = task.make_batches(alone, first)
                 inputs = (sharding.put_batch(mesh, batch) for batch in batches)
-                advance = lambda state: step(state, frozen, next(inputs))  # noqa: E731
+
+                def advance(state: TrainState) -> tuple[TrainState, dict]:
+                    batch = next(inputs)
+                    return programs.of(batch)(state, frozen, batch)
+
                 state, seconds, stopped = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
         done = int(state.step)
         if stopped or done < config.train.steps:
@@ -277,6 +285,22 @@ def write_preview(
                 log("  ".join([f"step {step}: {path}", *(f"{name} {value:.4g}" for name, value in figures.items())]))
     distributed.wait_for_all("preview")
     return scalars
+
+
+class Programs:
+    """Compiled programs by the shapes of the batches that they are for."""
+
+    def __init__(self, compile: Callable[[Mapping[str, Any]], Callable]):
+        self._compile, self._programs = compile, {}
+
+    def of(self, batch: Mapping[str, Any]) -> Callable:
+        """Return the program for batches like this one, arrays or their shapes; it is compiled at the first call."""
+        shapes = tuple((name, *each.shape) for name, each in sorted(batch.items()))
+        if shapes not in self._programs:
+            self._programs[shapes] = self._compile(
+                {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in batch.items()}
+            )
+        return self._programs[shapes]
 
 
 def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.sharding.Mesh) -> Callable:

@@ -28,14 +28,14 @@ def make_train_step(
     prepare: Prepare,
     optimizer: optax.GradientTransformation,
     *,
-    latents: jax.ShapeDtypeStruct,
+    latents: Callable[[Batch], jax.ShapeDtypeStruct],
     seed: int,
     ema_rate: float,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """Build `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    objective, bind, prepare: see `objectives.networks`. latents: the shape of the whole batch's z, for the draws.
+    objective, bind, prepare: see `objectives.networks`. latents(batch): the shape of a whole batch's z, for the draws.
     ema_rate: mu in target <- mu target + (1 - mu) params, applied once per update (Polyak averaging); without effect on
         a state without a moving average, whose target is the parameters themselves.
     accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch. `step` raises
@@ -52,7 +52,7 @@ def make_train_step(
         size = jax.tree.leaves(batch)[0].shape[0]
         if size % accumulate:
             raise ValueError(f"batch size {size} is not a multiple of accumulate {accumulate}; choose a divisor of it")
-        draws = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), latents)
+        draws = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), latents(batch))
         gradient, target = jax.grad(loss, has_aux=True), state.average
 
         if accumulate == 1:
