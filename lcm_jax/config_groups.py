@@ -49,7 +49,14 @@ def checkpoint(**changes: Any) -> ConfigDict:
 
 def log(**changes: Any) -> ConfigDict:
     """Return the group `log`: when figures are printed and recorded."""
-    return _group("log", {"every_steps": 10}, changes)
+    return _group(
+        "log",
+        {
+            "every_steps": 10,
+            "wandb": "",  # a project of Weights & Biases, to record there as well; requires the extra `wandb`
+        },
+        changes,
+    )
 
 
 def _group(name: str, defaults: dict[str, Any], changes: dict[str, Any]) -> ConfigDict:

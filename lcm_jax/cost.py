@@ -7,13 +7,29 @@ from jax.extend.core import Var
 
 # Number of matrix products in cuDNN's fused attention; its first two inputs are the query and the key.
 FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+# Published by the makers: dense bfloat16 TFLOP/s, by the beginning of JAX's name for a device.
+PEAKS = {
+    "NVIDIA A100": 312,
+    "NVIDIA H100": 989,
+    "NVIDIA H200": 989,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+}
 
 
-def count_flops(jaxpr) -> int:
+def peak_flops(device_kind: str) -> float | None:
+    """Return the bfloat16 FLOP/s that the maker of a device publishes, or None for one that `PEAKS` does not have."""
+    return next((peak * 1e12 for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
+
+
+def count_flops(jaxpr, recomputed: bool = True) -> int:
     """Return 2 x the multiply-adds of every matrix product, convolution and fused attention in a program.
 
     Elementwise work is left out (below 5% for these networks). The body of a scan is multiplied by its length; a
-    condition counts as its most expensive branch.
+    condition counts as its most expensive branch. recomputed: False to leave out the activations that a backward pass
+    computes for a second time (remat).
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -28,9 +44,24 @@ def count_flops(jaxpr) -> int:
             batch, queries, heads, head_dim = shapes[0]
             total += FUSED_ATTENTION[name] * 2 * batch * heads * queries * shapes[1][1] * head_dim
         else:
-            inner = [count_flops(sub) for value in equation.params.values() for sub in _jaxprs(value)]
+            inner = [count_flops(sub, recomputed) for value in equation.params.values() for sub in _jaxprs(value)]
+            if equation.params.get("differentiated") and not recomputed:
+                inner = [count_flops(_backward(equation.params["jaxpr"]))]
             total += max(inner, default=0) if name == "cond" else sum(inner) * equation.params.get("length", 1)
     return total
+
+
+def _backward(jaxpr):
+    """Return a rematerialized backward pass without the equations that repeat the forward pass.
+
+    Its last input is the gradient of its output; what does not depend on that is computed for a second time.
+    """
+    dependent, kept = {jaxpr.invars[-1]}, []
+    for equation in jaxpr.eqns:
+        if any(isinstance(v, Var) and v in dependent for v in equation.invars):
+            dependent.update(equation.outvars)
+            kept.append(equation)
+    return jaxpr.replace(eqns=kept)
 
 
 def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:

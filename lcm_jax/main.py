@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from lcm_jax import command, config_files
+from lcm_jax import command, config_files, ranges
 from lcm_jax.errors import check_devices, keep_interrupts, phase
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
@@ -28,6 +28,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", **OWN)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "First and last update to trace, such as 10:15.", **OWN)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.", **OWN)
 
 
@@ -52,7 +53,7 @@ def train() -> None:
             dry_run.show(dry_run.estimate(config), full)
             return
         task = make_task(config, workdir)
-    loop.train(task, config, workdir)
+    loop.train(task, config, workdir, ranges.span("--profile_steps", PROFILE_STEPS.value))
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -62,6 +63,7 @@ def parse(argv: list[str]) -> list[str]:
         raise ValueError("--config is missing; use a file, or a name from --list_configs")
     if not (LIST_CONFIGS.value or DRY_RUN.value or WORKDIR.value):
         raise ValueError("--workdir is missing; use the folder of a run")
+    ranges.span("--profile_steps", PROFILE_STEPS.value)
     return rest
 
 

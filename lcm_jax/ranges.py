@@ -96,3 +96,13 @@ def from_settings(kind: type, group: str, settings: Mapping[str, Any]) -> Any:
     if unknown := [name for name in settings if name not in names]:
         raise ValueError(f"{group}.{unknown[0]} is not a setting of {kind.__name__}; use {', '.join(names)}")
     return kind(**settings)
+
+
+def span(name: str, text: str | None) -> tuple[int, int] | None:
+    """Return the numbers of "first:last", both from 1, or None for no text. Raises ValueError with `name`."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"{name} {text!r} is not supported; use the first and the last one, such as 10:15")
+    return int(first), int(last)

@@ -271,7 +271,14 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_says_otherwise(tmp_p
 
 
 def test_progress_tells_speed_loss_and_time_left(capsys):
-    progress = ProgressReport(total=100, done=0, title="lcd")
-    progress.update(40, {"loss": 0.25, "steps_per_second": 0.5, "images_per_second": 4.0})
+    progress = ProgressReport(total=100, done=0, title="lcd", every_seconds=0)
+    scalars = {"loss": 0.25, "steps_per_second": 0.5, "images_per_second": 4.0, "data_seconds": 0.1}
+    progress.update(40, scalars)
+    progress.show_preview(50, {"frechet@4": 12.34567})
+    progress.update(50, scalars | {"mfu": 0.5, "data_seconds": 0.4})
     progress.close()
-    assert capsys.readouterr().out == "lcd 40/100  loss 0.25  0.50 steps/s  4 images/s  2:00 left\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "lcd 40/100  loss 0.25  0.50 steps/s  4 images/s  2:00 left",
+        "lcd 50/100  frechet@4 12.35 at 50  loss 0.25  0.50 steps/s  4 images/s  MFU 50%  20% waiting for data  "
+        "1:40 left",
+    ]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.diffusion.schedule import Schedule, alpha_sigma
+from lcm_jax.objectives.by_timestep import loss_by_timestep
+from lcm_jax.objectives.networks import Metrics
 from lcm_jax.ranges import ABOVE_ZERO, FRACTION, REAL, STEPS, check_fields, setting
 
 
@@ -52,13 +54,17 @@ class Consistency:
             keep_prompt=jax.random.uniform(keep, batch, jnp.float32) >= self.prompt_dropout,
         )
 
-    def compare(self, schedule: Schedule, s: jax.Array, prediction: jax.Array, target: jax.Array) -> jax.Array:
-        """Return the weighted mean distance of float32[B, h, w, c] from `target`, without a gradient to it, float32[].
+    def compare(
+        self, schedule: Schedule, s: jax.Array, prediction: jax.Array, target: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Return the weighted mean distance of float32[B, h, w, c] from `target`, float32[], and metrics.
 
-        s: int32[B], the timestep of the prediction.
+        s: int32[B], the timestep of the prediction. The target receives no gradient.
         """
         each = distance(prediction - jax.lax.stop_gradient(target), self.distance, self.huber_c)
-        return jnp.mean(weights(schedule, s, self.weighting) * each)
+        losses = weights(schedule, s, self.weighting) * each
+        total = jnp.mean(losses)
+        return total, {"loss": total} | loss_by_timestep(losses, s, len(schedule.alphas_cumprod))
 
 
 def distance(difference: jax.Array, kind: str, huber_c: float) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, add_noise, training_target
+from lcm_jax.objectives.by_timestep import loss_by_timestep
 from lcm_jax.objectives.networks import Examples, Metrics, Networks
 from lcm_jax.ranges import ABOVE_ZERO, FRACTION, check_fields, setting
 
@@ -54,8 +55,9 @@ class Diffusion:
         schedule, z = networks.schedule, examples.z
         t = timesteps(draws.u, len(schedule.alphas_cumprod), self.timestep_power)
         output = networks.student(add_noise(schedule, z, draws.noise, t), t, examples.prompt)
-        total = jnp.mean(jnp.square(output.astype(jnp.float32) - training_target(schedule, z, draws.noise, t)))
-        return total, {"loss": total}
+        squared = jnp.square(output.astype(jnp.float32) - training_target(schedule, z, draws.noise, t))
+        total, losses = jnp.mean(squared), jnp.mean(squared, axis=(1, 2, 3))
+        return total, {"loss": total} | loss_by_timestep(losses, t, len(schedule.alphas_cumprod))
 
 
 def timesteps(u: jax.Array, num_train_timesteps: int, power: float) -> jax.Array:

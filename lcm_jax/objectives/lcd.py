@@ -55,5 +55,4 @@ class LCD(Consistency):
         origin = consistency_function(schedule, networks.target(z_t, t, guided), z_t, t)
 
         # 5. The distance between the two.
-        total = self.compare(schedule, s, prediction, origin)
-        return total, {"loss": total}
+        return self.compare(schedule, s, prediction, origin)

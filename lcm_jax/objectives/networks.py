@@ -45,7 +45,8 @@ class Objective(Protocol):
     draw(rng, latents) returns every random number of a step, as arrays with a leading batch axis; latents: the shape
     and dtype of the whole batch's z. An objective for Examples draws `posterior` (float32[B, h, w, c], which picks each
     latent from the autoencoder's posterior) and `keep_prompt` (bool[B], False trains the empty prompt) among them.
-    loss(networks, examples, draws) returns (float32[], metrics), a mean over the batch axis.
+    loss(networks, examples, draws) returns (float32[], metrics), a mean over the batch axis. A metric is float32[],
+    also a mean over the batch, or float32[2], two means of which the ratio counts, see `loss_by_timestep`.
     """
 
     def draw(self, rng: jax.Array, latents: jax.ShapeDtypeStruct, /) -> Any: ...

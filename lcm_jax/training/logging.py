@@ -1,5 +1,6 @@
 """The records of a run: a progress bar, `metrics.jsonl` and TensorBoard scalars."""
 
+import hashlib
 import json
 import math
 import time
@@ -15,10 +16,12 @@ from tensorboardX.proto.event_pb2 import (  # protobuf defines them on import
 )
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from lcm_jax.errors import RunError
 from lcm_jax.files import write_text
 
 FILE = "metrics.jsonl"
 PREVIEW = "preview_seconds"  # in the records of previews alone
+SLOW_DATA = 0.1  # share of the time spent waiting for data from which it is shown
 BEST = "best_step"  # in those of a run that keeps its best checkpoint: the step of that
 
 
@@ -28,13 +31,17 @@ class Recorder:
     Opened at step N, it drops the lines after N, which a killed run wrote after its last checkpoint, and an incomplete
     last line, so that no step is recorded twice; at step 0, of which there is no checkpoint, all lines. Other damaged
     lines are dropped and logged. `seconds`: the duration of the run up to N, or 0. `previewed`: True if the preview of
-    step N is recorded. write: False in a process for which another one writes.
+    step N is recorded. config: of the run; its `log.wandb` names a project of Weights & Biases, to which the scalars go
+    as well. write: False in a process for which another one writes. Raises RunError if wandb is not installed.
     """
 
-    def __init__(self, workdir: Path, step: int, log: Callable[[str], None], write: bool = True):
+    def __init__(self, workdir: Path, step: int, log: Callable[[str], None], config=None, write: bool = True):
         self._path, self.seconds, self.previewed, self._write = Path(workdir) / FILE, 0.0, False, write
+        self._wandb = None
         if not write:
             return
+        if config is not None and config.log.get("wandb"):
+            self._wandb = start_wandb(config, workdir, step)
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             records = [_record(line) for line in lines]
@@ -63,6 +70,8 @@ class Recorder:
             # tensorboardX's own function would replace the @ of frechet@4.
             self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
         self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
 
     def _add(self, step: int, **content) -> None:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
@@ -70,6 +79,28 @@ class Recorder:
     def close(self) -> None:
         if self._write:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(config, workdir: Path, step: int):
+    """Begin or resume the run of Weights & Biases that belongs to `workdir`. Raises RunError without its package."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise RunError(
+            f"log.wandb is {config.log.wandb!r}, and wandb is not installed; pip install 'lcm_jax[wandb]', or set "
+            "it to ''"
+        ) from None
+    path = Path(workdir).resolve()
+    return wandb.init(
+        project=config.log.wandb,
+        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        name=path.name,
+        dir=str(path),
+        config=config.to_dict(),
+        resume="allow" if step else None,
+    )
 
 
 def read_previews(workdir: Path) -> list[dict[str, float]]:
@@ -107,13 +138,23 @@ class ProgressReport:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self._preview = ""
         self._task = self._bar.add_task(title, total=total, completed=done, figures="")
         self._bar.start()
 
+    def show_preview(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show figures of the preview of `step` in front of the loss, which is no guide to the quality of samples."""
+        self._preview = "".join(f"{name} {value:.4g} at {step}  " for name, value in figures.items())
+
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Show step, the updates done, and of scalars `loss`, `steps_per_second` and `images_per_second`."""
-        rate = scalars["steps_per_second"]
-        figures = f"loss {scalars['loss']:.4g}  {rate:.2f} steps/s  {scalars['images_per_second']:.0f} images/s"
+        """Show step, the updates done, the preview's figure, and of scalars loss, speed and waiting for data."""
+        rate, waiting = scalars["steps_per_second"], scalars["data_seconds"] * scalars["steps_per_second"]
+        speed = f"{rate:.2f} steps/s  {scalars['images_per_second']:.0f} images/s"
+        if "mfu" in scalars:
+            speed += f"  MFU {scalars['mfu']:.0%}"
+        if waiting >= SLOW_DATA:
+            speed += f"  {waiting:.0%} waiting for data"
+        figures = f"{self._preview}loss {scalars['loss']:.4g}  {speed}"
         self._bar.update(self._task, completed=step, figures=figures)
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line >= self._every or step == self._total):

@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.errors import RunError, first_line, memory_shortage, phase
+from lcm_jax.errors import RunError, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
 from lcm_jax.training import distributed, sharding
 from lcm_jax.training.best import BestCheckpoint, check_best
 from lcm_jax.training.checkpoint import STABLER, Checkpoints
+from lcm_jax.training.compilation import STEP_MEMORY, Programs, compile_step
 from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
-from lcm_jax.training.state import Params, TrainState, create_state, make_optimizer
+from lcm_jax.training.meter import Meter, Profile
+from lcm_jax.training.state import Params, TrainState, create_state, learning_rate_schedule, make_optimizer
 from lcm_jax.training.step import make_train_step
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
 from lcm_jax.weights.errors import ModelError
 
-STEP_MEMORY = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or set train.remat=True"
 MAX_PENDING = 100  # updates whose losses wait on the device if log.every_steps=0
 
 
@@ -90,9 +91,10 @@ def check_batch_size(config, devices: int) -> int:
     return batch_size // rows
 
 
-def train(task: TrainTask, config, workdir: Path) -> bool:
+def train(task: TrainTask, config, workdir: Path, profile: tuple[int, int] | None = None) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 
+    profile: the first and the last update of which a trace is written to `workdir`/profile.
     Returns True when the run is complete, False when SIGTERM, SIGHUP or Ctrl-C stopped it early, with its state saved.
     Raises ValueError if `config.checkpoint.best` is not a figure of the task; RunError on a loss or a state that is not
     finite, on too little memory and on a full disk, and Interrupted if Ctrl-C ends a phase that has nothing to save;
@@ -161,12 +163,18 @@ def train(task: TrainTask, config, workdir: Path) -> bool:
                 if first:
                     batches = task.make_batches(alone, first)
                 inputs = (sharding.put_batch(mesh, batch) for batch in batches)
+                meter = Meter(config.train.batch_size, mesh.devices.flatten().tolist(), task.skipped)
 
                 def advance(state: TrainState) -> tuple[TrainState, dict]:
-                    batch = next(inputs)
-                    return programs.of(batch)(state, frozen, batch)
+                    with meter.waiting():
+                        batch = next(inputs)
+                    program = programs.of(batch)
+                    meter.count(program.flops)
+                    return program.run(state, frozen, batch)
 
-                state, seconds, stopped = run_steps(task, frozen, config, workdir, advance, state, checkpoints, began)
+                state, seconds, stopped = run_steps(
+                    task, frozen, config, workdir, advance, state, checkpoints, began, meter, profile
+                )
         done = int(state.step)
         if stopped or done < config.train.steps:
             print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
@@ -190,19 +198,23 @@ def run_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     began: float,
+    meter: Meter,
+    profile: tuple[int, int] | None = None,
 ) -> tuple[TrainState, float, bool]:
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
-    frozen: on the devices. began: when this process began, by time.monotonic(). Return (state, seconds that the run has
-    taken in all, True if it was stopped).
+    frozen: on the devices. began: when this process began, by time.monotonic(). meter: counts what `advance` does.
+    profile: see `train`. Return (state, seconds that the run has taken in all, True if it was stopped).
     """
-    steps, batch_size, step = config.train.steps, config.train.batch_size, int(state.step)
+    steps, step = config.train.steps, int(state.step)
+    learning_rate = learning_rate_schedule(config.optimizer, steps)
     due = lambda group: bool(group.every_steps) and step % group.every_steps == 0  # noqa: E731
     pending: list[tuple[int, dict]] = []  # metrics still on the device: reading them each step would stall it
     with ExitStack() as stack:
         hold = lambda each: stack.enter_context(closing(each))  # noqa: E731
         progress = hold(ProgressReport(steps, step, task.title))
-        recorder = hold(Recorder(workdir, step, progress.log, write=distributed.is_main()))
+        recorder = hold(Recorder(workdir, step, progress.log, config, write=distributed.is_main()))
+        trace = hold(Profile(profile, workdir / "profile", progress.log))
         best = hold(open_best(task, config, workdir, checkpoints)) if config.checkpoint.best else None
         stop = hold(_StopSignal())
         if step:
@@ -210,7 +222,7 @@ def run_steps(
         began -= recorder.seconds  # what earlier processes of this run have taken
         stopping = lambda: distributed.any_process(stop.requested)  # noqa: E731
         previewed = distributed.any_process(recorder.previewed)
-        clock, clocked = time.monotonic(), step
+        meter.restart()
         while True:
             # At the start as well, at the end, and again if the preview of the step that the run resumes at was lost.
             if (due(config.sample) or (step == steps and config.sample.every_steps)) and not (previewed or stopping()):
@@ -221,22 +233,27 @@ def run_steps(
                     progress.log(f"step {step}: the best {best.figure} so far; its checkpoint is in {best.folder}")
                 if scalars:
                     recorder.write(step, scalars | ({BEST: best.step} if best and best.step is not None else {}))
-                clock, clocked = time.monotonic(), step
+                    shown = [config.checkpoint.best] if config.checkpoint.best else [*task.figures][-1:]
+                    progress.show_preview(step, {name: scalars[name] for name in shown if name in scalars})
+                meter.restart()
             if step >= steps or stopping():
                 break
+            trace.before(step + 1)
             state, metrics = advance(state)
             step, previewed = step + 1, False
+            trace.after(step, metrics)
             pending.append((step, metrics))
 
             save = step == steps or stopping() or due(config.checkpoint)
             if save or due(config.log):
-                scalars, now = _read(pending, checkpoints), time.monotonic()
+                scalars = _read(pending, checkpoints) | {"learning_rate": float(np.asarray(learning_rate(step - 1)))}
+                scalars |= meter.read()
                 if save:  # before anything is logged, which may fail
+                    saving = time.monotonic()
                     checkpoints.save(state)
-                scalars["steps_per_second"] = (step - clocked) / (now - clock)
-                scalars["images_per_second"] = scalars["steps_per_second"] * batch_size
-                scalars["seconds"] = now - began
-                clock, clocked = now, step
+                    scalars["checkpoint_seconds"] = time.monotonic() - saving
+                    meter.restart()
+                scalars["seconds"] = time.monotonic() - began
                 recorder.write(step, scalars)
                 progress.update(step, scalars)
             elif not config.log.every_steps and len(pending) >= MAX_PENDING:
@@ -287,62 +304,19 @@ def write_preview(
     return scalars
 
 
-class Programs:
-    """Compiled programs by the shapes of the batches that they are for."""
-
-    def __init__(self, compile: Callable[[Mapping[str, Any]], Callable]):
-        self._compile, self._programs = compile, {}
-
-    def of(self, batch: Mapping[str, Any]) -> Callable:
-        """Return the program for batches like this one, arrays or their shapes; it is compiled at the first call."""
-        shapes = tuple((name, *each.shape) for name, each in sorted(batch.items()))
-        if shapes not in self._programs:
-            self._programs[shapes] = self._compile(
-                {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in batch.items()}
-            )
-        return self._programs[shapes]
-
-
-def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.sharding.Mesh) -> Callable:
-    """Trace a jitted step for arguments of these shapes and dtypes, and compile it for the devices of `mesh`.
-
-    Raises RunError that names the step, the devices and the remedy if that fails.
-    """
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    print(f"compiling the {title} step for {devices}")
-    began, stage = time.monotonic(), "traced"
-    try:
-        traced = step.trace(*arguments)
-        stage = "compiled"
-        compiled = traced.lower().compile()
-    except Exception as error:  # whatever JAX, Flax, XLA or a kernel raises
-        text = first_line(error)
-        if memory_shortage(error) is not None:
-            remedy = f"; {STEP_MEMORY}"
-        elif isinstance(error, ValueError):  # a setting, whose text contains its remedy
-            remedy = ""
-        else:
-            remedy = (
-                "; use --config.train.dtype=float32, which uses no fused kernels, or JAX_PLATFORMS=cpu, and report this"
-            )
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise RunError(f"the {title} step cannot be {stage} for {devices}: {kind}{text}{remedy}") from error
-    needed = ""
-    if (memory := compiled.memory_analysis()) is not None:  # some backends have none
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        needed = f"; it takes {(total - memory.alias_size_in_bytes) / 1e9:.2f} GB of memory per device"
-    print(f"compiled in {time.monotonic() - began:.0f} s{needed}")
-    return compiled
-
-
 def _read(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[str, float]:
-    """Fetches and empties `pending`; the mean of each scalar. Raises RunError at the first that is not finite."""
-    values = [(step, {k: float(v) for k, v in metrics.items()}) for step, metrics in jax.device_get(pending)]
+    """Fetch and empty `pending`; return the mean of each metric, and the ratio of the means of each pair.
+
+    A pair whose second mean is 0 is left out. Raises RunError at the first value that is not finite.
+    """
+    values = jax.device_get(pending)
     pending.clear()
     for step, metrics in values:
-        if bad := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value)]:
+        if bad := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value).all()]:
             raise RunError(f"step {step}: {', '.join(bad)}; {checkpoints.summary(resume=False)}; {STABLER}")
-    return {name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]}
+    means = {name: np.mean([metrics[name] for _, metrics in values], axis=0) for name in values[0][1]}
+    scalars = {name: float(mean) for name, mean in means.items() if mean.ndim == 0}
+    return scalars | {name: float(mean[0] / mean[1]) for name, mean in means.items() if mean.ndim and mean[1]}
 
 
 class _Stop(BaseException):

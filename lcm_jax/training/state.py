@@ -41,6 +41,18 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, averag
     )
 
 
+def learning_rate_schedule(config, steps: int) -> optax.Schedule:
+    """Return update, 0-based -> learning rate. config, steps: see `make_optimizer`. Raises ValueError."""
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(config.learning_rate)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1))
+    else:
+        raise ValueError(f"optimizer.schedule is {config.schedule!r}; choose constant or cosine")
+    return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+
+
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     """Build AdamW or Muon after clipping by the global norm; biases and scales have no weight decay.
 
@@ -51,14 +63,7 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     weight_decay, clip_norm). steps: the number of updates of the run, for the cosine schedule.
     Raises ValueError for a name or a schedule that is not supported.
     """
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    if config.schedule == "constant":
-        after = optax.constant_schedule(config.learning_rate)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1))
-    else:
-        raise ValueError(f"optimizer.schedule is {config.schedule!r}; choose constant or cosine")
-    schedule = optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+    schedule = learning_rate_schedule(config, steps)
 
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim >= 2, params)

@@ -1,0 +1,106 @@
+"""Where the time of a run goes, and how much of its devices it uses."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lcm_jax.cost import peak_flops
+
+
+class Meter:
+    """Counts updates, their FLOPs, and the seconds that a run spends beside them, since the last `read`.
+
+    batch_size: images of an update. skipped(): unreadable records so far, by cause.
+    """
+
+    def __init__(self, batch_size: int, devices: Sequence[Any], skipped: Callable[[], Mapping[str, int]] = dict):
+        self._batch_size, self._devices, self._skipped = batch_size, devices, skipped
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = None if peak is None else peak * len(devices)
+        self._skipped_before: Mapping[str, int] = dict(skipped())
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew: what came before, such as a preview, is not part of any rate."""
+        self._began, self._updates, self._flops, self._waited = time.monotonic(), 0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the seconds of the block as spent waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def count(self, flops: int) -> None:
+        """Count an update of so many FLOPs, those of all devices together."""
+        self._updates += 1
+        self._flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Return the rates since the last reading, and begin to count anew; call it when the updates have finished.
+
+        steps_per_second and images_per_second; step_seconds and data_seconds of an update, the latter spent waiting for
+        its batch; tflops_per_second, without recomputed activations, and mfu, its share of the devices' published peak,
+        if that is known; memory_gb, the peak of the fullest device, or on a CPU of this process; skipped, the records
+        that could not be read, and skipped/CAUSE.
+        """
+        seconds, updates = time.monotonic() - self._began, self._updates
+        rates = {
+            "steps_per_second": updates / seconds,
+            "images_per_second": updates / seconds * self._batch_size,
+            "step_seconds": (seconds - self._waited) / updates,
+            "data_seconds": self._waited / updates,
+            "tflops_per_second": self._flops / seconds / 1e12,
+            "memory_gb": peak_memory(self._devices) / 1e9,
+        }
+        if self._peak is not None:
+            rates["mfu"] = self._flops / seconds / self._peak
+        skipped = dict(self._skipped())
+        new = {cause: count - self._skipped_before.get(cause, 0) for cause, count in skipped.items()}
+        if any(new.values()):
+            rates["skipped"] = sum(new.values())
+            rates |= {f"skipped/{cause}": count for cause, count in new.items() if count}
+        self._skipped_before = skipped
+        self.restart()
+        return rates
+
+
+def peak_memory(devices: Sequence[Any]) -> int:
+    """Return the peak bytes of the fullest device of this process; of the process itself where devices report none."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in local]
+    used = [each["peak_bytes_in_use"] for each in stats if each and "peak_bytes_in_use" in each]
+    return max(used) if used else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Profile:
+    """A trace of the updates `first` to `last`, 1-based, by `jax.profiler` in `folder`; steps: None for no trace."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None]):
+        self._steps, self._folder, self._log, self._tracing = steps, folder, log, False
+
+    def before(self, step: int) -> None:
+        """Begin the trace if `step` is its first update."""
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+
+    def after(self, step: int, result: Any) -> None:
+        """End the trace if `step` is its last update, once `result` has been computed."""
+        if self._tracing and self._steps is not None and step == self._steps[1]:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace if the run ends before its last update; report if it never began."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._log(f"a trace is in {self._folder}; open it in TensorBoard or Perfetto")
+            self._tracing, self._steps = False, None
+        elif self._steps is not None:
+            self._log(f"no trace was written: this process ran no update {self._steps[0]}")
