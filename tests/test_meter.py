@@ -120,6 +120,7 @@ def test_scalars_go_to_weights_and_biases_too(tmp_path, monkeypatch):
     lines = [line for line in run(tmp_path / "run", **{"log.wandb": "mine"}) if "loss" in line]
     begun, *logged, finished = calls
     assert (begun["project"], begun["name"], begun["resume"]) == ("mine", "run", None) and finished == "finished"
+    assert (tmp_path / "run" / "wandb.txt").read_text() == begun["id"] + "\n"
     assert begun["config"]["log"]["wandb"] == "mine"
     logged = [(step, scalars) for step, scalars in logged if "loss" in scalars]
     assert [step for step, _ in logged] == [line["step"] for line in lines] == [2, 4]

@@ -1,8 +1,8 @@
 """The records of a run: a progress bar, `metrics.jsonl` and TensorBoard scalars."""
 
-import hashlib
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,7 +84,10 @@ class Recorder:
 
 
 def start_wandb(config, workdir: Path, step: int):
-    """Begin or resume the run of Weights & Biases that belongs to `workdir`. Raises RunError without its package."""
+    """Begin the run of Weights & Biases that belongs to `workdir`; at a step above 0 resume it, by its id in wandb.txt.
+
+    Raises RunError if the package is not installed.
+    """
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -93,13 +96,17 @@ def start_wandb(config, workdir: Path, step: int):
             "it to ''"
         ) from None
     path = Path(workdir).resolve()
+    identifier = path / "wandb.txt"
+    resume = step > 0 and identifier.is_file()
+    if not resume:
+        write_text(identifier, secrets.token_hex(8) + "\n")
     return wandb.init(
         project=config.log.wandb,
-        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        id=identifier.read_text().strip(),
         name=path.name,
         dir=str(path),
         config=config.to_dict(),
-        resume="allow" if step else None,
+        resume="allow" if resume else None,
     )
 
 
