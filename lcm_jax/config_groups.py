@@ -40,8 +40,11 @@ def checkpoint(**changes: Any) -> ConfigDict:
         "checkpoint",
         {
             "every_steps": 100,
+            "every_minutes": 0.0,  # since the last one, looked at whenever losses are logged; 0 is never
             "keep": 2,  # the newest ones
+            "keep_every": 0,  # those of steps that it divides are kept as well; 0 is none
             "best": "",  # a figure of the previews, such as frechet@4; its best checkpoint is kept in best/
+            "folder": "",  # of checkpoints/ and best/, such as gs://bucket/run; the workdir if empty
         },
         changes,
     )

@@ -6,6 +6,10 @@
 
 --list_configs lists the bundled configs; --config also accepts a file, such as configs/shapes.py. Any config key can be
 overridden by --config.group.key=value. The same command in the same workdir resumes an interrupted run.
+
+Several processes of one run find each other under Slurm, Open MPI, Kubernetes and on TPU pods; elsewhere each gets
+--coordinator, --num_processes and --process_id. Exit codes: 0 complete; 1 error; 75 work is left and the same command
+resumes it, after SIGTERM or SIGHUP (a checkpoint was saved) or because another process is gone; 130 Ctrl-C.
 """
 
 import sys
@@ -28,6 +32,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", **OWN)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
+JOIN_SECONDS = flags.DEFINE_integer(
+    "join_seconds", None, "Seconds until all processes must have started, by default half an hour.", lower_bound=1, **OWN
+)
+IGNORE_UNREADABLE = flags.DEFINE_bool(
+    "ignore_unreadable", False, "Train from the beginning if none of the run's checkpoints can be read.", **OWN
+)
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "First and last update to trace, such as 10:15.", **OWN)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.", **OWN)
 
@@ -44,16 +54,21 @@ def train() -> None:
 
         keep_interrupts()
         command.configure_jax()
-        if not DRY_RUN.value:
-            distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        check_devices()
         config, workdir = CONFIG.value, Path(WORKDIR.value or "")
         if DRY_RUN.value:
+            check_devices()
             full = dry_run.estimate(dry_run.without_adapters(config)) if "lora" in config else None
             dry_run.show(dry_run.estimate(config), full)
             return
-        task = make_task(config, workdir)
-    loop.train(task, config, workdir, ranges.span("--profile_steps", PROFILE_STEPS.value))
+        seconds = JOIN_SECONDS.value or distributed.INITIALIZATION_SECONDS
+        distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, seconds)
+    with distributed.ending_together():
+        with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
+            check_devices()
+            task = make_task(config, workdir)
+        profile = ranges.span("--profile_steps", PROFILE_STEPS.value)
+        if not loop.train(task, config, workdir, profile, IGNORE_UNREADABLE.value):
+            sys.exit(distributed.RESUMABLE)
 
 
 def parse(argv: list[str]) -> list[str]:

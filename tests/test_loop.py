@@ -249,7 +249,8 @@ def test_ctrl_c_leaves_a_preview_at_once_and_ends_a_report_with_what_is_kept(tmp
 
     config = config_of(**{"sample.every_steps": 1, "checkpoint.every_steps": 0})
     at_once = line(write_preview=lambda ema, frozen, path: {} if path.stem == "000000" else interrupt())
-    assert not train(at_once, config, tmp_path)
+    with pytest.raises(Interrupted, match="^interrupted at step 1 of 2; checkpoint saved; run the same command"):
+        train(at_once, config, tmp_path)
     assert checkpoints_of(tmp_path) == [1]
     with pytest.raises(
         Interrupted, match="^interrupted while writing the export and the report; checkpoint 2 in .*kept"

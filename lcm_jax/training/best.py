@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from lcm_jax.training import distributed
 from lcm_jax.training.checkpoint import Checkpoints
@@ -35,7 +36,7 @@ class BestCheckpoint(Checkpoints):
     figure: its name. lower: True if lower is better. last: the other checkpoints of the run, from which it resumes.
     """
 
-    def __init__(self, folder: Path, figure: str, lower: bool, settings: Mapping[str, Any], last: Checkpoints):
+    def __init__(self, folder: epath.PathLike, figure: str, lower: bool, settings: Mapping[str, Any], last: Checkpoints):
         super().__init__(folder, keep=None)
         self._sign, self._last = (-1.0 if lower else 1.0), last
         self._rule = {"figure": figure, "settings": dict(settings)}
@@ -50,8 +51,8 @@ class BestCheckpoint(Checkpoints):
     def _beats(self, value: float) -> bool:
         return math.isfinite(value) and not self._sign * value <= self._sign * self._value
 
-    def summary(self, resume: bool = True) -> str:
-        return self._last.summary(resume)
+    def summary(self, resume: bool = True, wait: bool = True) -> str:
+        return self._last.summary(resume, wait)
 
     def consider(self, state: TrainState, figures: Mapping[str, float]) -> bool:
         """Save `state` if its figure is better than every one before it; return True once it is saved.

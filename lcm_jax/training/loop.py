@@ -4,8 +4,9 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,18 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.errors import RunError, phase
+from lcm_jax.errors import Interrupted, RunError, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
 from lcm_jax.training import distributed, sharding
+from lcm_jax.training.agreement import check_code_and_config, check_data
 from lcm_jax.training.best import BestCheckpoint, check_best
-from lcm_jax.training.checkpoint import STABLER, Checkpoints
+from lcm_jax.training.checkpoint import STABLER, Checkpoints, check_root
 from lcm_jax.training.compilation import STEP_MEMORY, Programs, compile_step
 from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
 from lcm_jax.training.meter import Meter, Profile
 from lcm_jax.training.state import Params, TrainState, create_state, learning_rate_schedule, make_optimizer
 from lcm_jax.training.step import make_train_step
+from lcm_jax.training.stop import StopSignal
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.orbax_folder import checkpoint_root, recorded_folder
 
 MAX_PENDING = 100  # updates whose losses wait on the device if log.every_steps=0
 
@@ -53,7 +57,8 @@ class TrainTask:
     comes. make_batches(frozen, step): endless batches of numpy arrays, beginning with that of `step` (0-based); frozen
     as it lies on the devices. skipped(): how many records of this process's batches could not be read so far, by cause.
     weight_digests(): of the weights that the run starts from, by name. figures: those of previews by which a checkpoint
-    can be the best, True if lower is better.
+    can be the best, True if lower is better. data(): what all processes must have read alike, by name, once there are
+    batches.
     """
 
     title: str
@@ -72,11 +77,14 @@ class TrainTask:
     weight_digests: Callable[[], Mapping[str, str]]
     figures: Mapping[str, bool] = field(default_factory=dict)
     skipped: Callable[[], Mapping[str, int]] = dict
+    data: Callable[[], Mapping[str, str]] = dict
 
 
 def check_run(workdir: Path, config) -> None:
-    """Check the workdir and the batch size. Raises RunError or ValueError; writes nothing."""
+    """Check the workdir, the folder of the checkpoints and the batch size. Raises RunError or ValueError; writes
+    nothing."""
     check_workdir(workdir, config.to_dict())
+    check_root(workdir, config.checkpoint.folder, recorded_folder(workdir))
     check_batch_size(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp).size)
 
 
@@ -91,16 +99,24 @@ def check_batch_size(config, devices: int) -> int:
     return batch_size // rows
 
 
-def train(task: TrainTask, config, workdir: Path, profile: tuple[int, int] | None = None) -> bool:
+def train(
+    task: TrainTask,
+    config,
+    workdir: Path,
+    profile: tuple[int, int] | None = None,
+    ignore_unreadable: bool = False,
+) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 
-    profile: the first and the last update of which a trace is written to `workdir`/profile.
-    Returns True when the run is complete, False when SIGTERM, SIGHUP or Ctrl-C stopped it early, with its state saved.
+    profile: the first and the last update of which a trace is written to `workdir`/profile. ignore_unreadable: train
+    from the beginning if there are checkpoints and none can be read.
+    Returns True when the run is complete, False when SIGTERM or SIGHUP stopped it early, with its state saved.
     Raises ValueError if `config.checkpoint.best` is not a figure of the task; RunError on a loss or a state that is not
-    finite, on too little memory and on a full disk, and Interrupted if Ctrl-C ends a phase that has nothing to save;
-    the last good checkpoint stays.
+    finite, on too little memory and on a full disk, and Interrupted on Ctrl-C, with the state saved if updates had
+    begun; the last good checkpoint stays.
     """
     began = time.monotonic()
+    check_code_and_config(config.to_dict())
     check_run(workdir, config)
     check_best(config, task.figures)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -141,17 +157,20 @@ def train(task: TrainTask, config, workdir: Path, profile: tuple[int, int] | Non
             with distributed.main_first("data"):  # which makes indices and caches
                 batches = task.make_batches(alone, 0)
                 batches = chain([next(batches)], batches)
+            check_data(task.data())
         with distributed.main_first("workdir"):
             check_origin(workdir, task.weight_digests())
             claim_workdir(workdir, config.to_dict())
-        with closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints:
+        root, keep = checkpoint_root(workdir, config.checkpoint.folder), config.checkpoint.keep
+        with closing(Checkpoints(root / "checkpoints", keep, config.checkpoint.keep_every)) as checkpoints:
             # Resume, in this order:
             # 1. the newest checkpoint of this workdir that can be read;
             # 2. if there is none, the task's initial parameters;
             # 3. randomness resumes by itself: every step folds its own number into the seed;
             # 4. the data resumes at the batch of that step.
-            with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary):
-                state = checkpoints.restore(abstract)
+            kept = partial(checkpoints.summary, wait=False)
+            with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary), distributed.ending_with_others(kept):
+                state = checkpoints.restore(abstract, ignore_unreadable=ignore_unreadable)
                 if state is None:
                     # An argument, not a constant of the program, and donated, so that it exists once. Copied before:
                     # on a CPU device_put would lend the host's arrays, mapped from files that must not be written to.
@@ -176,8 +195,11 @@ def train(task: TrainTask, config, workdir: Path, profile: tuple[int, int] | Non
                     task, frozen, config, workdir, advance, state, checkpoints, began, meter, profile
                 )
         done = int(state.step)
-        if stopped or done < config.train.steps:
-            print(f"stopped at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume")
+        if stopped is not None:
+            text = f"at step {done} of {config.train.steps}; checkpoint saved; run the same command to resume"
+            if stopped == signal.SIGINT:
+                raise Interrupted(f"interrupted {text}")
+            print(f"stopped {text}")
             return False
         average, alone = distributed.local((state.average, frozen))
         del state, advance  # what the report has no use for leaves the device
@@ -200,11 +222,11 @@ def run_steps(
     began: float,
     meter: Meter,
     profile: tuple[int, int] | None = None,
-) -> tuple[TrainState, float, bool]:
+) -> tuple[TrainState, float, int | None]:
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
     frozen: on the devices. began: when this process began, by time.monotonic(). meter: counts what `advance` does.
-    profile: see `train`. Return (state, seconds that the run has taken in all, True if it was stopped).
+    profile: see `train`. Return (state, seconds that the run has taken in all, the signal that has stopped it or None).
     """
     steps, step = config.train.steps, int(state.step)
     learning_rate = learning_rate_schedule(config.optimizer, steps)
@@ -216,16 +238,19 @@ def run_steps(
         recorder = hold(Recorder(workdir, step, progress.log, config, write=distributed.is_main()))
         trace = hold(Profile(profile, workdir / "profile", progress.log))
         best = hold(open_best(task, config, workdir, checkpoints)) if config.checkpoint.best else None
-        stop = hold(_StopSignal())
+        stop = hold(StopSignal())
         if step:
             progress.log(f"resumed {workdir} at step {step}")
         began -= recorder.seconds  # what earlier processes of this run have taken
-        stopping = lambda: distributed.any_process(stop.requested)  # noqa: E731
+        stopping = lambda: stop.reached(step)  # noqa: E731
+        saved, minutes = time.monotonic(), config.checkpoint.every_minutes
         previewed = distributed.any_process(recorder.previewed)
         meter.restart()
         while True:
             # At the start as well, at the end, and again if the preview of the step that the run resumes at was lost.
-            if (due(config.sample) or (step == steps and config.sample.every_steps)) and not (previewed or stopping()):
+            if (due(config.sample) or (step == steps and config.sample.every_steps)) and not (
+                previewed or distributed.any_process(stop.requested is not None)
+            ):
                 path = workdir / "samples" / f"{step:06d}.png"
                 scalars = write_preview(task, state, frozen, path, checkpoints.summary, stop, progress.log)
                 # Recorded after that: the preview of a run that is killed meanwhile is made again.
@@ -244,7 +269,10 @@ def run_steps(
             trace.after(step, metrics)
             pending.append((step, metrics))
 
+            read = due(config.log) or (not config.log.every_steps and len(pending) >= MAX_PENDING)
             save = step == steps or stopping() or due(config.checkpoint)
+            if read and minutes and not save:  # by the clock of one process
+                save = distributed.any_process(distributed.is_main() and time.monotonic() - saved >= 60 * minutes)
             if save or due(config.log):
                 scalars = _read(pending, checkpoints) | {"learning_rate": float(np.asarray(learning_rate(step - 1)))}
                 scalars |= meter.read()
@@ -252,26 +280,30 @@ def run_steps(
                     saving = time.monotonic()
                     checkpoints.save(state)
                     scalars["checkpoint_seconds"] = time.monotonic() - saving
+                    saved = time.monotonic()
                     meter.restart()
                 scalars["seconds"] = time.monotonic() - began
                 recorder.write(step, scalars)
                 progress.update(step, scalars)
-            elif not config.log.every_steps and len(pending) >= MAX_PENDING:
+            elif read:
                 _read(pending, checkpoints)
         if pending:  # the signal came after this step had been looked at
             _read(pending, checkpoints)
         checkpoints.save(state)  # which does nothing where the loop has saved this step
         checkpoints.wait()
-        stopped = stopping()
+        # At its last step a process may not have come to what the others have asked for.
+        signals = [number for number in StopSignal.SIGNALS if distributed.any_process(stop.requested == number)]
+        stopped = signals[0] if signals else None
     return state, time.monotonic() - began, stopped
 
 
 def open_best(task: TrainTask, config, workdir: Path, checkpoints: Checkpoints) -> BestCheckpoint:
-    """Open the checkpoint in `workdir`/best that has the best value of `config.checkpoint.best`."""
+    """Open the checkpoint in best/ that has the best value of `config.checkpoint.best`."""
     figure, settings = config.checkpoint.best, json.loads(json.dumps(config.sample.to_dict()))
     del settings["every_steps"]  # by which no value changes
     settings["reference"] = config.report.reference if "report" in config else None
-    return BestCheckpoint(workdir / "best", figure, task.figures[figure], settings, checkpoints)
+    folder = checkpoint_root(workdir, config.checkpoint.folder) / "best"
+    return BestCheckpoint(folder, figure, task.figures[figure], settings, checkpoints)
 
 
 def write_preview(
@@ -280,7 +312,7 @@ def write_preview(
     frozen: Params,
     path: Path,
     kept: Callable[[], str],
-    stop: "_StopSignal",
+    stop: StopSignal,
     log: Callable[[str], None],
 ) -> dict[str, float]:
     """Write the preview of `state` to `path`; return its scalars in the main process, in the others none.
@@ -317,41 +349,3 @@ def _read(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[str
     means = {name: np.mean([metrics[name] for _, metrics in values], axis=0) for name in values[0][1]}
     scalars = {name: float(mean) for name, mean in means.items() if mean.ndim == 0}
     return scalars | {name: float(mean[0] / mean[1]) for name, mean in means.items() if mean.ndim and mean[1]}
-
-
-class _Stop(BaseException):
-    """A stop that was asked for within `_StopSignal.at_once`."""
-
-
-class _StopSignal:
-    """SIGTERM, SIGHUP (its terminal was closed) and the first Ctrl-C ask for a clean stop; a second Ctrl-C interrupts
-    as usual."""
-
-    def __init__(self):
-        self.requested, self._at_once = False, False
-        asked = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to go on without a terminal
-            asked.append(signal.SIGHUP)
-        self._before = {s: signal.signal(s, self._handle) for s in asked}
-
-    def _handle(self, number, frame):
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._at_once:
-            self._at_once = False
-            raise _Stop
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Leave the block as soon as a stop is asked for: what it does can be done without."""
-        self._at_once = True
-        try:
-            yield
-        except _Stop:
-            pass
-        finally:
-            self._at_once = False
-
-    def close(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 from lcm_jax import files, locks
 from lcm_jax.errors import RunError
 from lcm_jax.training import distributed
+from lcm_jax.weights.orbax_folder import checkpoint_root
 
 # Groups of a config that do not affect the weights: a run may resume with other values.
 FREE_GROUPS = ("mesh", "checkpoint", "log", "sample", "metrics", "report")
+SEEN_SECONDS = 60  # network file systems show new files to other hosts after a while
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -47,9 +50,26 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json`, with which `check_workdir` compares. One process writes it."""
+    """Write `config.json`, with which `check_workdir` compares, and a copy to `config.checkpoint.folder`.
+
+    One process writes it. Raises RunError in another process if it is not there, since both must see the same folder.
+    """
+    path, text = workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n"
     if distributed.is_main():
-        files.write_text(workdir / "config.json", json.dumps(config, default=list, indent=1, sort_keys=True) + "\n")
+        files.write_text(path, text)
+        if folder := config["checkpoint"]["folder"]:  # which opens as a model then
+            root = checkpoint_root(workdir, folder)
+            root.mkdir(parents=True, exist_ok=True)
+            (root / path.name).write_text(text)
+        return
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (path.exists() and path.read_text(encoding="utf-8") == text):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"--workdir {workdir} of {distributed.name_process()} is not the folder that process 0 writes to; use "
+                "one on a file system that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def check_origin(workdir: Path, origin: Mapping[str, str]) -> None:

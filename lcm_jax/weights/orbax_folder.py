@@ -5,12 +5,14 @@ A model is a folder with configs.json, the tokenizers, and one step, 0, under ch
 the same form its best state is in best/.
 """
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.ranges import ABOVE_ZERO, GUIDANCE, MANY_STEPS, REAL, STEPS, check_setting
@@ -47,21 +49,42 @@ class RunPlace(NamedTuple):
     """A checkpoint of a run: the one of `step` in `folder`, by default the newest there."""
 
     workdir: Path
-    folder: Path
+    folder: epath.Path
     step: int | None
 
 
+def checkpoint_root(workdir: Path, folder: str) -> epath.Path:
+    """Return the folder of a run's checkpoints/ and best/: its `config.checkpoint.folder`, or the workdir if that is "".
+
+    folder: a path, or a URL such as gs://bucket/run.
+    """
+    return epath.Path(folder) if "://" in folder else epath.Path((Path(folder) if folder else workdir).absolute())
+
+
 def find_run(path: Path) -> RunPlace | None:
-    """Return the checkpoint if `path` is a workdir (the newest one), its checkpoints/ or best/, or a step of these."""
+    """Return the checkpoint if `path` is a workdir (the newest one), its checkpoints/ or best/, or a step of these.
+
+    They are looked for in `config.checkpoint.folder` of the run; in the workdir their names mean those there.
+    """
     path = path.absolute()
-    places = [RunPlace(path, path / "checkpoints", None), RunPlace(path.parent, path, None)]
+    places = [(path, "checkpoints", None), (path.parent, path.name, None)]
     if path.name.isdigit():
-        places.append(RunPlace(path.parent.parent, path.parent, int(path.name)))
-    for place in places:
-        named = place.folder.name in ("checkpoints", "best")
-        if named and (place.workdir / "config.json").is_file() and place.folder.is_dir():
-            return place
+        places.append((path.parent.parent, path.parent.name, int(path.name)))
+    for workdir, name, step in places:
+        if name in ("checkpoints", "best") and (workdir / "config.json").is_file():
+            folder = checkpoint_root(workdir, recorded_folder(workdir)) / name
+            if folder.is_dir():
+                return RunPlace(workdir, folder, step)
     return None
+
+
+def recorded_folder(workdir: Path) -> str:
+    """Return `config.checkpoint.folder` of a run, or "" if it has none or config.json is not that of a run."""
+    try:
+        folder = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["checkpoint"]["folder"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return ""
+    return folder if isinstance(folder, str) else ""
 
 
 def read_model_file(folder: Path) -> dict[str, Any]:
@@ -92,14 +115,14 @@ def read_run_file(workdir: Path) -> dict[str, Any]:
     return config
 
 
-def read_tree(folder: Path, step: int | None) -> tuple[int, dict[str, Any]]:
+def read_tree(folder: epath.PathLike, step: int | None) -> tuple[int, dict[str, Any]]:
     """Return (step, tree of shapes and dtypes) of a checkpoint, by default the newest. Raises ModelError."""
     from lcm_jax.weights import orbax_tree  # orbax takes seconds to import
 
     return orbax_tree.read_specs(folder, step)
 
 
-def read_arrays(folder: Path, step: int, *parents: str) -> dict[str, Any]:
+def read_arrays(folder: epath.PathLike, step: int, *parents: str) -> dict[str, Any]:
     """Read a part of a checkpoint's tree, at the path `parents`, as it is. Raises ModelError."""
     from lcm_jax.weights import orbax_tree
 
@@ -110,7 +133,7 @@ def read_arrays(folder: Path, step: int, *parents: str) -> dict[str, Any]:
     return unflatten_dict({path[len(parents) :]: leaf for path, leaf in leaves.items()})
 
 
-def open_components(folder: Path, step: int | None, *parents: str) -> tuple[int, dict[str, Tensors]]:
+def open_components(folder: epath.PathLike, step: int | None, *parents: str) -> tuple[int, dict[str, Tensors]]:
     """Return (step, tensors by component and diffusers' key) of a checkpoint in `folder`, by default the newest.
 
     parents: the path of the components in the tree. An array is read from the file when it is used, together with

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.errors import first_line
@@ -108,7 +109,7 @@ def write_tree(
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_specs(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+def read_specs(folder: epath.PathLike, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """Return (step, tree of jax.ShapeDtypeStruct) of a checkpoint in `folder`, by default the newest.
 
     Raises ModelError if there is none, or it cannot be read.
@@ -117,7 +118,7 @@ def read_specs(folder: Path, step: int | None = None) -> tuple[int, dict[str, An
         return step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def read_leaves(folder: Path, step: int, paths: Sequence[TreePath]) -> dict[TreePath, np.ndarray]:
+def read_leaves(folder: epath.PathLike, step: int, paths: Sequence[TreePath]) -> dict[TreePath, np.ndarray]:
     """Read the arrays at `paths` of checkpoint `step` in `folder`. orbax holds each twice while it reads.
 
     Changes nothing there. Raises ModelError if the checkpoint cannot be read, or an array is not what was saved.
@@ -142,13 +143,19 @@ def read_leaves(folder: Path, step: int, paths: Sequence[TreePath]) -> dict[Tree
     return leaves
 
 
+def absolute(folder: epath.PathLike) -> epath.Path:
+    """Return the folder as orbax takes it; a URL stays as it is."""
+    path = epath.Path(folder)
+    return path if path.is_absolute() else epath.Path(Path(folder).absolute())
+
+
 @contextmanager
-def _open(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
+def _open(folder: epath.PathLike, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int, Any]]:
     """Yield (manager, step, metadata of the tree); whatever fails inside becomes a ModelError."""
     ignore_orphans()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     handler = ocp.PyTreeCheckpointHandler()
-    with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
+    with ocp.CheckpointManager(absolute(folder), options=options, item_handlers=handler) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             existing = ", ".join(map(str, steps)) or "none"
@@ -162,5 +169,5 @@ def _open(folder: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManage
                 raise
             raise ModelError(
                 f"checkpoint {step} in {folder} cannot be read ({first_line(error)}); use another checkpoint, such as "
-                f"{folder / str(steps[0])}"
+                f"{epath.Path(folder) / str(steps[0])}"
             ) from error
