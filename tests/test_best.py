@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_the_best_before_it(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     with pytest.raises(
-        CheckpointError, match="^a checkpoint cannot .*best: the disk is full; free some space; "
+        CheckpointError, match="^a checkpoint cannot .*best: the disk is full, and it needs 0.00 GB; free some space; "
     ) as error:
         train(task_of(), config_of(), tmp_path)
     assert "checkpoint 2 in" in str(error.value) and "\n" not in str(error.value)

@@ -206,7 +206,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_update_and_others_resume_i
     assert f"resumed {long} at step {newest}" in ended.outputs[0]
     np.testing.assert_allclose(losses(long, line_process.LONG), losses(one / "long", line_process.LONG), rtol=1e-4)
     read = rows(long, 2)
-    assert min(read) == step and max(read) >= line_process.LONG - 1
+    assert min(read.keys() - {0}) == step, "a run looks at the first batch before it resumes"
     for number in range(step, line_process.LONG):  # batches between the checkpoint and the kill were read twice
         assert set(read[number]) == set(rows(one / "long", 1)[number])
 

@@ -77,7 +77,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(tmp_path):
     wait_for_step(tmp_path / "broken", 10, 8, stopped)
     stopped.send_signal(signal.SIGTERM)
     output = stopped.communicate(timeout=240)[0]
-    assert stopped.returncode == 0, output
+    assert stopped.returncode == 75, output
     assert "resumed" in output and "stopped at step" in output
     assert not (tmp_path / "broken" / "export").exists()
 

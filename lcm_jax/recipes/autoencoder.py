@@ -118,6 +118,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         on_complete=on_complete,
         weight_digests=lambda: {} if start is None else {"init": compute_digests(start)["vae"]},
         figures={"held_out_absolute_error": True},
+        data=lambda: {"images": str(len(dataset().train)), "digest": dataset().fingerprint},
     )
 
 

@@ -193,4 +193,5 @@ def make_task(
         on_complete=on_complete,
         weight_digests=lambda: {f"{models.role}'s {name}": digest for name, digest in digests().items()},
         figures=preview_figures(config, candidates[-1]),
+        data=lambda: {"images": str(len(dataset().train)), "digest": dataset().fingerprint},
     )

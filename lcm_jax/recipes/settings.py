@@ -48,7 +48,7 @@ RANGES: Mapping[str, Range] = {
     "mesh.data": Range(1, also=-1),
     "mesh.fsdp": POSITIVE,
     "checkpoint.every_steps": EVERY,
-    "checkpoint.every_minutes": Range(0.0),
+    "checkpoint.every_minutes": REAL,
     "checkpoint.keep": POSITIVE,
     "checkpoint.keep_every": EVERY,
     "log.every_steps": EVERY,
