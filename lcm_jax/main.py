@@ -33,7 +33,7 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
 JOIN_SECONDS = flags.DEFINE_integer(
-    "join_seconds", None, "Seconds until all processes must have started, by default half an hour.", lower_bound=1, **OWN
+    "join_seconds", None, "Seconds in which all processes must start, by default half an hour.", lower_bound=1, **OWN
 )
 IGNORE_UNREADABLE = flags.DEFINE_bool(
     "ignore_unreadable", False, "Train from the beginning if none of the run's checkpoints can be read.", **OWN

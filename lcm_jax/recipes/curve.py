@@ -6,6 +6,7 @@ from typing import Any
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.curve import draw_curve, group_figures
 from lcm_jax.training.logging import BEST, PREVIEW, read_previews
+from lcm_jax.weights.orbax_folder import checkpoint_root
 
 EXPORT = "python -m lcm_jax.convert --input={folder} --output={folder}-export --format=diffusers"
 EXPORT_LORA = "python -m lcm_jax.convert --input={folder} --output={folder}.safetensors --format=lora-peft"
@@ -19,7 +20,7 @@ def finish_previews(config, workdir: Path) -> dict[str, Any] | None:
     """
     records = read_previews(workdir)
     figures = [{name: value for name, value in each.items() if name not in (PREVIEW, BEST)} for each in records]
-    figure, compared = config.checkpoint.best, _compare(config.checkpoint.best, workdir, records)
+    figure, compared = config.checkpoint.best, _compare(config.checkpoint, workdir, records)
     if group_figures(figures):
         best = None if compared is None else (compared["figure"], compared["best"]["step"])
         draw_curve(figures, workdir / "curve.png", workdir.absolute().name, best)
@@ -27,21 +28,23 @@ def finish_previews(config, workdir: Path) -> dict[str, Any] | None:
     if figure and compared is None:
         print(f"there is no best checkpoint by {figure}; set checkpoint.best before the previews of a run are made")
     elif compared is not None:
-        folder = workdir / "best"
+        folder = compared["folder"]
         print(report.checkpoints({"checkpoints": compared}))
         command = EXPORT_LORA if "lora" in config else EXPORT
         print(f"export/ has the last; for the best: {command.format(folder=folder)}")
     return compared
 
 
-def _compare(figure: str, workdir: Path, records: list[dict[str, float]]) -> dict[str, Any] | None:
+def _compare(group, workdir: Path, records: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Return what `finish_previews` does; group: `config.checkpoint`."""
+    figure, folder = group.best, checkpoint_root(workdir, group.folder) if group.folder else workdir
     values = {record["step"]: record[figure] for record in records if figure and figure in record}
     if not values or (step := records[-1].get(BEST)) not in values:
         return None
     last = max(values)
     return {
         "figure": figure,
-        "folder": str(workdir / "best"),
+        "folder": str(folder / "best"),
         "best": {"step": int(step), "value": values[step]},
         "last": {"step": last, "value": values[last]},
     }

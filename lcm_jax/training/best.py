@@ -36,7 +36,9 @@ class BestCheckpoint(Checkpoints):
     figure: its name. lower: True if lower is better. last: the other checkpoints of the run, from which it resumes.
     """
 
-    def __init__(self, folder: epath.PathLike, figure: str, lower: bool, settings: Mapping[str, Any], last: Checkpoints):
+    def __init__(
+        self, folder: epath.PathLike, figure: str, lower: bool, settings: Mapping[str, Any], last: Checkpoints
+    ):
         super().__init__(folder, keep=None)
         self._sign, self._last = (-1.0 if lower else 1.0), last
         self._rule = {"figure": figure, "settings": dict(settings)}

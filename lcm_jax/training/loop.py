@@ -100,11 +100,7 @@ def check_batch_size(config, devices: int) -> int:
 
 
 def train(
-    task: TrainTask,
-    config,
-    workdir: Path,
-    profile: tuple[int, int] | None = None,
-    ignore_unreadable: bool = False,
+    task: TrainTask, config, workdir: Path, profile: tuple[int, int] | None = None, ignore_unreadable: bool = False
 ) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 

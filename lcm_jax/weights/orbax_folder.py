@@ -54,9 +54,9 @@ class RunPlace(NamedTuple):
 
 
 def checkpoint_root(workdir: Path, folder: str) -> epath.Path:
-    """Return the folder of a run's checkpoints/ and best/: its `config.checkpoint.folder`, or the workdir if that is "".
+    """Return the folder of a run's checkpoints/ and best/.
 
-    folder: a path, or a URL such as gs://bucket/run.
+    folder: its `config.checkpoint.folder`, a path or a URL such as gs://bucket/run; the workdir if it is empty.
     """
     return epath.Path(folder) if "://" in folder else epath.Path((Path(folder) if folder else workdir).absolute())
 
