@@ -32,12 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", **OWN)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
-JOIN_SECONDS = flags.DEFINE_integer(
-    "join_seconds", None, "Seconds in which all processes must start, by default half an hour.", lower_bound=1, **OWN
-)
-IGNORE_UNREADABLE = flags.DEFINE_bool(
-    "ignore_unreadable", False, "Train from the beginning if none of the run's checkpoints can be read.", **OWN
-)
+IGNORE_UNREADABLE = flags.DEFINE_bool("ignore_unreadable", False, "Begin anew if no checkpoint can be read.", **OWN)
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "First and last update to trace, such as 10:15.", **OWN)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.", **OWN)
 
@@ -60,8 +55,7 @@ def train() -> None:
             full = dry_run.estimate(dry_run.without_adapters(config)) if "lora" in config else None
             dry_run.show(dry_run.estimate(config), full)
             return
-        seconds = JOIN_SECONDS.value or distributed.INITIALIZATION_SECONDS
-        distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, seconds)
+        distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     with distributed.ending_together():
         with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
             check_devices()

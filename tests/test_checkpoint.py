@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from lcm_jax.training import sharding
-from lcm_jax.training.checkpoint import CheckpointError, Checkpoints
+from lcm_jax.training import checkpoint, sharding
+from lcm_jax.training.checkpoint import CheckpointError, Checkpoints, check_root
 from lcm_jax.training.state import create_state
 from lcm_jax.weights.errors import ModelError
+from lcm_jax.weights.orbax_folder import checkpoint_root
 from lcm_jax.weights.orbax_tree import read_leaves, write_tree
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -189,6 +192,7 @@ def test_a_save_that_was_interrupted_is_not_there(name, three):
     checkpoints.save(state_at(40))
     checkpoints.close()
     assert_same_bits(restore(three)[0], state_at(40))
+    assert steps(three) == ["20", "30", "40"], "and takes no room any more"
 
 
 def test_another_mesh_reads_it(three, monkeypatch):
@@ -222,3 +226,85 @@ def test_the_library_is_silent(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         restore(tmp_path / "c")
     assert not [record for record in caplog.records if record.levelno < logging.WARNING]
+
+
+def test_every_mth_is_kept_beside_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, keep_every=4)
+    for step in range(1, 11):
+        checkpoints.save(state_at(step))
+    checkpoints.close()
+    assert sorted(map(int, steps(tmp_path / "c"))) == [4, 8, 9, 10]
+
+
+def test_a_checkpoint_without_room_is_not_begun(three, monkeypatch):
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state_at(40)))
+    room = lambda free: lambda path: SimpleNamespace(total=10**12, used=0, free=free)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", room(needed - 1))
+    monkeypatch.setattr(checkpoint, "GB", 1)  # bytes, of so small a state
+    with closing(Checkpoints(three, keep=3)) as checkpoints:
+        message = (
+            rf"^a checkpoint cannot be written to {three}: it needs {needed}.00 GB, and the disk has {needed - 1}.00"
+        )
+        with pytest.raises(
+            CheckpointError, match=message + " GB free; free some space; checkpoint 30 in .* is kept; run"
+        ):
+            checkpoints.save(state_at(40))
+        assert steps(three) == ["10", "20", "30"]
+        monkeypatch.setattr(shutil, "disk_usage", room(needed))
+        checkpoints.save(state_at(40))
+    assert steps(three) == ["20", "30", "40"]
+
+
+def test_unreadable_checkpoints_are_ignored_only_if_that_is_asked_for(three):
+    for step in ("10", "20", "30"):
+        truncate(arrays_file(three / step))
+    said: list[str] = []
+    with closing(Checkpoints(three, keep=3)) as checkpoints:
+        assert checkpoints.restore(abstract(), said.append, ignore_unreadable=True) is None
+    assert len(said) == 4 and said[3].startswith(f"none of the checkpoints in {three} can be read; 10, 20, 30 are kept")
+    assert said[3].endswith("; training from the beginning")
+    assert steps(three.with_name("checkpoints-unreadable")) == ["10", "20", "30"]
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(three, tmp_path):
+    workdir, elsewhere = three.parent, tmp_path / "elsewhere"
+    check_root(workdir, "", "")
+    check_root(tmp_path / "new", str(elsewhere), "")
+    message = (
+        f"^checkpoint.folder is {elsewhere}, which has no checkpoint, and this run has some in {workdir}, up to 30; "
+    )
+    with pytest.raises(
+        CheckpointError, match=message + "move its checkpoints/ and best/, or set checkpoint.folder to ''"
+    ):
+        check_root(workdir, str(elsewhere), "")
+    shutil.move(three, elsewhere / "checkpoints")
+    check_root(workdir, str(elsewhere), "")
+    with pytest.raises(
+        CheckpointError, match=f"is {workdir}, .* in {elsewhere}, .*set checkpoint.folder to '{elsewhere}'"
+    ):
+        check_root(workdir, "", str(elsewhere))
+
+
+def test_a_remote_folder_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    with pytest.raises(
+        CheckpointError, match="^checkpoint.folder gs://bucket/run cannot be read .*pip install gcsfs"
+    ) as e:
+        check_root(tmp_path, "gs://bucket/run", "")
+    assert "\n" not in str(e.value)
+    assert str(checkpoint_root(tmp_path, "gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
+
+
+def test_only_the_arrays_that_are_asked_for_are_read(three, monkeypatch):
+    """A student is sampled from a checkpoint of which the optimizer's arrays, two thirds of it, stay on the disk."""
+    asked = []
+    handler = ocp.type_handlers.NumpyHandler
+    read = handler.deserialize
+    monkeypatch.setattr(
+        handler,
+        "deserialize",
+        lambda self, infos, args=None: asked.extend(i.name for i in infos) or read(self, infos, args),
+    )
+    leaves = read_leaves(three, 30, [("ema", "dense", "kernel")])
+    assert np.array_equal(leaves["ema", "dense", "kernel"], state_at(30).ema["dense"]["kernel"])
+    assert asked == ["ema.dense.kernel"]

@@ -147,7 +147,7 @@ def test_a_library_is_confined(module):
 def test_flags_live_in_commands():
     found = {name for name in files() if any(within(n, "absl") for n in imports(PACKAGE / name))}
     assert {room(name) for name in found} == {"command", "commands"}
-    assert len((PACKAGE / "main.py").read_text().splitlines()) < 80
+    assert len((PACKAGE / "main.py").read_text().splitlines()) < 90
 
 
 def test_configs_are_data():

@@ -21,6 +21,7 @@ from lcm_jax.training.state import TrainState
 from lcm_jax.weights.orbax_folder import checkpoint_root
 from lcm_jax.weights.orbax_tree import absolute, checksum, ignore_orphans
 
+GB = 1e9  # bytes
 STABLER = "use another --workdir with a lower optimizer.learning_rate or in float32 (train.dtype)"
 
 
@@ -139,8 +140,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < self._needed:
             raise CheckpointError(
-                f"a checkpoint cannot be written to {self.folder}: it needs {self._needed / 1e9:.2f} GB, and the disk "
-                f"has {free / 1e9:.2f} GB free; free some space; {self.summary()}"
+                f"a checkpoint cannot be written to {self.folder}: it needs {self._needed / GB:.2f} GB, and the disk "
+                f"has {free / GB:.2f} GB free; free some space; {self.summary()}"
             )
 
     def notes(self) -> dict[int, dict[str, Any]]:
@@ -180,7 +181,7 @@ class Checkpoints:
             full = disk_is_full(error)
             reason, remedy = first_line(error), "fix this"
             if full:
-                reason, remedy = f"the disk is full, and it needs {self._needed / 1e9:.2f} GB", "free some space"
+                reason, remedy = f"the disk is full, and it needs {self._needed / GB:.2f} GB", "free some space"
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.folder}: {reason}; {remedy}; {self.summary()}"
             ) from error
