@@ -123,6 +123,8 @@ def work() -> None:
             complete = run_long(folder / "long", fsdp=2, signals={1: (signal.SIGKILL, KILL_AFTER)})
         elif plan == "once more":
             complete = run_long(folder / "long", fsdp=2)
+        elif plan == "to be killed":  # with everything that is written: previews, the best, the export
+            complete = train(line({0: (0, -1)}), config_of(1, 4 * LONG), folder)
         elif plan == "without the first":
             complete = run_long(folder / "first", fsdp=1, signals={0: (signal.SIGKILL, KILL_AFTER)})
         if not complete:
@@ -130,5 +132,4 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    plan_of = sys.argv[1:]
     command.run(work, lambda arguments: arguments[:1], lambda: "", "use less")

@@ -38,7 +38,7 @@ def config_of(**more):
 def task_of():
     """The line of line_process, whose previews have VALUES."""
     write_preview = lambda average, frozen, path: {"error@4": VALUES[int(path.stem)]}  # noqa: E731
-    return replace(line_process.line(stops=False), write_preview=write_preview, figures={"error@4": True})
+    return replace(line_process.line(), write_preview=write_preview, figures={"error@4": True})
 
 
 def kept(workdir: Path) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import tiny_model
 from whole_runs import ROOT, checkpoints_of
 
@@ -38,6 +40,21 @@ def command(teacher: Path, workdir: Path, steps: int, cache: Path) -> subprocess
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+    )
+
+
+def line(folder: Path, cache: Path) -> subprocess.Popen:
+    """The smallest of runs, of line_process.py, in a process of its own."""
+    script = [str(ROOT / "tests" / "line_process.py"), str(folder), "to be killed"]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    return subprocess.Popen(
+        [sys.executable, *script], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -95,3 +112,49 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(tmp_path):
         assert value.tobytes() == found[name].tobytes(), name
     lines = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, steps + 1)), "each step stands in the log once"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
+    """kill -9 at random moments: while it starts, resumes, updates, saves, samples, keeps the best, or ends."""
+    cache, draw, kills, newest = tmp_path / "cache", random.Random(0), [], 0
+    began = time.monotonic()
+    whole = line(tmp_path / "whole", cache)
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
+    usual = time.monotonic() - began  # to the end of a run
+    broken, metrics = tmp_path / "broken", tmp_path / "broken" / "metrics.jsonl"
+    while len(kills) < 25:
+        process = line(broken, cache)
+        if draw.random() < 0.4:  # at any time
+            time.sleep(draw.uniform(0, usual))
+        else:  # soon after it has begun to update, when it is most busy
+            before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+            while process.poll() is None and (metrics.stat().st_mtime_ns if metrics.exists() else 0) == before:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        output = process.communicate()[0]
+        assert process.returncode in (-signal.SIGKILL, 0), output
+        assert "from the beginning" not in output and "cannot be read" not in output
+        steps = checkpoints_of(broken) if (broken / "checkpoints").exists() else []
+        assert max(steps, default=0) >= newest, "what was saved stays"
+        newest = max(steps, default=0)
+        kills.append((process.returncode, newest))
+    last = line(broken, cache)
+    output = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, output
+    print(f"killed {sum(code != 0 for code, _ in kills)} times, with checkpoints {[step for _, step in kills]}")
+    assert sum(code != 0 for code, _ in kills) >= 20
+    assert checkpoints_of(broken) == checkpoints_of(tmp_path / "whole")
+    for number in checkpoints_of(broken):
+        expected, found = final_state(tmp_path / "whole", number), final_state(broken, number)
+        assert expected.keys() == found.keys()
+        assert all(value.tobytes() == found[name].tobytes() for name, value in expected.items())
+    names = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.glob("best/*"))  # noqa: E731
+    assert names(broken) == names(tmp_path / "whole")
+    figures = lambda folder: [  # noqa: E731
+        {name: each[name] for name in ("step", "loss", "slope", "best_step") if name in each}
+        for each in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert figures(broken) == figures(tmp_path / "whole"), "each update and each preview is recorded once"

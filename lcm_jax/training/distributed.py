@@ -122,20 +122,17 @@ def find_processes(
             "only some of --coordinator, --num_processes and --process_id are given; pass all three, or set "
             f"{', '.join(VARIABLES)}"
         )
-    given = Given(str(found[0]), int(found[1] or 0), int(found[2] or 0))
-    if not re.fullmatch(r".+:\d+", given.coordinator or ""):
-        raise RunError(f"--coordinator {given.coordinator} has no port; use host:port, such as node0:1234")
-    if not 0 <= given.process < given.processes:  # pyright: ignore[reportOptionalOperand]
+    address, count, number = str(found[0]), int(found[1] or 0), int(found[2] or 0)
+    if not re.fullmatch(r".+:\d+", address):
+        raise RunError(f"--coordinator {address} has no port; use host:port, such as node0:1234")
+    if not 0 <= number < count:
+        raise RunError(f"--process_id {number} is not supported with --num_processes {count}; use 0 to {count - 1}")
+    if is_loopback(address) and (hosts := on_several_hosts(environment)):
         raise RunError(
-            f"--process_id {given.process} is not supported with --num_processes {given.processes}; use 0 to "
-            f"{given.processes - 1}"  # pyright: ignore[reportOptionalOperand]
+            f"--coordinator {address} is this host alone, and the run has several hosts ({hosts}); use the name or the "
+            "address of the host of process 0, which all of them reach"
         )
-    if is_loopback(given.coordinator or "") and (hosts := on_several_hosts(environment)):
-        raise RunError(
-            f"--coordinator {given.coordinator} is this host alone, and the run has several hosts ({hosts}); use the "
-            "name or the address of the host of process 0, which all of them reach"
-        )
-    return given
+    return Given(address, count, number)
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:

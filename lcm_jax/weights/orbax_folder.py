@@ -67,7 +67,7 @@ def find_run(path: Path) -> RunPlace | None:
     They are looked for in `config.checkpoint.folder` of the run; in the workdir their names mean those there.
     """
     path = path.absolute()
-    places = [(path, "checkpoints", None), (path.parent, path.name, None)]
+    places: list[tuple[Path, str, int | None]] = [(path, "checkpoints", None), (path.parent, path.name, None)]
     if path.name.isdigit():
         places.append((path.parent.parent, path.parent.name, int(path.name)))
     for workdir, name, step in places:
