@@ -12,6 +12,7 @@ import line_process
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from whole_runs import QUICK, checkpoints_of, shrunk_lcd
 
 from lcm_jax.training.best import BestCheckpoint, check_best
@@ -19,6 +20,7 @@ from lcm_jax.training.checkpoint import CheckpointError, Checkpoints
 from lcm_jax.training.logging import read_previews
 from lcm_jax.training.loop import train
 from lcm_jax.training.state import TrainState
+from lcm_jax.weights.orbax_folder import find_run
 from lcm_jax.weights.orbax_tree import read_leaves
 
 VALUES = {0: 5.0, 1: 4.0, 2: 6.0, 3: 2.0, 4: 2.0, 5: 3.0, 6: 2.5}  # of previews, by step: the best is at 3
@@ -166,3 +168,22 @@ def test_a_figure_that_no_preview_gives_is_refused_before_anything_starts(settin
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="set it to '', since they have none"):
         check_best(config_of(), {})
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    """Their folder resumes the run, and opens with the workdir and without it."""
+    workdir, far = tmp_path / "run", tmp_path / "far"
+    config = config_of(**{"checkpoint.folder": str(far), "train.steps": 4})
+    for _ in range(2):
+        assert train(task_of(), config, workdir)
+    assert not (workdir / "checkpoints").exists() and not (workdir / "best").exists()
+    assert {path.name for path in far.iterdir()} == {"checkpoints", "best", "config.json"}
+    assert [path.name for path in (far / "best").iterdir()] == ["3"]
+    for place in (workdir, workdir / "checkpoints", far, far / "checkpoints"):
+        assert find_run(place)[1:] == (epath.Path(far) / "checkpoints", None)
+    assert find_run(workdir / "best") == (workdir, epath.Path(far) / "best", None)
+    assert find_run(workdir / "checkpoints" / "4") == (workdir, epath.Path(far) / "checkpoints", 4)
+    with pytest.raises(
+        CheckpointError, match=f"^checkpoint.folder is {workdir}, which has no checkpoint, and this run"
+    ):
+        train(task_of(), config_of(**{"train.steps": 4}), workdir)

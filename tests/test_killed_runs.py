@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,13 @@ def line(folder: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *script], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def last_step(workdir: Path) -> int:
+    """The last step in a run's log, of whose last line a part may be written."""
+    path = workdir / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', path.read_text()) if path.exists() else []
+    return int(steps[-1]) if steps else 0
 
 
 def wait_for_step(workdir: Path, step: int, saved: int, process: subprocess.Popen) -> None:
@@ -123,16 +131,15 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_bits_of_an_undisturbed_
     output = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, output
     usual = time.monotonic() - began  # to the end of a run
-    broken, metrics = tmp_path / "broken", tmp_path / "broken" / "metrics.jsonl"
-    while len(kills) < 25:
+    broken = tmp_path / "broken"
+    while len(kills) < 24:
         process = line(broken, cache)
-        if draw.random() < 0.4:  # at any time
-            time.sleep(draw.uniform(0, usual))
-        else:  # soon after it has begun to update, when it is most busy
-            before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-            while process.poll() is None and (metrics.stat().st_mtime_ns if metrics.exists() else 0) == before:
-                time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.2))
+        at_any_time = draw.random() < 0.25  # or while it updates, when it is most busy
+        end = time.monotonic() + (draw.uniform(0, usual) if at_any_time else 300)
+        target = newest + draw.randint(1, 6)
+        while process.poll() is None and last_step(broken) < target and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
         process.kill()
         output = process.communicate()[0]
         assert process.returncode in (-signal.SIGKILL, 0), output

@@ -283,3 +283,19 @@ def test_progress_tells_speed_loss_and_time_left(capsys):
         "lcd 50/100  frechet@4 12.35 at 50  loss 0.25  0.50 steps/s  4 images/s  MFU 50%  20% waiting for data  "
         "1:40 left",
     ]
+
+
+def test_checkpoints_are_saved_by_the_clock_when_losses_are_read(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 20))  # seconds, at each look
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    settings = {"checkpoint.every_steps": 0, "checkpoint.keep": 99, "train.steps": 12}
+    saved = {}
+    for minutes, every in ((0.0, 1), (1.0, 2), (10**6, 2), (1e-3, 0)):
+        workdir = tmp_path / str(minutes)
+        monkeypatch.setattr(loop, "MAX_PENDING", 5)
+        more = {"checkpoint.every_minutes": minutes, "log.every_steps": every}
+        assert train(line(), config_of(**settings | more), workdir)
+        saved[minutes] = checkpoints_of(workdir)
+    assert saved[0.0] == saved[10**6] == [12], "never, and not within so few"
+    assert saved[1.0][-1] == 12 and 2 < len(saved[1.0]) < 6 and all(step % 2 == 0 for step in saved[1.0])
+    assert saved[1e-3] == [5, 10, 12], "without a log, whenever losses are read"

@@ -225,7 +225,8 @@ class Checkpoints:
             aside = self._set_aside(step)
             reason = reason or "by another process"
             log(f"checkpoint {step} cannot be read ({reason}); moved to {aside}; trying the previous one")
-        if aside := sorted(path.name for path in self._aside.glob("*")) if self._aside.exists() else []:
+        kept = self._aside.iterdir() if self._aside.exists() else ()
+        if aside := sorted(path.name for path in kept if path.name[0].isdigit()):
             lost = f"none of the checkpoints in {self.folder} can be read; {', '.join(aside)} are kept in {self._aside}"
             if not ignore_unreadable:
                 raise CheckpointError(
@@ -250,6 +251,8 @@ class Checkpoints:
         distributed.wait_for_all("unreadable")  # every process has closed it, and found the same place
         if distributed.is_main():
             self._aside.mkdir(parents=True, exist_ok=True)
+            if "://" in str(self._aside):  # which has no empty folders, and nothing is renamed into none
+                (self._aside / "unreadable").write_text("")
             (self.folder / str(step)).rename(target)
         distributed.wait_for_all("moved aside")
         self._manager = self._open()

@@ -95,6 +95,7 @@ def initialize(
     except (RuntimeError, ValueError, OSError) as error:
         raise RunError(f"the processes of this run cannot join at {where} ({first_line(error)}); {remedy}") from error
     _say_when_aborted(f"error: another process of this run is gone; {RESUME}", RESUMABLE)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX only makes a note of it; `StopSignal` takes it over in time
     if given.coordinator is None and not shares_devices(os.environ):
         jax.config.update("jax_cuda_visible_devices", "all")  # where JAX would take the first alone
     if global_state.num_processes == 1:
