@@ -288,7 +288,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(three, tmp_pa
 def test_a_remote_folder_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     with pytest.raises(
-        CheckpointError, match="^checkpoint.folder gs://bucket/run cannot be read .*pip install gcsfs"
+        CheckpointError, match="^checkpoint.folder gs://bucket/run cannot be read .*pip install lcm_jax.gcs."
     ) as e:
         check_root(tmp_path, "gs://bucket/run", "")
     assert "\n" not in str(e.value)

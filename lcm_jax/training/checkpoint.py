@@ -65,7 +65,7 @@ def check_root(workdir: Path, folder: str, before: str) -> None:
     except Exception as error:  # each kind of remote folder has its own
         remedy = "set another checkpoint.folder"
         if isinstance(error, ImportError):
-            remedy = f"install what it needs (for gs://: pip install gcsfs), or {remedy}"
+            remedy = f"install what it needs (for gs://: pip install lcm_jax[gcs]), or {remedy}"
         raise CheckpointError(f"checkpoint.folder {folder} cannot be read ({first_line(error)}); {remedy}") from error
     raise CheckpointError(
         f"checkpoint.folder is {root}, which has no checkpoint, and this run has some in {former}, up to {max(steps)}; "
