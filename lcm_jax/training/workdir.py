@@ -29,8 +29,9 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
     Writes nothing.
     """
-    with _named(workdir):
-        locks.check(workdir / "lock")
+    if distributed.is_main():  # a check takes the lock for a moment, in which another process would find it taken
+        with _named(workdir):
+            locks.check(workdir / "lock")
     path = workdir / "config.json"
     if not path.exists():
         return
