@@ -77,11 +77,14 @@ class TrainTask:
 def check_run(workdir: Path, config) -> None:
     """Check the workdir and the batch size. Raises RunError or ValueError; writes nothing."""
     check_workdir(workdir, config.to_dict())
-    check_batch_size(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp).size)
+    check_batch_size(config, sharding.batch_devices(sharding.mesh_of(config.mesh)))
 
 
 def check_batch_size(config, devices: int) -> int:
-    """Return the examples of a micro-batch on each device. Raises RunError if the batch cannot be split evenly."""
+    """Return the examples of a micro-batch on each device. Raises RunError if the batch cannot be split evenly.
+
+    devices: those that share a batch, see `sharding.batch_devices`.
+    """
     batch_size, rows = config.train.batch_size, devices * config.train.accumulate
     if batch_size % rows:
         raise RunError(
