@@ -128,3 +128,76 @@ def _group_size(line: str) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     return 2
+
+
+# ---- a model of the step's time -------------------------------------------------------------------------------------
+
+
+class Cluster(NamedTuple):
+    """A number of accelerators and what connects them, as published by their makers.
+
+    peak: dense bfloat16 TFLOP/s. memory: GB. node: devices that are connected at `inside`; others at `across`, both GB/s
+    that each device can receive.
+    """
+
+    chips: int
+    peak: float
+    memory: float
+    node: int
+    inside: float
+    across: float
+
+
+# H100: NVLink's 900 GB/s are both directions; a DGX H100 has a 400 Gb/s adapter for each GPU. v5e: 1,600 Gb/s over the
+# four links of a chip, of which a ring along one axis of the torus uses two.
+CLUSTERS: Mapping[str, Cluster] = {
+    "8 x H100": Cluster(8, 989, 80, 8, 450, 50),
+    "64 x H100": Cluster(64, 989, 80, 8, 450, 50),
+    "TPU v5e-256": Cluster(256, 197, 16, 256, 100, 100),
+}
+ASSUMED_MFU = 0.4  # of the peak, without communication: what diffusion training reaches on large matrices
+
+
+class Load(NamedTuple):
+    """What a step moves, in bytes of whole arrays.
+
+    gathered: of parameters, over `fsdp`. reduced: of gradients, over `fsdp` and `data`.
+    """
+
+    gathered: float
+    reduced: float
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step: its arithmetic, and what each device receives for it if nothing overlaps."""
+
+    compute: float
+    communication: float
+
+    @property
+    def shortest(self) -> float:
+        """With all communication behind the arithmetic, as far as it fits there."""
+        return max(self.compute, self.communication)
+
+    @property
+    def longest(self) -> float:
+        """With no overlap."""
+        return self.compute + self.communication
+
+
+def step_time(cluster: Cluster, mesh: Mapping[str, int], flops: float, load: Load) -> StepTime:
+    """Return the modeled time of a step on a cluster.
+
+    mesh: the sizes of `data`, `fsdp` and `tensor`, whose product is the number of devices. flops: of one device. Of the
+    collectives, rings receive (n - 1) / n of an array to gather or scatter it, and twice that to reduce it. Those of
+    activations over `tensor` are not modeled.
+    """
+    data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
+    rate = lambda devices: 1e9 * (cluster.inside if devices <= cluster.node else cluster.across)  # noqa: E731
+    received = lambda n: (n - 1) / n  # noqa: E731
+    shard = load.reduced / fsdp  # after the reduce-scatter
+    return StepTime(
+        compute=flops / (cluster.peak * 1e12 * ASSUMED_MFU),
+        communication=(load.gathered + load.reduced) * received(fsdp) / rate(fsdp * tensor)
+        + 2 * shard * received(data) / rate(data * fsdp * tensor),
+    )

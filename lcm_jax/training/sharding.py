@@ -78,9 +78,9 @@ def by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def batch_devices(mesh: Any) -> int:
-    """Return the number of parts that `by_batch` splits a batch into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """Return the number of parts that `by_batch` splits a batch into. sizes: devices along each axis of the mesh."""
+    return sizes["data"] * sizes["fsdp"]
 
 
 def tree_shardings(mesh: Mesh, tree: Any, over_fsdp: bool = True) -> Any:
