@@ -155,11 +155,7 @@ def estimate(config) -> dict[str, Any]:
 
 
 def on_cluster(
-    cluster: scaling.Cluster,
-    mesh,
-    memory_on: Callable[[AbstractMesh], float],
-    flops: float,
-    load: scaling.Load,
+    cluster: scaling.Cluster, mesh, memory_on: Callable[[AbstractMesh], float], flops: float, load: scaling.Load
 ) -> dict[str, Any]:
     """Return what `show` prints of a step on all devices of a cluster, each with as many images as in the run.
 
@@ -270,7 +266,9 @@ def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> Non
     write(f"{found['flops'] / 1e12:,.1f} TFLOP per step of {found['batch_size']} images, {found['steps']:,} steps")
     if found["dtype"] == "float32":
         write("float32 has no comparable published peak; the times below are for bfloat16 (train.dtype).")
-    table = Table(title=f"estimated time on {devices} of these, at {scaling.ASSUMED_MFU:.0%} of the published bfloat16 peak")
+    table = Table(
+        title=f"estimated time on {devices} of these, at {scaling.ASSUMED_MFU:.0%} of the published bfloat16 peak"
+    )
     for column in ("accelerator", "a step", "all steps", "memory", "fits"):
         table.add_column(column, justify="left" if column in ("accelerator", "fits") else "right")
     for name, each in found["time"].items():
@@ -278,7 +276,9 @@ def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> Non
         table.add_row(name, duration(each["step"]), whole, gigabytes(each["memory"]), "yes" if each["fits"] else "no")
     console.print(table)
 
-    table = Table(title=f"estimated on clusters, {found['images_per_device']} images on each device; see docs/scaling.md")
+    table = Table(
+        title=f"estimated on clusters, {found['images_per_device']} images on each device; see docs/scaling.md"
+    )
     for column in ("cluster", "mesh", "batch", "arithmetic", "communication", "a step", "efficiency", "memory", "fits"):
         table.add_column(column, justify="left" if column in ("cluster", "mesh", "fits") else "right")
     for name, each in found["clusters"].items():

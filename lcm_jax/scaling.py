@@ -31,6 +31,9 @@ class Traffic(NamedTuple):
     largest: int
 
 
+NONE = Traffic(0, 0, 0)
+
+
 def collectives(hlo: str) -> list[Collective]:
     """Return the collectives of an optimized HLO module, by its text (`compiled.as_text()`).
 
@@ -81,7 +84,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=\d+")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation|branch_computations)=(%[\w.\-]+|\{[^}]*\})")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|true_computation|false_computation|branch_computations)=(%[\w.\-]+|\{[^}]*\})"
+)
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
 
@@ -136,8 +141,8 @@ def _group_size(line: str) -> int:
 class Cluster(NamedTuple):
     """A number of accelerators and what connects them, as published by their makers.
 
-    peak: dense bfloat16 TFLOP/s. memory: GB. node: devices that are connected at `inside`; others at `across`, both GB/s
-    that each device can receive.
+    peak: dense bfloat16 TFLOP/s. memory: GB. node: devices that are connected at `inside`, others at `across`, both in
+    GB/s that each device can receive.
     """
 
     chips: int
