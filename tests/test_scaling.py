@@ -35,7 +35,10 @@ def test_collectives_of_a_sharded_update():
     assert {each for each in found if each.kind == "all-gather"} == {Collective("all-gather", whole, 8, 1)}
     assert [each for each in found if each.kind != "all-gather"] == [Collective("all-reduce", whole, 8, 3)]
     summed = scaling.traffic(found)
-    assert summed["all-reduce"] == scaling.Traffic(3, 3 * whole, whole) and summed.keys() == {"all-gather", "all-reduce"}
+    assert summed["all-reduce"] == scaling.Traffic(3, 3 * whole, whole) and summed.keys() == {
+        "all-gather",
+        "all-reduce",
+    }
 
 
 PROGRAM = """

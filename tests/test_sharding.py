@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 from lcm_jax import dry_run
 from lcm_jax.diffusion.consistency import guidance_embedding
@@ -32,9 +34,8 @@ from lcm_jax.objectives.networks import Networks
 from lcm_jax.recipes import OBJECTIVES
 from lcm_jax.recipes.distillation import make_prepare
 from lcm_jax.recipes.trained import Adapted
-from lcm_jax.training import sharding
+from lcm_jax.training import sharded_step, sharding
 from lcm_jax.training.state import create_state, make_optimizer
-from lcm_jax.training.step import make_train_step
 from lcm_jax.weights.model import published
 
 B, WIDTH = 8, 16
@@ -44,6 +45,16 @@ SCHEDULE = make_schedule(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 )
 ADAPTERS = lora.LoRASettings(4, 8.0, ("to_q", "to_out.0", "conv1"))
+CONFIG = {
+    "name": "adamw",
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "schedule": "constant",
+    "b1": 0.9,
+    "b2": 0.999,
+    "weight_decay": 1e-2,
+    "clip_norm": 1.0,
+}
 PREPARE = make_prepare(
     SimpleNamespace(
         inpaints=False,
@@ -153,22 +164,26 @@ def task_in_small(name: str):
 
 
 @cache
-def update(name: str, *sizes: int):
+def update(name: str, *sizes: int, accumulate: int = 1):
     """(loss, state before, state after) of one update on a mesh."""
-    mesh = sharding.make_mesh(*sizes)
+    mesh, tensor = sharding.make_mesh(*sizes), (*sizes, 1)[2]
     objective, bind, prepare, params, frozen, batch = task_in_small(name)
+    task = SimpleNamespace(objective=objective, bind=bind, prepare=prepare, params=params, frozen=frozen)
+    task.latents = lambda batch: LATENTS
+    config = ConfigDict({"optimizer": CONFIG, "mesh": {"frozen": "replicated" if tensor > 1 else "sharded"}})
+    config.train = {"steps": 10, "dtype": "float32", "seed": 5, "ema_rate": 0.9, "accumulate": accumulate}
     # Adam divides by the gradient's own size, which makes noise of gradients that are zero: epsilon keeps them zero.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-2))
-    before = create_state(params, optimizer)
-    shardings, frozen_shardings = (sharding.tree_shardings(mesh, tree) for tree in (before, frozen))
-    step = jax.jit(
-        make_train_step(objective, bind, prepare, optimizer, latents=lambda _: LATENTS, seed=5, ema_rate=0.9),
-        in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options={"xla_backend_optimization_level": 0},  # one update is not worth an optimised program
+    with patch.object(sharded_step, "make_optimizer", lambda *_: optimizer):
+        step = sharded_step.make_sharded_step(task, config, mesh)
+    before = step.create(params)
+    state, frozen = (
+        jax.device_put(x, sharded_step.placement(like)) for x, like in ((before, step.state), (frozen, step.frozen))
     )
-    placed = jax.device_put(before, shardings), jax.device_put(frozen, frozen_shardings)
-    after, metrics = step(*placed, sharding.put_batch(mesh, batch))
+    arguments = (jax.tree.map(jnp.copy, state), frozen, sharding.put_batch(mesh, batch))
+    # One update is not worth an optimised program.
+    program = step.jitted.lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    after, metrics = program(*arguments)
     return float(metrics["loss"]), before, after
 
 
@@ -255,16 +270,7 @@ def test_axes_that_do_not_divide_stay_whole():
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_moments_are_split_like_their_parameters(name):
-    config = SimpleNamespace(
-        name=name,
-        learning_rate=1e-3,
-        warmup_steps=0,
-        schedule="constant",
-        b1=0.9,
-        b2=0.999,
-        weight_decay=1e-2,
-        clip_norm=1.0,
-    )
+    config = SimpleNamespace(**CONFIG | {"name": name})
     shape = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     params = {"attn1": {"to_q": {"kernel": shape}, "to_out_0": {"kernel": shape, "bias": jnp.zeros(256)}}}
     state = jax.eval_shape(lambda p: create_state(p, make_optimizer(config, 10)), params)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lcm_jax.training import sharding
@@ -43,8 +44,18 @@ def make_sharded_step(task: Any, config, mesh: Mesh) -> ShardedStep:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     abstract = jax.eval_shape(create, task.params)
+    over_fsdp = config.mesh.frozen == "sharded"
     shardings = sharding.tree_shardings(mesh, abstract)
-    frozen_shardings = sharding.tree_shardings(mesh, task.frozen, over_fsdp=config.mesh.frozen == "sharded")
+    frozen_shardings = sharding.tree_shardings(mesh, task.frozen, over_fsdp)
+    dtype = jnp.dtype(config.train.dtype)
+
+    # Without these, XLA may split activations like the parameters that they meet, and move whole batches for it.
+    def gather(params: Params, target: Params, frozen: Params) -> tuple[Params, Params, Params]:
+        return whole(mesh, params, dtype), whole(mesh, target, dtype), whole(mesh, frozen) if over_fsdp else frozen
+
+    def scatter(gradient: Params) -> Params:
+        return jax.lax.with_sharding_constraint(gradient, shardings.params)
+
     step = make_train_step(
         task.objective,
         task.bind,
@@ -54,6 +65,8 @@ def make_sharded_step(task: Any, config, mesh: Mesh) -> ShardedStep:
         seed=config.train.seed,
         ema_rate=config.train.ema_rate,
         accumulate=config.train.accumulate,
+        gather=gather,
+        scatter=scatter,
     )
     jitted = jax.jit(
         step,
@@ -62,3 +75,19 @@ def make_sharded_step(task: Any, config, mesh: Mesh) -> ShardedStep:
         donate_argnums=0,
     )
     return ShardedStep(jitted, create, place(abstract, shardings), place(task.frozen, frozen_shardings))
+
+
+def whole(mesh: Mesh, tree: Params, dtype: Any = None) -> Params:
+    """Return parameters that no longer are split over `fsdp`, each gathered in the dtype that it is computed with.
+
+    dtype: of the matrices and kernels that are gathered, which networks cast to it before each use (see
+    `recipes.models.frozen_dtype`); None for parameters that have that dtype already.
+    """
+
+    def leaf(x, split, gathered):
+        if split == gathered:
+            return x
+        return jax.lax.with_sharding_constraint(x if dtype is None or x.ndim < 2 else x.astype(dtype), gathered)
+
+    split, gathered = (sharding.tree_shardings(mesh, tree, over_fsdp) for over_fsdp in (True, False))
+    return jax.tree.map(leaf, tree, split, gathered)

@@ -59,9 +59,9 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     Muon (Jordan et al. 2024, optax's) orthogonalizes the momentum of matrices and of convolution kernels, reshaped to
     [height * width * in, out], and scales it to the size of an Adam update (arXiv 2502.16982), so that one learning
     rate fits both. Biases, scales and embedding tables are updated by AdamW with Nesterov momentum.
-    Adafactor (arXiv 1804.04235, optax's) keeps the mean squares of a large matrix's rows and columns instead of those of
-    its elements, and clips the root mean square of each update at 1. Its decay is Adam's (section 7.1), so that b1, b2
-    and the learning rate mean the same; b1=0 saves the momentum, which otherwise is as large as the parameters.
+    Adafactor (arXiv 1804.04235, optax's) keeps the mean squares of the rows and columns of a large matrix instead of
+    those of its elements, and clips the root mean square of each update at 1. Its decay is Adam's (section 7.1), so
+    that b1, b2 and the learning rate mean the same; b1=0 saves the momentum, which is as large as the parameters.
     config: the `optimizer` group of a run's config (name, learning_rate, warmup_steps, schedule, b1, b2,
     weight_decay, clip_norm). steps: the number of updates of the run, for the cosine schedule.
     Raises ValueError for a name or a schedule that is not supported.
