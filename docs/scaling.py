@@ -93,7 +93,7 @@ def optimized(options: argparse.Namespace) -> tuple[str, int]:
             if not process.is_alive():
                 raise SystemExit("the compiler ended without a program; see its message above")
     finally:
-        process.terminate()
+        process.kill()  # the TPU compiler prints a report of other signals
         process.join()
         shutil.rmtree(folder, ignore_errors=True)
 

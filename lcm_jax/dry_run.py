@@ -111,12 +111,12 @@ def estimate(config) -> dict[str, Any]:
         name: cost.peak_bytes(program.jaxpr.jaxpr, skip) for name, skip in [("fused", fused), ("unfused", frozenset())]
     }
     memory, split = memory_on(mesh), abstract_mesh(1, 1, config.mesh.tensor)
-    in_dtype = jnp.dtype(config.train.dtype).itemsize / 4  # parameters are cast before they are gathered
-    uses = 3 if state.ema is not None else 2  # student, its gradient, and target network
+    # Trained parameters and their gradients travel in the compute dtype, those of student and target network once each.
+    moved = device_bytes(split, state.params) * jnp.dtype(config.train.dtype).itemsize / 4
+    networks = 1 if state.ema is None else 2
     load = scaling.Load(
-        gathered=accumulate
-        * (uses * in_dtype * device_bytes(split, state.params) + over_fsdp * device_bytes(split, task.frozen)),
-        reduced=device_bytes(split, state.params),
+        gathered=accumulate * (networks * moved + over_fsdp * device_bytes(split, task.frozen)),
+        reduced=accumulate * moved,
     )
     return {
         "title": f"{config.objective.name} from {' and '.join(sources) or 'scratch'}",

@@ -51,9 +51,10 @@ def collectives(hlo: str) -> list[Collective]:
         for line in lines:
             if found := _OPERATION.match(line):
                 channel = _CHANNEL.search(line)
-                if fused and channel is not None and channel[0] in channels:
+                once = fused and channel is not None and not name.startswith(_SCATTERS)
+                if once and channel[0] in channels:
                     continue
-                if fused and channel is not None:
+                if once:
                     channels.add(channel[0])
                 yield _collective(found, line, name, times)
                 continue
@@ -80,6 +81,7 @@ def traffic(found: list[Collective]) -> dict[str, Traffic]:
     }
 
 
+_SCATTERS = "all-reduce-scatter"  # how the names of such fusions begin; they share one channel
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=\d+")
@@ -113,7 +115,7 @@ def _collective(found: re.Match, line: str, computation: str, times: int) -> Col
     nbytes = sum(sizes)
     if kind == "reduce-scatter":
         nbytes *= group
-    elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    elif kind == "all-reduce" and computation.startswith(_SCATTERS):
         kind = "reduce-scatter"
     return Collective(kind, nbytes, group, times)
 
@@ -194,15 +196,17 @@ def step_time(cluster: Cluster, mesh: Mapping[str, int], flops: float, load: Loa
     """Return the modeled time of a step on a cluster.
 
     mesh: the sizes of `data`, `fsdp` and `tensor`, whose product is the number of devices. flops: of one device. Of the
-    collectives, rings receive (n - 1) / n of an array to gather or scatter it, and twice that to reduce it. Those of
-    activations over `tensor` are not modeled.
+    collectives, rings receive (n - 1) / n of an array to gather or scatter it, and twice that to reduce it. If there is
+    a `data` axis, XLA reduces gradients over all devices at once and then takes each device's part: the model has that
+    as a scatter over `fsdp`, a sum over `data` and a gather. Collectives of activations over `tensor` are not modeled.
     """
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     rate = lambda devices: 1e9 * (cluster.inside if devices <= cluster.node else cluster.across)  # noqa: E731
     received = lambda n: (n - 1) / n  # noqa: E731
-    shard = load.reduced / fsdp  # after the reduce-scatter
+    shard = load.reduced / fsdp  # after the scatter
+    over_fsdp = load.gathered + load.reduced * (1 if data == 1 else 2)
     return StepTime(
         compute=flops / (cluster.peak * 1e12 * ASSUMED_MFU),
-        communication=(load.gathered + load.reduced) * received(fsdp) / rate(fsdp * tensor)
+        communication=over_fsdp * received(fsdp) / rate(fsdp * tensor)
         + 2 * shard * received(data) / rate(data * fsdp * tensor),
     )

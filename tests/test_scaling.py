@@ -47,6 +47,10 @@ PROGRAM = """
   %all-reduce.1 = (f32[16,20]{1,0}, f32[4]{0}) all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
 }
 
+%all-reduce-scatter.2 (input: f32[8]) -> f32[1] {
+  %all-reduce.2 = f32[8]{0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
 %async_collective_fusion.1 (p: bf16[2,8]) -> bf16[16,8] {
   ROOT %all-gather.1 = bf16[16,8]{1,0} all-gather(%p), channel_id=2, replica_groups=mesh['a'=2,'b'=8] {'b'}
 }
@@ -61,6 +65,7 @@ PROGRAM = """
 
 ENTRY %main (p: bf16[2,8]) -> bf16[16,8] {
   %fusion.1 = f32[2,20]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.0 = f32[1]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2
   %fusion.2 = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.1
   %fusion.3 = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.2
   %while.1 = (s32[], pred[6]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
@@ -75,6 +80,7 @@ ENTRY %main (p: bf16[2,8]) -> bf16[16,8] {
 def test_collectives_in_each_form_that_compilers_write():
     assert scaling.collectives(PROGRAM) == [
         Collective("reduce-scatter", 4 * 16 * 20 + 16, 8, 1),  # an all-reduce in a fusion that scatters it
+        Collective("reduce-scatter", 4 * 8, 8, 1),  # such fusions share a channel
         Collective("all-gather", 2 * 16 * 8, 8, 1),  # in two fusions, by one channel
         Collective("all-to-all", 6, 2, 5),
         Collective("collective-permute", 64, 2, 1),
@@ -91,7 +97,7 @@ def test_the_time_of_a_step_by_hand():
     load = Load(gathered=80e9, reduced=40e9)
     time = scaling.step_time(cluster, {"data": 2, "fsdp": 4, "tensor": 1}, 20e12, load)
     assert time.compute == pytest.approx(20 / 100 / scaling.ASSUMED_MFU)
-    inside, across = (80 + 40) * 3 / 4 / 100, 2 * (40 / 4) * 1 / 2 / 10
+    inside, across = (80 + 2 * 40) * 3 / 4 / 100, 2 * (40 / 4) * 1 / 2 / 10
     assert time.communication == pytest.approx(inside + across)
     assert (time.shortest, time.longest) == (time.communication, time.compute + time.communication)
     alone = scaling.step_time(cluster, {"data": 1, "fsdp": 1, "tensor": 1}, 20e12, load)

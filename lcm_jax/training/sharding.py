@@ -11,9 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
 
-# (regex of a path's end, axes of the array that `tensor` splits): the first rule of the same rank applies. A layer whose
-# outputs are split is followed by one that sums over its split inputs, so that each pair costs one all-reduce. `fsdp`
-# then splits the largest axis that is left, of these arrays as of all others.
+# (regex of a path's end, axes of the array that `tensor` splits): the first rule of the same rank applies. A layer with
+# split outputs is followed by one that sums over its split inputs, so that each pair costs one all-reduce. `fsdp` then
+# splits the largest axis that is left, of these arrays as of all others.
 OUT, IN = (None, "tensor"), ("tensor", None)
 CONV_OUT, CONV_IN, VECTOR = (None, None, None, "tensor"), (None, None, "tensor", None), ("tensor",)
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
