@@ -50,11 +50,9 @@ def collectives(hlo: str) -> list[Collective]:
     def walk(lines: list[str], name: str, times: int, fused: bool) -> Iterator[Collective]:
         for line in lines:
             if found := _OPERATION.match(line):
-                channel = _CHANNEL.search(line)
-                once = fused and channel is not None and not name.startswith(_SCATTERS)
-                if once and channel[0] in channels:
-                    continue
-                if once:
+                if fused and not name.startswith(_SCATTERS) and (channel := _CHANNEL.search(line)):
+                    if channel[0] in channels:
+                        continue
                     channels.add(channel[0])
                 yield _collective(found, line, name, times)
                 continue

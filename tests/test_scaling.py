@@ -30,6 +30,7 @@ def test_collectives_of_a_sharded_update():
 
     w, x = jax.ShapeDtypeStruct((256, 256), jnp.float32), jax.ShapeDtypeStruct((64, 256), jnp.float32)
     text = jax.jit(update, in_shardings=(split, rows), out_shardings=split).lower(w, x).compile().as_text()
+    assert text is not None
     found = scaling.collectives(text)
     whole = 4 * 256**2
     assert {each for each in found if each.kind == "all-gather"} == {Collective("all-gather", whole, 8, 1)}

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import flax.linen as nn
@@ -55,13 +56,12 @@ CONFIG = {
     "weight_decay": 1e-2,
     "clip_norm": 1.0,
 }
-PREPARE = make_prepare(
-    SimpleNamespace(
-        inpaints=False,
-        encode_prompt=lambda params, ids, _: Conditioning(params["text_encoder"]["table"][ids]),
-        to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
-    )
+ENCODERS: Any = SimpleNamespace(
+    inpaints=False,
+    encode_prompt=lambda params, ids, _: Conditioning(params["text_encoder"]["table"][ids]),
+    to_latents=lambda moments, noise: moments[..., :2] + jnp.exp(0.5 * moments[..., 2:]) * noise,
 )
+PREPARE = make_prepare(ENCODERS)
 
 
 class Denoiser(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than they save
@@ -83,7 +83,7 @@ def batch_parts(sizes: Mapping[str, int]) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def tree_shardings(mesh: Mesh, tree: Any, over_fsdp: bool = True) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, over_fsdp: bool = True) -> Any:
     """Return a sharding for each leaf of `tree` (arrays or their shapes), by its path and its shape.
 
     Moving average, moments and gradients have paths that end in the parameter's, and so its sharding; statistics of
