@@ -30,8 +30,17 @@ def data(**changes: Any) -> ConfigDict:
 
 
 def mesh(**changes: Any) -> ConfigDict:
-    """Return the group `mesh`: the axes by which devices share the work; -1 is all that are left."""
-    return _group("mesh", {"data": -1, "fsdp": 1}, changes)
+    """Return the group `mesh`: the axes by which devices share the work."""
+    return _group(
+        "mesh",
+        {
+            "data": -1,  # copies of the state, each with its own rows of a batch; -1 is all devices that are left
+            "fsdp": 1,  # devices that share one copy of the state, each with its own rows of a batch
+            "tensor": 1,  # devices that share layers, and the rows of a batch
+            "frozen": "sharded",  # networks that are not trained: over fsdp as well, or replicated
+        },
+        changes,
+    )
 
 
 def checkpoint(**changes: Any) -> ConfigDict:

@@ -4,18 +4,19 @@ Nothing is allocated or compiled. The trees are those of a real run, split by th
 program is an estimate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from lcm_jax import cost
+from lcm_jax import cost, scaling
 from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.recipes import check_config, find_recipe
@@ -38,7 +39,6 @@ ACCELERATORS = {
     "TPU v6e": (918, 32),
 }
 FULL_EMA_RATE = 0.95  # of the published scripts; what matters here is that there is one
-ASSUMED_MFU = 0.4  # of that peak: what diffusion training reaches on large matrices
 
 
 def open_or_published(config) -> OpenModel:
@@ -79,8 +79,8 @@ def estimate(config) -> dict[str, Any]:
         return stored
 
     task = find_recipe(config)(config, Path(), open_noted)
-    mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp)
-    local, accumulate = check_batch_size(config, mesh.size), config.train.accumulate
+    mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    local, accumulate = check_batch_size(config, sharding.batch_parts(mesh.shape)), config.train.accumulate
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda params: create_state(params, optimizer, config.train.ema_rate > 0), task.params)
 
@@ -93,19 +93,31 @@ def estimate(config) -> dict[str, Any]:
     micro = of_device((dict(task.batch), draws), local)
     program = jax.jit(gradient).trace(task.params, task.params, task.frozen, *micro)
     flops = cost.count_flops(program.jaxpr.jaxpr) * config.train.batch_size / local
-    gradients = device_bytes(mesh, task.params)
-    memory = {
-        "trained parameters": device_bytes(mesh, state.params),
-        "their moving average": device_bytes(mesh, state.ema),
-        "optimizer moments": device_bytes(mesh, state.opt_state),
-        "gradients": gradients * (1 if accumulate == 1 else 2),  # their sum, and those of a micro-batch
-        "frozen parameters": device_bytes(mesh, task.frozen),
-        "batch": nbytes(of_device(dict(task.batch), local * accumulate)),
-    }
+    over_fsdp = config.mesh.frozen == "sharded"
+
+    def memory_on(mesh: AbstractMesh) -> dict[str, int]:
+        return {
+            "trained parameters": device_bytes(mesh, state.params),
+            "their moving average": device_bytes(mesh, state.ema),
+            "optimizer moments": device_bytes(mesh, state.opt_state),
+            # Their sum, and those of a micro-batch.
+            "gradients": device_bytes(mesh, task.params) * (1 if accumulate == 1 else 2),
+            "frozen parameters": device_bytes(mesh, task.frozen, over_fsdp),
+            "batch": nbytes(of_device(dict(task.batch), local * accumulate)),
+        }
+
     fused = fused_attentions(latents.shape[1])
     activations = {
         name: cost.peak_bytes(program.jaxpr.jaxpr, skip) for name, skip in [("fused", fused), ("unfused", frozenset())]
     }
+    memory, split = memory_on(mesh), abstract_mesh(1, 1, config.mesh.tensor)
+    # Trained parameters and their gradients travel in the compute dtype, those of student and target network once each.
+    moved = device_bytes(split, state.params) * jnp.dtype(config.train.dtype).itemsize / 4
+    networks = 1 if state.ema is None else 2
+    load = scaling.Load(
+        gathered=accumulate * (networks * moved + over_fsdp * device_bytes(split, task.frozen)),
+        reduced=accumulate * moved,
+    )
     return {
         "title": f"{config.objective.name} from {' and '.join(sources) or 'scratch'}",
         "trained": {name: count(tree) for name, tree in networks_of(task.params, task.title).items()},
@@ -121,13 +133,43 @@ def estimate(config) -> dict[str, Any]:
         "dtype": config.train.dtype,
         "time": {
             name: {
-                "step": flops / (mesh.size * peak * 1e12 * ASSUMED_MFU),
+                "step": flops / (mesh.size * peak * 1e12 * scaling.ASSUMED_MFU),
                 "memory": int(size * 1e9),
                 "fits": sum(memory.values()) + activations["fused" if "NVIDIA" in name else "unfused"] <= size * 1e9,
             }
             for name, (peak, size) in ACCELERATORS.items()
         },
+        "clusters": {
+            name: on_cluster(
+                cluster,
+                config.mesh,
+                lambda mesh, kind="fused" if "H100" in name else "unfused": (
+                    sum(memory_on(mesh).values()) + activations[kind]
+                ),
+                flops / mesh.size,
+                load,
+            )
+            for name, cluster in scaling.CLUSTERS.items()
+        },
     }
+
+
+def on_cluster(
+    cluster: scaling.Cluster, mesh, memory_on: Callable[[AbstractMesh], float], flops: float, load: scaling.Load
+) -> dict[str, Any]:
+    """Return what `show` prints of a step on all devices of a cluster, each with as many images as in the run.
+
+    mesh: the group of the config, whose `tensor` is kept, and whose `fsdp` is doubled until a device holds its part of
+    the state and its activations, memory_on(mesh) bytes. flops: of one device.
+    """
+    free = cluster.chips // mesh.tensor
+    doubled = (mesh.fsdp * 2**n for n in range(cluster.chips.bit_length()))
+    meshes = [abstract_mesh(free // fsdp, fsdp, mesh.tensor) for fsdp in doubled if free % fsdp == 0]
+    meshes = meshes or [abstract_mesh(1, free, mesh.tensor)]
+    fitting = [sizes for sizes in meshes if memory_on(sizes) <= cluster.memory * 1e9]
+    sizes = (fitting or meshes)[0]
+    time = scaling.step_time(cluster, sizes.shape, flops, load)
+    return {"mesh": dict(sizes.shape), "memory": memory_on(sizes), "fits": bool(fitting), "time": time}
 
 
 def without_adapters(config) -> ConfigDict:
@@ -147,10 +189,10 @@ def networks_of(tree: Mapping[str, Any], title: str) -> dict[str, Any]:
     return named if set(named) <= {*layout.NETWORKS, "lora"} else {title: named}
 
 
-def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
+def abstract_mesh(data: int, fsdp: int, tensor: int = 1) -> AbstractMesh:
     """Build the mesh of `sharding.make_mesh` for devices that need not exist."""
-    data = max(jax.device_count() // fsdp, 1) if data == -1 else data
-    return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    data = max(jax.device_count() // (fsdp * tensor), 1) if data == -1 else data
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
 def count(tree) -> int:
@@ -161,11 +203,10 @@ def nbytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def device_bytes(mesh, tree) -> int:
-    """Bytes of `tree` on each device of `mesh`, split as a run splits it."""
-    shards = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, sharding.tree_shardings(mesh, tree)
-    )
+def device_bytes(mesh, tree, over_fsdp: bool = True) -> int:
+    """Bytes of `tree` on each device of `mesh`, split as a run splits it. over_fsdp: see `sharding.tree_shardings`."""
+    shardings = sharding.tree_shardings(mesh, tree, over_fsdp)
+    shards = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings)
     return sum(jax.tree.leaves(shards))
 
 
@@ -225,10 +266,33 @@ def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> Non
     write(f"{found['flops'] / 1e12:,.1f} TFLOP per step of {found['batch_size']} images, {found['steps']:,} steps")
     if found["dtype"] == "float32":
         write("float32 has no comparable published peak; the times below are for bfloat16 (train.dtype).")
-    table = Table(title=f"estimated time on {devices} of these, at {ASSUMED_MFU:.0%} of the published bfloat16 peak")
+    table = Table(
+        title=f"estimated time on {devices} of these, at {scaling.ASSUMED_MFU:.0%} of the published bfloat16 peak"
+    )
     for column in ("accelerator", "a step", "all steps", "memory", "fits"):
         table.add_column(column, justify="left" if column in ("accelerator", "fits") else "right")
     for name, each in found["time"].items():
         whole = duration(each["step"] * found["steps"])
         table.add_row(name, duration(each["step"]), whole, gigabytes(each["memory"]), "yes" if each["fits"] else "no")
+    console.print(table)
+
+    table = Table(
+        title=f"estimated on clusters, {found['images_per_device']} images on each device; see docs/scaling.md"
+    )
+    for column in ("cluster", "mesh", "batch", "arithmetic", "communication", "a step", "efficiency", "memory", "fits"):
+        table.add_column(column, justify="left" if column in ("cluster", "mesh", "fits") else "right")
+    for name, each in found["clusters"].items():
+        time, sizes = each["time"], each["mesh"]
+        batch = found["images_per_device"] * sharding.batch_parts(sizes)
+        table.add_row(
+            name,
+            " x ".join(map(str, sizes.values())),
+            f"{batch:,}",
+            duration(time.compute),
+            duration(time.communication),
+            f"{duration(time.shortest)} to {duration(time.longest)}",
+            f"{time.compute / time.longest:.0%} to {time.compute / time.shortest:.0%}",
+            gigabytes(each["memory"]),
+            "yes" if each["fits"] else "no",
+        )
     console.print(table)

@@ -47,7 +47,7 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
     more = {"mesh.data": data, "mesh.fsdp": fsdp, "optimizer.name": optimizer, "train.dtype": "bfloat16"}
     config = small(teacher, **more)
     found = dry_run.estimate(config)
-    assert found["mesh"] == {"data": data, "fsdp": fsdp} and found["images_per_device"] == 2
+    assert found["mesh"] == {"data": data, "fsdp": fsdp, "tensor": 1} and found["images_per_device"] == 2
 
     task = RECIPES["lcd"](config, tmp_path)
     mesh = sharding.make_mesh(data, fsdp)
@@ -184,7 +184,9 @@ def test_the_command_at_full_size_needs_neither_weights_nor_memory(tmp_path):
     assert memory["optimizer moments"] == ["0.13 GB", "1.72 GB"]
     assert memory["their moving average"] == ["0.00 GB", "0.86 GB"]
     assert memory["frozen parameters"][0] == memory["frozen parameters"][1]
-    assert "data 2, fsdp 4; 12 images on each" in done.stdout
+    assert "data 2, fsdp 4, tensor 1; 12 images on each" in done.stdout
+    clusters = {row[0]: row[1:3] for row in rows if len(row) == 9}
+    assert clusters["64 x H100"] == ["16 x 4 x 1", "768"] and "TPU v5e-256" in clusters
     assert "NVIDIA H100" in done.stdout and "TFLOP per step of 96 images" in done.stdout
     assert sorted(path.name for path in ROOT.iterdir()) == before
     wrong = command("--config=configs/lcd.py:sd3", "--dry_run")

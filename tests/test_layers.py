@@ -29,6 +29,7 @@ ROOMS = (
     "evaluation",
     "pipeline",
     "recipes",
+    "scaling",
     "dry_run",
     "conversion",
     "page",

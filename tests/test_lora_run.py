@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -17,9 +18,8 @@ from lcm_jax.models import lora
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import make_task
-from lcm_jax.training import sharding
+from lcm_jax.training import sharded_step, sharding
 from lcm_jax.training.state import create_state, make_optimizer
-from lcm_jax.training.step import make_train_step
 from lcm_jax.weights import orbax_folder
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.lora_files import read_adapters, write_adapters
@@ -153,19 +153,14 @@ def test_dropout_is_the_same_in_micro_batches_on_several_devices(teacher, tmp_pa
     params = jax.tree.map(random, jax.device_get(task.load_params()))  # up is not zero, so that down has a gradient
 
     def update(mesh, accumulate):
-        state = create_state(params, optax.sgd(1.0), average=False)  # by the gradient itself
-        shardings = sharding.tree_shardings(mesh, state)
-        frozen_shardings = sharding.tree_shardings(mesh, frozen)
-        step = make_train_step(
-            *(task.objective, task.bind, task.prepare, optax.sgd(1.0)),
-            latents=task.latents,
-            seed=3,
-            ema_rate=0.0,
-            accumulate=accumulate,
-        )
-        step = jax.jit(step, in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)))
-        placed = jax.device_put(state, shardings), jax.device_put(frozen, frozen_shardings)
-        after, metrics = step(*placed, sharding.put_batch(mesh, batch))
+        config.train.accumulate = accumulate
+        with patch.object(sharded_step, "make_optimizer", lambda *_: optax.sgd(1.0)):  # by the gradient itself
+            step = sharded_step.make_sharded_step(task, config, mesh)
+        placed = [
+            jax.device_put(x, sharded_step.placement(like))
+            for x, like in ((step.create(params), step.state), (frozen, step.frozen))
+        ]
+        after, metrics = step.jitted(*placed, sharding.put_batch(mesh, batch))
         assert after.ema is None
         return jax.device_get((after.params, metrics))
 

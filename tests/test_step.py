@@ -127,7 +127,7 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adamw():
     expected, _ = adam.update(gradient, adam.init(params), params)
     np.testing.assert_allclose(updates["muon"]["conv"]["bias"], expected["conv"]["bias"], rtol=1e-3)
     np.testing.assert_allclose(updates["muon"]["table"]["embedding"], expected["table"]["embedding"], rtol=1e-3)
-    with pytest.raises(ValueError, match="optimizer.name is 'sgd'; choose adamw or muon"):
+    with pytest.raises(ValueError, match="optimizer.name is 'sgd'; choose adamw, muon or adafactor"):
         make_optimizer(SimpleNamespace(**(config | {"name": "sgd"})), steps=6)
 
 

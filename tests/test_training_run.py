@@ -195,7 +195,7 @@ def test_a_teacher_is_trained_on_a_trained_autoencoder(tmp_path):
         ({"objective.guidance_schedule": (300, 7.0)}, "objective.guidance_schedule .*pairs"),
         ({"objective.guidance_schedule": (("300", 7.0),)}, "guidance_schedule .*'300'.* is not supported; use numbers"),
         ({"objective.num_ddim_steps": 7}, "num_ddim_steps is 7, which does not divide"),
-        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw or muon"),
+        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; choose adamw, muon or adafactor"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear'"),
     ],
 )

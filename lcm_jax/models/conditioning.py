@@ -27,3 +27,18 @@ class Conditioning(NamedTuple):
 def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
     """Join two batches of B1 and B2 examples, with the same parts, into one of B1 + B2."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def interleave(first: Any, second: Any) -> Any:
+    """Join two trees of B examples, with the same parts, into one of 2B: first[0], second[0], first[1], and so on.
+
+    Of a batch that devices share, both examples of a pair stay where they are; a concatenation moves them.
+    """
+    join = lambda a, b: jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])  # noqa: E731
+    return jax.tree.map(join, first, second)
+
+
+def deinterleave(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the two batches of [B, ...] that `interleave` has joined to x: [2B, ...]."""
+    pairs = x.reshape(-1, 2, *x.shape[1:])
+    return pairs[:, 0], pairs[:, 1]

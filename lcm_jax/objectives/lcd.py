@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.guidance import check_guidance_schedule, classifier_free, scheduled_guidance
 from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
 from lcm_jax.diffusion.solvers import ddim_step
-from lcm_jax.models.conditioning import concatenate
+from lcm_jax.models.conditioning import deinterleave, interleave
 from lcm_jax.objectives.consistency import Consistency, Draws
 from lcm_jax.objectives.networks import Examples, Metrics, Networks
 from lcm_jax.ranges import Range, setting
@@ -42,11 +41,11 @@ class LCD(Consistency):
         prediction = consistency_function(schedule, networks.student(z_s, s, guided), z_s, s)
 
         # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
-        twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
         assert networks.teacher is not None and networks.target is not None
-        output = networks.teacher(twice(z_s), twice(s), concatenate(prompt, empty))
-        x0_cond, x0_empty = jnp.split(predict_x0(schedule, output, twice(z_s), twice(s)), 2)
-        noise_cond, noise_empty = jnp.split(predict_noise(schedule, output, twice(z_s), twice(s)), 2)
+        z_2, s_2 = interleave((z_s, s), (z_s, s))
+        output = networks.teacher(z_2, s_2, interleave(prompt, empty))
+        x0_cond, x0_empty = deinterleave(predict_x0(schedule, output, z_2, s_2))
+        noise_cond, noise_empty = deinterleave(predict_noise(schedule, output, z_2, s_2))
         w = scheduled_guidance(draws.w, s, self.guidance_schedule)[:, None, None, None]
         x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
         z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))

@@ -24,8 +24,8 @@ from lcm_jax.training.checkpoint import STABLER, Checkpoints, check_root
 from lcm_jax.training.compilation import STEP_MEMORY, Programs, compile_step
 from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
 from lcm_jax.training.meter import Meter, Profile
-from lcm_jax.training.state import Params, TrainState, create_state, learning_rate_schedule, make_optimizer
-from lcm_jax.training.step import make_train_step
+from lcm_jax.training.sharded_step import make_sharded_step, placement
+from lcm_jax.training.state import Params, TrainState, learning_rate_schedule
 from lcm_jax.training.stop import StopSignal
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
 from lcm_jax.weights.errors import ModelError
@@ -85,11 +85,15 @@ def check_run(workdir: Path, config) -> None:
     nothing."""
     check_workdir(workdir, config.to_dict())
     check_root(workdir, config.checkpoint.folder, recorded_folder(workdir))
-    check_batch_size(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp).size)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_batch_size(config, sharding.batch_parts(mesh.shape))
 
 
 def check_batch_size(config, devices: int) -> int:
-    """Return the examples of a micro-batch on each device. Raises RunError if the batch cannot be split evenly."""
+    """Return the examples of a micro-batch on each device. Raises RunError if the batch cannot be split evenly.
+
+    devices: those that share a batch, see `sharding.batch_parts`.
+    """
     batch_size, rows = config.train.batch_size, devices * config.train.accumulate
     if batch_size % rows:
         raise RunError(
@@ -115,39 +119,19 @@ def train(
     check_code_and_config(config.to_dict())
     check_run(workdir, config)
     check_best(config, task.figures)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    create = lambda params: create_state(params, optimizer, average=config.train.ema_rate > 0)  # noqa: E731
-    abstract = jax.eval_shape(create, task.params)
-    shardings = sharding.tree_shardings(mesh, abstract)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    frozen_shardings = sharding.tree_shardings(mesh, task.frozen)
-    step = make_train_step(
-        task.objective,
-        task.bind,
-        task.prepare,
-        optimizer,
-        latents=task.latents,
-        seed=config.train.seed,
-        ema_rate=config.train.ema_rate,
-        accumulate=config.train.accumulate,
-    )
-    jitted = jax.jit(
-        step,
-        in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    step = make_sharded_step(task, config, mesh)
     # A mistake that shows only here, in the step or in the data, must not claim the workdir for its config; and before
     # the step is compiled nothing is written or encoded.
     again = "run the same command to begin again"
     with phase("compiling the step", memory=STEP_MEMORY, kept=again):
-        programs = Programs(lambda batch: compile_step(jitted, (abstract, task.frozen, batch), task.title, mesh))
+        fixed = (step.state, step.frozen)
+        programs = Programs(lambda batch: compile_step(step.jitted, (*fixed, batch), task.title, mesh))
         programs.of(task.batch)
     distributed.wait_for_all("checked")  # one of them takes the lock that all have just looked at
     with hold_workdir(workdir):
         with phase("loading the weights", memory=STEP_MEMORY, kept=again):
-            frozen = jax.device_put(task.load_frozen(), frozen_shardings)
+            frozen = jax.device_put(task.load_frozen(), placement(step.frozen))
         with phase("opening the data", memory=STEP_MEMORY, kept=again):
             alone = distributed.local(frozen)
             with distributed.main_first("data"):  # which makes indices and caches
@@ -166,13 +150,13 @@ def train(
             # 4. the data resumes at the batch of that step.
             kept = partial(checkpoints.summary, wait=False)
             with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary), distributed.ending_with_others(kept):
-                state = checkpoints.restore(abstract, ignore_unreadable=ignore_unreadable)
+                state = checkpoints.restore(step.state, ignore_unreadable=ignore_unreadable)
                 if state is None:
                     # An argument, not a constant of the program, and donated, so that it exists once. Copied before:
                     # on a CPU device_put would lend the host's arrays, mapped from files that must not be written to.
-                    put = lambda x, s: jax.device_put(jnp.array(x, copy=True), s)  # noqa: E731
-                    params = jax.tree.map(put, task.load_params(), shardings.params)
-                    state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+                    put = lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding)  # noqa: E731
+                    params = jax.tree.map(put, task.load_params(), step.state.params)
+                    state = jax.jit(step.create, out_shardings=placement(step.state), donate_argnums=0)(params)
                     del params
                 first = int(state.step)
                 if first:

@@ -54,11 +54,14 @@ def learning_rate_schedule(config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """Build AdamW or Muon after clipping by the global norm; biases and scales have no weight decay.
+    """Build AdamW, Muon or Adafactor after clipping by the global norm; biases and scales have no weight decay.
 
     Muon (Jordan et al. 2024, optax's) orthogonalizes the momentum of matrices and of convolution kernels, reshaped to
     [height * width * in, out], and scales it to the size of an Adam update (arXiv 2502.16982), so that one learning
     rate fits both. Biases, scales and embedding tables are updated by AdamW with Nesterov momentum.
+    Adafactor (arXiv 1804.04235, optax's) keeps the mean squares of the rows and columns of a large matrix instead of
+    those of its elements, and clips the root mean square of each update at 1. Its decay is Adam's (section 7.1), so
+    that b1, b2 and the learning rate mean the same; b1=0 saves the momentum, which is as large as the parameters.
     config: the `optimizer` group of a run's config (name, learning_rate, warmup_steps, schedule, b1, b2,
     weight_decay, clip_norm). steps: the number of updates of the run, for the cosine schedule.
     Raises ValueError for a name or a schedule that is not supported.
@@ -80,9 +83,23 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_as_matrices,
         )
+    elif config.name == "adafactor":
+        update = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=config.b2, decay_rate_fn=_adam_decay),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1) if config.b1 else optax.identity(),
+            optax.add_decayed_weights(config.weight_decay, mask=matrices),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
-        raise ValueError(f"optimizer.name is {config.name!r}; choose adamw or muon")
+        raise ValueError(f"optimizer.name is {config.name!r}; choose adamw, muon or adafactor")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _adam_decay(step, b2):
+    """Return the decay of a mean of squares without the bias of its beginning at 0. step: updates before this one."""
+    step = jnp.asarray(step, jnp.float32)
+    return b2 * (1 - b2**step) / (1 - b2 ** (step + 1))
 
 
 def _as_matrices(params):

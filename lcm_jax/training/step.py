@@ -32,6 +32,8 @@ def make_train_step(
     seed: int,
     ema_rate: float,
     accumulate: int = 1,
+    gather: Callable[[Params, Params, Params], tuple[Params, Params, Params]] = lambda *trees: trees,
+    scatter: Callable[[Params], Params] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """Build `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -40,8 +42,13 @@ def make_train_step(
         a state without a moving average, whose target is the parameters themselves.
     accumulate: number of micro-batches; their mean gradient is the gradient of the whole batch. `step` raises
         ValueError, while it is traced, if it does not divide the batch.
+    gather(params, target, frozen): the same values as the devices of a mesh compute with them. scatter(gradient): as
+        they keep it. See `sharded_step`.
     """
-    loss = make_loss(objective, bind, prepare)
+    of_whole = make_loss(objective, bind, prepare)
+
+    def loss(params: Params, target: Params, frozen: Params, batch: Batch, draws: Any):
+        return of_whole(*gather(params, target, frozen), batch, draws)
 
     def micro_batches(tree):
         # Example i goes to micro-batch i mod N: each lies on all devices when the batch axis is sharded.
@@ -53,18 +60,21 @@ def make_train_step(
         if size % accumulate:
             raise ValueError(f"batch size {size} is not a multiple of accumulate {accumulate}; choose a divisor of it")
         draws = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), latents(batch))
-        gradient, target = jax.grad(loss, has_aux=True), state.average
+        target = state.average
+
+        def gradient(batch, draws):
+            grads, metrics = jax.grad(loss, has_aux=True)(state.params, target, frozen, batch, draws)
+            return scatter(grads), metrics
 
         if accumulate == 1:
-            grads, metrics = gradient(state.params, target, frozen, batch, draws)
+            grads, metrics = gradient(batch, draws)
         else:
 
             def add(total, micro):
-                part = gradient(state.params, target, frozen, *micro)
-                return jax.tree.map(jnp.add, total, part), None
+                return jax.tree.map(jnp.add, total, gradient(*micro)), None
 
             micro = micro_batches((batch, draws))
-            shapes = jax.eval_shape(gradient, state.params, target, frozen, *jax.tree.map(lambda x: x[0], micro))
+            shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))
             total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
 
