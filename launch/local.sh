@@ -8,8 +8,8 @@
 #   PORT             of process 0; a free one by default
 #   PRINT_ONLY=1     print the commands instead of running them
 #   MODULE           run this module instead of lcm_jax.main
-# It exits as the command does: 0 if the run is complete, 75 if it was stopped with work left, 1 after an error. SIGTERM
-# and Ctrl-C stop every process. To begin again after a stop (a supervisor does the same by its own means):
+# It exits as the command does: 0 if the run is complete, 75 if work is left and the same command resumes it, 1 after an
+# error. SIGTERM and Ctrl-C stop every process. To begin again by itself, as a supervisor would:
 #   until launch/local.sh --config=lcd:sd15 --workdir=runs/sd15; do [ $? = 75 ] || break; done
 set -euo pipefail
 

@@ -10,12 +10,12 @@
 #   RUNS=/mnt/runs            a folder that all workers share, at the same path in the container
 #   SETUP                     a command that every worker runs first, such as the one that mounts RUNS
 #   RETRY_SECONDS=60          between attempts to create it
-#   RESTARTS=3                after an error on a slice that is ready, of which a dead process is one
+#   RESTARTS=3                after an error on a slice that is ready
 #   PRINT_ONLY=1              print the commands instead of running them
 #   MODULE                    run this module instead of lcm_jax.main
-# A slice that was preempted is deleted and created again, and a run that was stopped with work left (exit code 75) is
-# started again, both without limit. It exits with 0 when the run is complete. Start it in tmux or on a small VM: the
-# run goes on if the connection to a worker is lost, but a lost worker is noticed here.
+# A slice that was preempted is deleted and created again, and a run that was stopped with work left, or has lost a
+# process (exit code 75), is started again, both without limit. It exits with 0 when the run is complete. Start it in
+# tmux on a machine that stays up, such as a small VM: it is what starts the run again.
 set -euo pipefail
 
 : "${TPU_NAME:?set it to the name of the slice}" "${ZONE:?set it to the zone of the slice}"

@@ -239,8 +239,9 @@ def test_slurm_starts_a_task_for_each_node_or_gpu(host, tasks, nodes):
 
 def test_slurm_queues_a_stopped_run_again(host):
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
-    for code, requeued in ((75, True), (1, False), (143, False)):
-        assert host.run("bash", "launch/slurm.sbatch", **job, CODES=str(code)).returncode == code
+    for code, restarts, requeued in ((75, 9, True), (137, 2, True), (137, 3, False), (1, 0, False), (130, 0, False)):
+        variables = job | {"CODES": str(code), "SLURM_RESTART_COUNT": str(restarts)}
+        assert host.run("bash", "launch/slurm.sbatch", **variables).returncode == code
         assert (host.log[-1] == "scontrol requeue 7") == requeued
     refused = host.run("bash", "launch/slurm.sbatch", **job | {"SLURM_NTASKS_PER_NODE": "3"})
     assert refused.returncode == 1 and "use --ntasks-per-node=1 or --ntasks-per-node=4" in refused.stderr
