@@ -26,7 +26,7 @@ if [ "$processes" = 1 ]; then
   exec "$start" "$@"
 fi
 if [ "$device" = tpu ]; then
-  echo "error: PROCESSES $processes is not supported with DEVICE=tpu; use one process, which has all chips" >&2 && exit 1
+  echo "error: PROCESSES $processes is not supported with DEVICE=tpu; use one, which has all chips" >&2 && exit 1
 fi
 
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}

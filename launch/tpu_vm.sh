@@ -44,7 +44,8 @@ container=(
   sudo docker run --name=lcm_jax --rm --privileged --net=host --ipc=host --stop-timeout=120
   --volume="$runs:$runs" --env="MODULE=${MODULE:-lcm_jax.main}" "$IMAGE" launch/tpu "$@"
 )
-worker="${SETUP:-true} && { sudo docker rm --force lcm_jax >/dev/null 2>&1 || true; } && $(printf '%q ' "${container[@]}")"
+worker="${SETUP:-true} && { sudo docker rm --force lcm_jax >/dev/null 2>&1 || true; }"
+worker+=" && $(printf '%q ' "${container[@]}")"
 start() {
   # A worker that is gone closes its connection within two minutes.
   run "${tpu[@]}" ssh "$TPU_NAME" --zone="$ZONE" --worker=all --ssh-flag=-oServerAliveInterval=30 --command="$worker"

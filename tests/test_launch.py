@@ -196,7 +196,10 @@ def test_local_starts_processes_that_find_each_other(host):
     [
         ({"DEVICE": "abacus"}, "DEVICE abacus is not supported; use gpu, tpu or cpu"),
         ({"PROCESSES": "two"}, "PROCESSES two is not a number of processes; use 1 or more"),
-        ({"PROCESSES": "2", "DEVICE": "tpu"}, "PROCESSES 2 is not supported with DEVICE=tpu; use one process"),
+        (
+            {"PROCESSES": "2", "DEVICE": "tpu"},
+            "PROCESSES 2 is not supported with DEVICE=tpu; use one, which has all chips",
+        ),
     ],
 )
 def test_local_refuses_what_it_cannot_start(host, variables, message):
