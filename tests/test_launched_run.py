@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,13 @@ class Launched:
         variables = {"PROCESSES": "2", "DEVICE": "cpu", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         self.environment = runnable.environment() | variables
         self.running = subprocess.Popen(
-            self.command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            self.command,
+            cwd=ROOT,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         self.lines: list[str] = []
 
@@ -44,23 +52,40 @@ class Launched:
         rest, _ = self.running.communicate(timeout=600)
         return self.running.returncode, "".join(self.lines) + rest
 
+    def kill(self) -> None:
+        """End whatever a failed test leaves behind."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.running.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[[Path], Launched]]:
+    with ExitStack() as stack:
+
+        def start(workdir: Path) -> Launched:
+            run = Launched(workdir)
+            stack.callback(run.kill)
+            return run
+
+        yield start
+
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_survives_a_stop_and_a_death(tmp_path):
+def test_a_run_of_two_processes_survives_a_stop_and_a_death(launch, tmp_path):
     workdir = tmp_path / "run"
-    run = Launched(workdir)
+    run = launch(workdir)
     run.wait_for(r"^lcd \d+/12 ")
     run.signal_one(signal.SIGTERM)
     code, text = run.finish()
     step = int(re.findall(r"^stopped at step (\d+) of 12; checkpoint saved; ", text, re.MULTILINE)[0])
     assert code == 75 and checkpoints_of(workdir)[-1] == step < 12, text
 
-    run = Launched(workdir)
+    run = launch(workdir)
     run.wait_for(rf"^resumed {workdir} at step {step}")
     run.wait_for(r"^lcd \d+/12 ")
     run.signal_one(signal.SIGKILL)
     code, text = run.finish()
     assert code == 137 and "another process of this run is gone" in text, text
 
-    code, text = Launched(workdir).finish()
+    code, text = launch(workdir).finish()
     assert code == 0 and "resumed" in text and (workdir / "report.json").exists(), text
