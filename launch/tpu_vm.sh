@@ -39,10 +39,11 @@ create() {
 
 # What every worker runs. The container of an earlier start goes first: it may have outlived its connection. The host's
 # network is how the workers and the TPU's metadata are reached, its /dev/shm is what the workers that decode images
-# share, and a worker that shuts down leaves the run time to save.
+# share, a worker that shuts down leaves the run time to save, and models and compiled programs are kept in RUNS.
 container=(
   sudo docker run --name=lcm_jax --rm --privileged --net=host --ipc=host --stop-timeout=120
-  --volume="$runs:$runs" --env="MODULE=${MODULE:-lcm_jax.main}" "$IMAGE" launch/tpu "$@"
+  --volume="$runs:$runs" --env="HF_HOME=$runs/huggingface" --env="XDG_CACHE_HOME=$runs/cache"
+  --env="MODULE=${MODULE:-lcm_jax.main}" "$IMAGE" launch/tpu "$@"
 )
 worker="${SETUP:-true} && { sudo docker rm --force lcm_jax >/dev/null 2>&1 || true; }"
 worker+=" && $(printf '%q ' "${container[@]}")"

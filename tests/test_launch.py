@@ -425,12 +425,13 @@ def test_dockerfiles_copy_what_is_there_and_install_the_extra(device):
     text = (ROOT / f"launch/Dockerfile.{device}").read_text().replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
     assert lines[0][0] == "FROM" and re.fullmatch(r"python:3\.1[123](-slim)?", lines[0][1])
-    assert {word for word, _ in lines} <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "CMD"}
+    assert {word for word, _ in lines} <= {"FROM", "WORKDIR", "COPY", "ARG", "RUN", "ENV", "CMD"}
     sources = list(itertools.chain(*(rest.split()[:-1] for word, rest in lines if word == "COPY")))
     assert {"pyproject.toml", "setup.cfg", "lcm_jax", "configs", "launch"} <= set(sources)
     assert [source for source in sources if not (ROOT / source).exists()] == []
     [install] = [shlex.split(rest) for word, rest in lines if word == "RUN"]
-    assert install[:2] == ["pip", "install"] and install[-1] == {"gpu": ".[gpu,k8s]", "tpu": ".[tpu]"}[device]
+    assert install[:2] == ["pip", "install"] and ["ARG", "EXTRAS="] in lines
+    assert install[-1] == {"gpu": ".[gpu,k8s", "tpu": ".[tpu"}[device] + "${EXTRAS:+,$EXTRAS}]"
     [start] = [ast.literal_eval(rest) for word, rest in lines if word == "CMD"]
     assert (ROOT / start[0]).name == device and ["WORKDIR", "/lcm_jax"] in lines
 
