@@ -30,10 +30,10 @@ if [ "$device" = tpu ]; then
 fi
 
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-pids=() stopped=
+pids=() stopped=0
 # Children in the background ignore the terminal's Ctrl-C, so that it is passed on as SIGTERM.
-trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT HUP
-for ((number = 0; number < processes; number++)); do
+trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP  # some may have ended
+for ((number = 0; number < processes && !stopped; number++)); do
   JAX_LOCAL_DEVICE_IDS=$number "$start" "$@" --coordinator="127.0.0.1:$port" --num_processes="$processes" \
     --process_id="$number" &
   pids+=($!)
@@ -42,7 +42,7 @@ done
 
 status=0
 for pid in "${pids[@]}"; do
-  while stopped=; code=0; wait "$pid" || code=$?; [ -n "$stopped" ]; do :; done  # a signal ends `wait` early
+  while stopped=0; code=0; wait "$pid" || code=$?; [ "$stopped" = 1 ]; do :; done  # a signal ends `wait` early
   if [ "$status" = 0 ] || [ "$status" = 75 ]; then  # an error counts more than a stop
     [ "$code" = 0 ] || status=$code
   fi
