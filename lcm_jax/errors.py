@@ -96,10 +96,12 @@ def check_devices() -> None:
     """Raise RunError if JAX_PLATFORMS names devices that this machine or this installation of JAX lacks."""
     import jax
 
+    asked = os.environ.get("JAX_PLATFORMS", "")
     try:
-        jax.devices()
+        # JAX passes over a GPU that is not there if another platform follows, as in cuda,cpu.
+        if jax.devices()[0].platform == "cpu" and asked.partition(",")[0] not in ("", "cpu"):
+            raise RuntimeError
     except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that there is a GPU before it looks for one
-        asked = os.environ.get("JAX_PLATFORMS")
         if not asked:
             raise
         jax.config.update("jax_platforms", None)

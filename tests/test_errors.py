@@ -79,7 +79,7 @@ def test_a_ctrl_c_that_a_callback_swallows_comes_again(monkeypatch):
         time.sleep(5)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "cuda,cpu"])
 def test_devices_that_are_not_there_are_one_line(platform):
     done = run(
         "from lcm_jax.errors import *\ntry: check_devices()\nexcept RunError as e: print(e)", JAX_PLATFORMS=platform
