@@ -19,6 +19,13 @@ class Records(Protocol):
     def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
 
 
+class UnreadableRecord(ValueError):
+    """A record that cannot be read, as (its name, the cause): training replaces it, a latent cache leaves it out."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 @dataclass(frozen=True)
 class CaptionedDataset:
     """Captioned images to train on, images that no update sees, and prompts to evaluate with.

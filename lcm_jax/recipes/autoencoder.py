@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import files
-from lcm_jax.data.batches import make_batches
+from lcm_jax.data.batches import ImageRecords, make_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
 from lcm_jax.evaluation import verifier
@@ -113,7 +113,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         load_frozen=dict,
         latents=latents,
         batch={"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)},
-        make_batches=lambda frozen, first: make_batches(config, workdir, dataset(), first),
+        make_batches=lambda frozen, first: make_batches(config, ImageRecords(dataset().train, None), first),
         write_preview=write_preview,
         on_complete=on_complete,
         weight_digests=lambda: {} if start is None else {"init": compute_digests(start)["vae"]},
