@@ -10,7 +10,9 @@ from shards import write_shards
 from whole_runs import load_config
 
 from lcm_jax.data import shapes
-from lcm_jax.data.batches import make_batches
+from lcm_jax.data.batches import ImageRecords, make_batches
+from lcm_jax.data.encoding import Plan, write_cache
+from lcm_jax.data.latents import open_cache
 from lcm_jax.data.sources import SOURCES, check_data, load_dataset
 from lcm_jax.recipes import make_task
 
@@ -41,8 +43,8 @@ def small(config: str, pattern: str, **more):
     return config
 
 
-def encode(images: np.ndarray) -> np.ndarray:
-    return images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4), dtype=np.float32)
+def encode(images: np.ndarray, token_ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"moments": images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4), dtype=np.float32)}
 
 
 def tokenize(captions: list[str]) -> np.ndarray:
@@ -65,12 +67,16 @@ def test_every_source_and_encoding_works_with_every_config(config, name, pattern
 
     def read(encoding: str, first: int, count: int, **more) -> list[dict[str, np.ndarray]]:
         config.data.encode = encoding
-        parts = {"tokenize": tokenize, "make_encoder": lambda: encode, "encoder_digest": "one"}
-        return list(islice(make_batches(config, tmp_path, dataset, first, **parts, **more), count))
+        records = ImageRecords(dataset.train, tokenize)
+        if encoding == "cache":
+            plan = Plan(dataset.train, lambda: encode, tokenize, {"data": dataset.fingerprint})
+            write_cache(tmp_path / "latents", plan, log=lambda line: None)
+            records = open_cache(tmp_path / "latents", plan.fields)
+        return list(islice(make_batches(config, records, first, **more), count))
 
     images, moments, masked = read("step", 0, 8), read("cache", 0, 8), read("step", 0, 8, masks=True)
     for step, cached, painted in zip(images, moments, masked, strict=True):
-        np.testing.assert_allclose(cached["moments"], encode(step["image"]), atol=0.1)
+        np.testing.assert_array_equal(cached["moments"], encode(step["image"], step["token_ids"])["moments"])
         for name in ("token_ids", "time_ids"):
             np.testing.assert_array_equal(step[name], cached[name])
         assert painted.keys() - step.keys() == {"mask"} and step["time_ids"].shape == (4, 6)
@@ -85,7 +91,7 @@ def test_every_source_and_encoding_works_with_every_config(config, name, pattern
 
 def test_images_alone_for_an_autoencoder(pattern, tmp_path):
     config = small("shapes", pattern, **{"data.encode": "step"})
-    batch = next(make_batches(config, tmp_path, load_dataset(config, tmp_path), 0))
+    batch = next(make_batches(config, ImageRecords(load_dataset(config, tmp_path).train, None), 0))
     assert batch.keys() == {"image"} and batch["image"].shape == (4, 16, 16, 3)
 
 
@@ -131,7 +137,7 @@ def test_data_that_is_held_out_must_leave_some_to_train_on(pattern, tmp_path):
         load_dataset(config, tmp_path, log=lambda line: None)
     config.data.held_out = 21
     with pytest.raises(ValueError, match="^the data has 3 records, fewer than train.batch_size 4"):
-        make_batches(config, tmp_path, load_dataset(config, tmp_path, log=lambda line: None), 0)
+        make_batches(config, ImageRecords(load_dataset(config, tmp_path, log=lambda line: None).train, tokenize), 0)
 
 
 @pytest.mark.parametrize("split", ["val", "test", "composition"])
