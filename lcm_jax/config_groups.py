@@ -22,8 +22,8 @@ def data(**changes: Any) -> ConfigDict:
             "flip": False,  # of folder: mirror half of the images
             "size": 64,  # pixels
             "held_out": 1024,  # images that are not trained on; the report compares with them
-            "encode": "cache",  # once, before training; or step: each step encodes its own images
-            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
+            "encode": "cache",  # once, before training; or step: each step encodes its own images and prompts
+            "cache": "",  # a folder of python -m lcm_jax.cache, made if it is not there; workdir/latents if empty
         },
         changes,
     )
