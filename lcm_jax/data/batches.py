@@ -11,6 +11,7 @@ from lcm_jax.data import loader
 from lcm_jax.data.captioned import CaptionedDataset, Records, time_ids
 from lcm_jax.data.latents import Encoder, Tokenize, cache_latents
 from lcm_jax.data.masks import add_mask
+from lcm_jax.data.prepared import SKIPPED
 from lcm_jax.errors import phase
 
 
@@ -26,10 +27,11 @@ class ImageRecords:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         record = self.records[i]
+        images = {name: record[name] for name in ("image", SKIPPED) if name in record}
         if self.tokenize is None:
-            return {"image": record["image"]}
+            return images
         token_ids = np.asarray(self.tokenize([record["caption"]])[0], np.int32)
-        return {"image": record["image"], "token_ids": token_ids, "time_ids": time_ids(record)}
+        return {**images, "token_ids": token_ids, "time_ids": time_ids(record)}
 
 
 def make_batches(
@@ -72,6 +74,10 @@ def make_batches(
         processes=jax.process_count(),
         random_map=add_mask if masks else None,
         threads=threads,
+        workers=config.data.get("workers", 0),
+        buckets=dataset.buckets,
+        bucket_sizes=dataset.bucket_sizes,
+        substitutes=dataset.substitutes if config.data.encode == "step" else None,
     )
 
 

@@ -29,6 +29,10 @@ def check_data(config) -> Source:
                 f"the config has no data.{field.name}, which data.source={data.source} requires; add it to the config "
                 "file, as bundled configs have it (--list_configs)"
             )
+    names = {field.name for field in fields(source)}
+    for name in ("filters", "buckets"):
+        if data.get(name) and name not in names:
+            raise ValueError(f"data.{name} is not supported for data.source={data.source}; remove it")
     settings = config.to_dict()
     for key in HELD_OUT_USERS:
         group, name = key.split(".")

@@ -20,7 +20,7 @@ from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
 from lcm_jax.recipes.curve import finish_previews
-from lcm_jax.recipes.distillation import batch_shapes, frame, latent_batches, make_prepare
+from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
 from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import TrainTask
@@ -157,7 +157,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             "empty_ids": empty,
         },
         latents=partial(latent_shape, model),
-        batch=batch_shapes(model, frame(config.data), config.train.batch_size, config.data.encode),
+        batch=batch_shapes(model, config.data, config.train.batch_size),
         make_batches=latent_batches(
             config,
             workdir,
