@@ -1,7 +1,11 @@
 """Records -> endless shuffled batches, addressed by step, so that a resumed run continues exactly."""
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import grain
@@ -12,6 +16,8 @@ from lcm_jax.data.captioned import Records
 from lcm_jax.data.order import BucketOrder
 from lcm_jax.data.prepared import SKIPPED
 from lcm_jax.data.substitutes import Substitutes
+
+STOP_SECONDS = 10  # that a worker lives on after SIGTERM
 
 
 def check_length(records: int, batch_size: int) -> None:
@@ -78,7 +84,8 @@ def batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterable = dataset[first * processes + process :: processes].to_iter_dataset(options)
     if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        each = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        iterable = iterable.mp_prefetch(each, worker_init_fn=_start_worker)
     return _counted(iter(iterable), batch_size // processes, substitutes)
 
 
@@ -92,12 +99,19 @@ def _stack(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def _start_worker(index: int, count: int) -> None:
+    """Leave it to the process that reads the batches when to stop: a signal to all must not end workers before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(STOP_SECONDS, os._exit, [0]).start())
+
+
 def _counted(
-    batches: Iterator[dict[str, Any]], rows: int, substitutes: Substitutes | None
+    batches: grain.DatasetIterator, rows: int, substitutes: Substitutes | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches without `SKIPPED`, which `substitutes` counts: worker processes cannot."""
-    for batch in batches:
-        skipped = batch.pop(SKIPPED, [])
-        if substitutes is not None:
-            substitutes.count(rows, skipped)
-        yield batch
+    with closing(batches):
+        for batch in batches:
+            skipped = batch.pop(SKIPPED, [])
+            if substitutes is not None:
+                substitutes.count(rows, skipped)
+            yield batch

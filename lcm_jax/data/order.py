@@ -64,17 +64,22 @@ class BucketOrder:
         epoch = max(number * self._batch_size // int(self._counts.sum()), 0)
         while self._batches(epoch + 1).sum() <= number:  # each bucket rounds down, so that it is a few epochs at most
             epoch += 1
-        return self._epoch_of(epoch)[number - int(self._batches(epoch).sum())]
+        bucket, k = self._epoch_of(epoch)[number - int(self._batches(epoch).sum())]
+        return int(bucket), int(k)
 
     def _batches(self, epochs: int) -> np.ndarray:
         """Return how many batches each bucket has had after a number of epochs."""
         return epochs * self._counts // self._batch_size
 
-    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
-        """Return the batches of an epoch in their order."""
-        before, after = self._batches(epoch), self._batches(epoch + 1)
-        batches = [(b, k) for b in range(len(before)) for k in range(int(before[b]), int(after[b]))]
-        return [batches[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(batches))]
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """Return the batches of an epoch: the buckets are shuffled, and the batches of each come in turn."""
+        numbers, counts = self._batches(epoch), self._batches(epoch + 1) - self._batches(epoch)
+        shuffled = np.random.default_rng([self._seed, epoch]).permutation(np.repeat(np.arange(len(counts)), counts))
+        ordered = np.empty(len(shuffled), np.int64)
+        for bucket, number in enumerate(numbers):
+            places = np.flatnonzero(shuffled == bucket)
+            ordered[places] = number + np.arange(len(places))
+        return np.stack([shuffled, ordered], axis=1)
 
 
 def _mix(seed: int, bucket: int) -> int:

@@ -100,7 +100,7 @@ class PreparedImages:
         if len(captions) == 1:
             return captions[0]
         rng = np.random.default_rng([self._preparation.seed, place, repeat, 1])  # not that of crops
-        return captions[rng.integers(len(captions))]
+        return captions[int(rng.integers(len(captions)))]
 
     def _prepare(self, place: int, repeat: int) -> dict[str, Any]:
         caption = self._caption(place, repeat)
