@@ -1,11 +1,13 @@
 """The table of data sources: each works with each config by flags alone, and a mistake is one line."""
 
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folders import write_folder
+from record_files import make_rows, write_array_record, write_parquet, write_tfds
 from shards import write_shards
 from whole_runs import load_config
 
@@ -24,6 +26,7 @@ SMALL = {
     "report.prompts": 6,
     "report.reference": 6,
 }
+LIBRARIES = {"parquet": "pyarrow", "tfds": "tensorflow_datasets"}  # optional
 TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an image of other captions has
 
 
@@ -31,13 +34,24 @@ TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an 
 def pattern(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data")
     write_folder(folder / "folder")
-    return write_shards(folder / "shards")
+    write_array_record(folder / "shards" / "0.array_record", make_rows())
+    for name, write in {"parquet": write_parquet, "tfds": write_tfds}.items():
+        if find_spec(LIBRARIES[name]):
+            write(folder / name / "0.parquet" if name == "parquet" else folder / name, make_rows())
+    return write_shards(folder / "tar")
 
 
 def small(config: str, pattern: str, **more):
     config = load_config(config)
-    sources = {"data.shards": pattern, "data.folder": str(Path(pattern).parent.with_name("folder"))}
-    config.update_from_flattened_dict(SMALL | sources | more)
+    folder = Path(pattern).parent.parent
+    shards = {"parquet": str(folder / "parquet" / "*"), "array_record": str(folder / "shards" / "*")}
+    keys = {
+        "data.shards": shards.get(more.get("data.source", ""), pattern),
+        "data.folder": str(folder / "folder"),
+        "data.tfds": "my_set",
+        "data.tfds_dir": str(folder / "tfds"),
+    }
+    config.update_from_flattened_dict(SMALL | keys | more)
     return config
 
 
@@ -52,6 +66,7 @@ def tokenize(captions: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("config", ["shapes", "lcd"])
 def test_every_source_and_encoding_works_with_every_config(config, name, pattern, tmp_path):
+    pytest.importorskip(LIBRARIES.get(name, "grain"))
     config = small(config, pattern, **{"data.source": name})
     dataset = load_dataset(config, tmp_path, log=lambda line: None)
     assert len(dataset.train) == (24 if name == "shapes" else 18) and len(dataset.held_out) == 6
@@ -94,7 +109,7 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"data.source": "files"}, "^data.source 'files' is not supported; use shapes or tar or folder$"),
+        ({"data.source": "files"}, "^data.source 'files' is not supported; use shapes or tar or folder or parq"),
         ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source .* from --config.metrics$"),
         (
             {"data.source": "tar", "data.shards": "", "metrics": ("frechet",)},

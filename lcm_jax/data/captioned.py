@@ -98,7 +98,7 @@ def find_captions(fields: Mapping[str, Any], names: Sequence[str], where: str) -
     """
     found = []
     for name in names:
-        value = fields.get(name)
+        value = find_field(fields, name)
         texts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
         for text in texts:
             if isinstance(text, bytes):
@@ -109,6 +109,14 @@ def find_captions(fields: Mapping[str, Any], names: Sequence[str], where: str) -
         wanted = " or ".join(map(repr, names))
         raise CaptionError(f"{where} has no text {wanted}; set --config.data.caption_field")
     return found
+
+
+def find_field(fields: Mapping[str, Any], name: str) -> Any:
+    """Return a field by its name, or by the names of nested ones with dots between them; None if there is none."""
+    value: Any = fields
+    for part in (name,) if name in fields else name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def caption_fields(setting: str | Sequence[str]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lcm_jax.data.captioned import find_field
+
 COMPARISONS = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -57,7 +59,7 @@ def to_number(value: Any) -> float:
 
 def to_numbers(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, np.ndarray]:
     """Return float64[N] of each field, NaN for rows without a number in it."""
-    return {field: np.array([to_number(row.get(field)) for row in rows], np.float64) for field in fields}
+    return {field: np.array([to_number(find_field(row, field)) for row in rows], np.float64) for field in fields}
 
 
 def select(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -191,6 +191,27 @@ def read_range(name: str, start: int, size: int, key: str) -> bytes:
         return file_system.cat_file(path, start=start, end=start + size)
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+def read_file(name: str, key: str) -> bytes:
+    """Return all bytes behind a URL. Raises OSError if there is no such file."""
+    file_system, path = _split(name, key)
+    return file_system.cat_file(path)
+
+
+@contextmanager
+def open_file(name: str, key: str) -> Iterator[BinaryIO]:
+    """Yield a file of a path or URL, to be read at any place. Raises SourceError if it cannot be opened."""
+    try:
+        if is_url(name):
+            file_system, path = _split(name, key)
+            opened = file_system.open(path, "rb")
+        else:
+            opened = open(name, "rb")
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    with opened:
+        yield opened
 
 
 def _unreadable(name: str, error: Exception) -> SourceError:

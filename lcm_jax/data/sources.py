@@ -4,12 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from lcm_jax.data.array_record import ArrayRecordSource
 from lcm_jax.data.captioned import CaptionedDataset, Source
 from lcm_jax.data.folder import FolderSource
+from lcm_jax.data.parquet import ParquetSource
 from lcm_jax.data.shapes import ShapesSource
 from lcm_jax.data.tar_shards import TarSource
+from lcm_jax.data.tfds import TfdsSource
 
-SOURCES: Mapping[str, type[Source]] = {"shapes": ShapesSource, "tar": TarSource, "folder": FolderSource}
+SOURCES: Mapping[str, type[Source]] = {
+    "shapes": ShapesSource,
+    "tar": TarSource,
+    "folder": FolderSource,
+    "parquet": ParquetSource,
+    "array_record": ArrayRecordSource,
+    "tfds": TfdsSource,
+}
 HELD_OUT_USERS = ("sample.images", "sample.prompts", "sample.scored_prompts", "report.prompts", "report.reference")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm_jax.data import shard_files
-from lcm_jax.data.captioned import CaptionError, SourceError, caption_fields, find_captions, parse_object
+from lcm_jax.data.captioned import CaptionError, SourceError, caption_fields, find_captions, find_field, parse_object
 from lcm_jax.data.filters import to_numbers
 from lcm_jax.data.prepared import ImageSource
 from lcm_jax.data.shard_files import ShardFile
@@ -201,7 +201,7 @@ def _numbers(data: bytes, fields: Sequence[str]) -> dict[str, Any]:
         row = parse_object(data, "")
     except (ValueError, RecursionError):  # reported, with its reason, when its caption is read
         return {}
-    return {field: row[field] for field in fields if field in row}
+    return {field: find_field(row, field) for field in fields}  # not all of it, for millions of records
 
 
 def _check_uncompressed(shard: str, head: bytes) -> None:
