@@ -112,7 +112,7 @@ def test_the_order_of_buckets_is_random_access(seed):
 def test_a_bucket_with_fewer_records_than_a_batch_is_an_error():
     with pytest.raises(
         ValueError,
-        match=r"^bucket 16 x 8 \(height x width\) of data.buckets has 8 records, fewer than train.batch_size 10; remove",
+        match=r"^bucket 16 x 8 \(height x width\) of data.buckets has 8 records, fewer than train.batch_size 10; r",
     ):
         batches(Ids(True), 10, seed=0, buckets=BUCKETS, bucket_sizes=SIZES)
 

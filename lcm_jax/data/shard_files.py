@@ -107,7 +107,10 @@ def _match(name: str, key: str, remedy: str) -> list[str]:
 def _exists(name: str, key: str, remedy: str) -> bool:
     file_system, path = _split(name, key)
     with _reported(name, key, remedy):
-        return file_system.isfile(path)
+        try:
+            return file_system.info(path)["type"] == "file"
+        except FileNotFoundError:
+            return False
 
 
 @contextmanager

@@ -23,8 +23,11 @@ class StoredImages(Protocol):
     without it.
     """
 
-    formats: tuple[str, ...]
-    values: Mapping[str, np.ndarray]
+    @property
+    def formats(self) -> Sequence[str]: ...
+
+    @property
+    def values(self) -> Mapping[str, np.ndarray]: ...
 
     def __len__(self) -> int: ...
 
@@ -57,7 +60,7 @@ def open_image(stored: StoredImages, number: int) -> Image.Image:
             raise images.ImageError(f"{width} x {height} pixels are more than {images.MAX_PIXELS}")
         return images.to_rgb(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image))
     with image as file:
-        return images.to_rgb(images.open_upright(file, stored.formats, images.MAX_PIXELS))
+        return images.to_rgb(images.open_upright(file, tuple(stored.formats), images.MAX_PIXELS))
 
 
 def read_sizes(stored: StoredImages, folder: Path, log: Callable[[str], None]) -> np.ndarray:
@@ -86,7 +89,7 @@ def read_sizes(stored: StoredImages, folder: Path, log: Callable[[str], None]) -
             if isinstance(image, np.ndarray):
                 return image.shape[0], image.shape[1]
             with image as file:
-                return images.upright_size(file, stored.formats)
+                return images.upright_size(file, tuple(stored.formats))
         except SourceError:
             raise
         except Exception:  # it is reported, with its reason, when it is read to train on

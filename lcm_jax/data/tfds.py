@@ -83,7 +83,7 @@ class TfdsSource(ImageSource):
         features = builder.info.features or {}
         if self.image_field not in features:
             raise ValueError(
-                f"{KEY} {self.tfds!r} has no {self.image_field!r}, but {', '.join(map(repr, features))}; set "
+                f"{KEY} {self.tfds!r} has no {self.image_field!r}, but {', '.join(map(repr, sorted(features)))}; set "
                 "--config.data.image_field"
             )
         try:
