@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_model
-from whole_runs import ROOT
+from shards import write_shards
+from whole_runs import ROOT, load_config
 
-from lcm_jax.data.captioned import UnreadableRecord
-from lcm_jax.data.encoding import Plan, write_cache
+from lcm_jax.data.encoding import Originals, Plan, Unreadable, write_cache
 from lcm_jax.data.latents import LatentCache, open_cache, read_object, shard_path
 from lcm_jax.data.loader import batches
 from lcm_jax.data.shapes import Shapes
+from lcm_jax.data.sources import load_dataset
 from lcm_jax.errors import RunError, phase
 
 FIELDS = {"data": "ten shapes", "vae": "one", "format": "3"}
@@ -129,7 +130,7 @@ def test_images_of_several_shapes(tmp_path):
 class Damaged(Shapes):
     def __getitem__(self, i):
         if i in (2, 7):
-            raise UnreadableRecord(f"{i:05d}.jpg", "ImageError" if i == 2 else "no caption")
+            raise Unreadable(f"{i:05d}.jpg", "ImageError" if i == 2 else "no caption")
         return super().__getitem__(i)
 
 
@@ -142,6 +143,19 @@ def test_unreadable_records_are_left_out_and_counted(tmp_path):
         "no caption": {"count": 1, "examples": ["00007.jpg"]},
     }
     assert "without 2 unreadable ones (1 ImageError, 1 no caption)" in said[-1]
+
+
+def test_no_other_record_replaces_an_unreadable_one_of_tar_shards_in_buckets(tmp_path):
+    config = load_config("lcd")
+    shards = {"data.shards": write_shards(tmp_path / "shards"), "data.held_out": 6}
+    config.update_from_flattened_dict(shards | {"data.size": 16, "data.buckets": ((16, 24), (24, 16))})
+    dataset = load_dataset(config, tmp_path, log=lambda line: None)
+    records = Originals(dataset.train)
+    cache = write(tmp_path / "cache", Encoder(), records)
+    assert len(cache) == 17 and len(records) == 18
+    [(cause, left_out)] = read_object(tmp_path / "cache" / "manifest.json")["unreadable"].items()
+    assert cause == "ImageError" and left_out["count"] == 1 and "00003.png" in left_out["examples"][0]
+    assert cache.shapes == [[2, 3]] and cache[0]["moments"].shape == (2, 3, 3), "all images are wide"
 
 
 # ---- interrupted, and by several ------------------------------------------------------------------------------------
@@ -351,7 +365,11 @@ def test_the_command_is_killed_and_resumed_by_two_processes(tmp_path):
     assert f"parts: {done} shards are complete" in outputs[1] and "latent cache of 80 records" in outputs[1]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     settings = json.loads((tmp_path / "whole" / "settings.json").read_text())
-    assert settings["fields"].keys() == {"data", "vae", "text_encoder", "tokenizer", "dtype", "format"}
+    fields = settings["fields"].keys()
+    assert {name for name in fields if not name.startswith("data.")} == {
+        *("vae", "text_encoder", "tokenizer", "dtype", "format")
+    }
+    assert {"data.source", "data.length", "data.size"} <= fields
 
 
 @pytest.mark.parametrize(

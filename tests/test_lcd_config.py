@@ -123,9 +123,9 @@ def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, 
     assert Image.open(tmp_path / "run" / "samples" / "final.png").size == (110 + 2 * 16, 2 * 16)
 
 
-def test_a_step_that_encodes_equals_one_from_a_cache(teacher_of, shards, tmp_path):
+def test_a_step_that_encodes_equals_one_from_a_cache(teacher_of, tmp_path):
     """SDXL: the same draws and the same loss, dropped prompts included, and the sizes come as (height, width)."""
-    given = ("sdxl", teacher_of("sdxl"), shards)
+    given = ("sdxl", teacher_of("sdxl"), write_shards(tmp_path / "shards", damaged=-1))
     config = shrunk_published(*given, **{"train.dtype": "float32"})
     task = RECIPES["lcd"](config, tmp_path / "run")
     frozen = task.load_frozen()

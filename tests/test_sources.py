@@ -1,16 +1,18 @@
 """The table of data sources: each works with each config by flags alone, and a mistake is one line."""
 
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folders import write_folder
+from record_files import make_rows, write_array_record, write_parquet, write_tfds
 from shards import write_shards
 from whole_runs import load_config
 
 from lcm_jax.data import shapes
-from lcm_jax.data.batches import ImageRecords, make_batches
+from lcm_jax.data.batches import image_batches, make_batches
 from lcm_jax.data.encoding import Plan, write_cache
 from lcm_jax.data.latents import open_cache
 from lcm_jax.data.sources import SOURCES, check_data, load_dataset
@@ -26,6 +28,7 @@ SMALL = {
     "report.prompts": 6,
     "report.reference": 6,
 }
+LIBRARIES = {"parquet": "pyarrow", "tfds": "tensorflow_datasets"}  # optional
 TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an image of other captions has
 
 
@@ -33,13 +36,24 @@ TAR = {"data.source": "tar", "metrics": ("frechet",)}  # nothing judges what an 
 def pattern(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data")
     write_folder(folder / "folder")
-    return write_shards(folder / "shards")
+    write_array_record(folder / "shards" / "0.array_record", make_rows())
+    for name, write in {"parquet": write_parquet, "tfds": write_tfds}.items():
+        if find_spec(LIBRARIES[name]):
+            write(folder / name / "0.parquet" if name == "parquet" else folder / name, make_rows())
+    return write_shards(folder / "tar")
 
 
 def small(config: str, pattern: str, **more):
     config = load_config(config)
-    sources = {"data.shards": pattern, "data.folder": str(Path(pattern).parent.with_name("folder"))}
-    config.update_from_flattened_dict(SMALL | sources | more)
+    folder = Path(pattern).parent.parent
+    shards = {"parquet": str(folder / "parquet" / "*"), "array_record": str(folder / "shards" / "*")}
+    keys = {
+        "data.shards": shards.get(more.get("data.source", ""), pattern),
+        "data.folder": str(folder / "folder"),
+        "data.tfds": "my_set",
+        "data.tfds_dir": str(folder / "tfds"),
+    }
+    config.update_from_flattened_dict(SMALL | keys | more)
     return config
 
 
@@ -54,25 +68,27 @@ def tokenize(captions: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("config", ["shapes", "lcd"])
 def test_every_source_and_encoding_works_with_every_config(config, name, pattern, tmp_path):
+    pytest.importorskip(LIBRARIES.get(name, "grain"))
     config = small(config, pattern, **{"data.source": name})
     dataset = load_dataset(config, tmp_path, log=lambda line: None)
     assert len(dataset.train) == (24 if name == "shapes" else 18) and len(dataset.held_out) == 6
     assert dataset.train[5]["image"].shape == dataset.held_out[5]["image"].shape == (16, 16, 3)
     assert dataset.prompts(6) == dataset.prompts(6) and len(dataset.prompts(5)) == 5
     assert len(dataset.compositional_prompts(3)) == (3 if name == "shapes" else 0)
-    again = load_dataset(small("shapes", pattern, **{"data.source": name}), tmp_path, log=lambda line: None)
+    again = load_dataset(config, tmp_path, log=lambda line: None)
     assert again.fingerprint == dataset.fingerprint
-    other = load_dataset(small("shapes", pattern, **{"data.source": name, "data.size": 24}), tmp_path)
-    assert other.fingerprint != dataset.fingerprint
+    config.data.size = 24
+    other = load_dataset(config, tmp_path, log=lambda line: None)
+    assert {field for field, value in other.manifest.items() if value != dataset.manifest[field]} == {"size"}
+    config.data.size = 16
 
     def read(encoding: str, first: int, count: int, **more) -> list[dict[str, np.ndarray]]:
         config.data.encode = encoding
-        records = ImageRecords(dataset.train, tokenize)
-        if encoding == "cache":
-            plan = Plan(dataset.train, lambda: encode, tokenize, {"data": dataset.fingerprint})
-            write_cache(tmp_path / "latents", plan, log=lambda line: None)
-            records = open_cache(tmp_path / "latents", plan.fields)
-        return list(islice(make_batches(config, records, first, **more), count))
+        if encoding == "step":
+            return list(islice(image_batches(config, dataset, tokenize, first, **more), count))
+        plan = Plan(dataset.train, lambda: encode, tokenize, {"data": dataset.fingerprint})
+        write_cache(tmp_path / "latents", plan, log=lambda line: None)
+        return list(islice(make_batches(config, open_cache(tmp_path / "latents", plan.fields), first), count))
 
     images, moments, masked = read("step", 0, 8), read("cache", 0, 8), read("step", 0, 8, masks=True)
     for step, cached, painted in zip(images, moments, masked, strict=True):
@@ -91,14 +107,14 @@ def test_every_source_and_encoding_works_with_every_config(config, name, pattern
 
 def test_images_alone_for_an_autoencoder(pattern, tmp_path):
     config = small("shapes", pattern, **{"data.encode": "step"})
-    batch = next(make_batches(config, ImageRecords(load_dataset(config, tmp_path).train, None), 0))
+    batch = next(image_batches(config, load_dataset(config, tmp_path), None, 0))
     assert batch.keys() == {"image"} and batch["image"].shape == (4, 16, 16, 3)
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"data.source": "files"}, "^data.source 'files' is not supported; use shapes or tar or folder$"),
+        ({"data.source": "files"}, "^data.source 'files' is not supported; use shapes or tar or folder or parq"),
         ({"data.source": "tar"}, "^metrics 'verifier' is not supported for data.source .* from --config.metrics$"),
         (
             {"data.source": "tar", "data.shards": "", "metrics": ("frechet",)},
@@ -137,7 +153,7 @@ def test_data_that_is_held_out_must_leave_some_to_train_on(pattern, tmp_path):
         load_dataset(config, tmp_path, log=lambda line: None)
     config.data.held_out = 21
     with pytest.raises(ValueError, match="^the data has 3 records, fewer than train.batch_size 4"):
-        make_batches(config, ImageRecords(load_dataset(config, tmp_path, log=lambda line: None).train, tokenize), 0)
+        image_batches(config, load_dataset(config, tmp_path, log=lambda line: None), tokenize, 0)
 
 
 @pytest.mark.parametrize("split", ["val", "test", "composition"])

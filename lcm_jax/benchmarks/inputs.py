@@ -16,7 +16,7 @@ from lcm_jax import config_files
 from lcm_jax.benchmarks import cases
 from lcm_jax.benchmarks.cases import Case
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.data.batches import ImageRecords, make_batches
+from lcm_jax.data.batches import image_batches, make_batches
 from lcm_jax.data.captioned import Records
 from lcm_jax.data.encoding import Plan, write_cache
 from lcm_jax.data.latents import Tokenize, open_cache
@@ -34,6 +34,7 @@ def prepare_data(case: Case) -> tuple[Callable[[], Any], dict[str, int], Callabl
     of `cases.IMAGES_PER_S` fed.
     """
     config = config_files.load("lcd:sd15")
+    config.train.batch_size = case.batch
     folder = Path(tempfile.mkdtemp())  # in the folder that the command deletes
     tokenizers.build(cases.PROMPT.split(), folder / "tokenizer", model_max_length=CONTEXT[0])
     tokenizer = tokenizers.load(folder / "tokenizer")
@@ -41,11 +42,12 @@ def prepare_data(case: Case) -> tuple[Callable[[], Any], dict[str, int], Callabl
     if case.input == "images":
         config.data.encode, config.data.shards, config.data.held_out = "step", write_jpegs(folder), 64
         config.report.reference = config.report.prompts = 64
-        records: Records = ImageRecords(load_dataset(config, folder, log=lambda line: None).train, tokenize)
+        dataset = load_dataset(config, folder, log=lambda line: None)
+        batches = image_batches(config, dataset, tokenize, 0)
     else:
-        config.data.encode, records = "cache", write_random(folder / "cache", tokenize, case.input == "prompts")
-    config.train.batch_size = case.batch
-    batches, began, images = make_batches(config, records, 0), 0.0, 0
+        config.data.encode = "cache"
+        batches = make_batches(config, write_random(folder / "cache", tokenize, case.input == "prompts"), 0)
+    began, images = 0.0, 0
 
     def run() -> None:
         nonlocal began, images

@@ -16,8 +16,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lcm_jax import files, locks
-from lcm_jax.data.captioned import Records, UnreadableRecord, time_ids
+from lcm_jax.data.captioned import Records, SourceError, time_ids
 from lcm_jax.data.latents import READER, Tokenize, check_fields, is_complete, pack, read_object, shard_path
+from lcm_jax.data.prepared import PreparedImages
+from lcm_jax.data.substitutes import describe
 from lcm_jax.progress import progress
 
 # images uint8[B, H, W, 3], token_ids -> bfloat16 arrays: "moments" [B, h, w, 2c], and of frozen text encoders "context"
@@ -36,10 +38,10 @@ class Plan:
     """The contents of a cache.
 
     records: random access to {"image": uint8[H, W, 3], "caption": str}, with "time_ids" if images were cropped; raises
-    UnreadableRecord for one that is left out. make_encoder: returns an `Encoder`; called only if there is something to
+    Unreadable for one that is left out. make_encoder: returns an `Encoder`; called only if there is something to
     encode. fields: what the values depend on, by name. computed_in: the dtype of the encoder's computation, by which
     values differ in their rounding alone: an unfinished cache is completed in the same, and used by runs of any.
-    devices: that encode a batch together.
+    devices: that encode a batch together. name(i): of record i, in messages.
     """
 
     records: Records
@@ -48,6 +50,7 @@ class Plan:
     fields: Mapping[str, str]
     computed_in: str = "float32"
     devices: int = 1
+    name: Callable[[int], str] = "record {}".format
 
 
 def write_cache(
@@ -76,7 +79,7 @@ def write_cache(
         if is_complete(folder):
             manifest = read_object(folder / "manifest.json")
             check_fields(folder, manifest["fields"], plan.fields)
-            log(f"{describe(manifest)} in {folder}")
+            log(f"{summary(manifest)} in {folder}")
             return
         if process == 0:
             _begin(folder, {**settings, "fields": dict(plan.fields)}, log)
@@ -101,12 +104,12 @@ def write_cache(
         if process == 0:
             manifest = there | _collect(folder, shards)
             files.write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-            log(f"{describe(manifest)} in {folder}; {time.monotonic() - began:.0f} s")
+            log(f"{summary(manifest)} in {folder}; {time.monotonic() - began:.0f} s")
             (folder / "lock").unlink()
         wait("cache complete")
 
 
-def describe(manifest: Mapping[str, Any]) -> str:
+def summary(manifest: Mapping[str, Any]) -> str:
     """Return the size of a cache as a phrase. manifest: of a complete one."""
     count, causes = sum(manifest["shards"]), manifest["unreadable"]
     size = f"latent cache of {count} records, {manifest['bytes'] / max(count, 1) / 1e3:.1f} kB each"
@@ -130,6 +133,28 @@ def _begin(folder: Path, settings: Mapping[str, Any], log: Callable[[str], None]
 # ---- a shard --------------------------------------------------------------------------------------------------------
 
 
+class Unreadable(Exception):
+    """A record that cannot be read, as (its name and the reason, the kind of error)."""
+
+
+class Originals:
+    """The records of a set that raise Unreadable in place of being replaced."""
+
+    def __init__(self, images: PreparedImages):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            return self._images.read(i)
+        except SourceError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise Unreadable(f"{self._images.name(i)}: {describe(error)}", type(error).__name__) from error
+
+
 class _Attempts:
     """Random access to (number, record, or the error of an unreadable one)."""
 
@@ -139,11 +164,11 @@ class _Attempts:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> tuple[int, Mapping[str, Any] | UnreadableRecord]:
+    def __getitem__(self, i: int) -> tuple[int, Mapping[str, Any] | Unreadable]:
         number = self.numbers[i]
         try:
             return number, self.records[number]
-        except UnreadableRecord as error:
+        except Unreadable as error:
             return number, error
 
 
@@ -160,7 +185,7 @@ def _write_shard(path: Path, plan: Plan, encode: Encoder, numbers: range, update
         for group in chain(_groups(plan, numbers, unreadable), [None]):
             started = None if group is None else (group, *_start(group, plan, encode))
             if pending is not None:
-                for row in _rows(*pending, plan.computed_in):
+                for row in _rows(*pending, plan):
                     writer.write(pack(row))
                     shapes.append(row["moments"].shape[:2])
                 update(len(shapes) + len(unreadable))
@@ -177,7 +202,7 @@ def _groups(plan: Plan, numbers: range, unreadable: list) -> Iterator[list[tuple
     source = grain.MapDataset.source(_Attempts(plan.records, numbers))  # pyright: ignore[reportArgumentType]
     waiting: dict[tuple[int, ...], list] = {}
     for number, record in source.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=8 * threads)):
-        if isinstance(record, UnreadableRecord):
+        if isinstance(record, Unreadable):
             unreadable.append(record.args)
             continue
         shape = record["image"].shape
@@ -201,7 +226,7 @@ def _start(group: Sequence, plan: Plan, encode: Encoder) -> tuple[np.ndarray, Ma
 
 
 def _rows(
-    group: Sequence, token_ids: np.ndarray, encoded: Mapping[str, Any], computed_in: str
+    group: Sequence, token_ids: np.ndarray, encoded: Mapping[str, Any], plan: Plan
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the arrays of each record. Raises ValueError that names a record with a value that is not finite."""
     arrays = {name: np.asarray(array)[: len(group)] for name, array in encoded.items()}
@@ -211,8 +236,8 @@ def _rows(
             if not np.isfinite(values).all():
                 bad = values.size - np.isfinite(values).sum()
                 raise ValueError(
-                    f"record {number} ({record['caption'][:100]!r}): {bad} of {values.size} {name} are not finite, "
-                    f"computed in {computed_in}; {remedy(computed_in)}"
+                    f"{plan.name(number)} ({record['caption'][:100]!r}): {bad} of {values.size} {name} are not finite, "
+                    f"computed in {plan.computed_in}; {remedy(plan.computed_in)}"
                 )
         sizes = np.asarray(time_ids(record), np.float32)
         yield row | {"token_ids": token_ids[i], "time_ids": sizes, "number": np.array([number])}

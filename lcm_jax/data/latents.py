@@ -28,13 +28,15 @@ class LatentCache:
     """Random access to the records of a complete cache.
 
     Each is {"moments": bfloat16[h, w, 2c], "time_ids": float32[6]} with "context": bfloat16[L, D] (and for SDXL
-    "pooled": bfloat16[P]) if prompts were encoded, else with "token_ids": int32[L] (SDXL: [2, L]). buckets: uint8[N],
-    the number of each record's shape, or None if all have the same. Raises ValueError for a damaged file.
+    "pooled": bfloat16[P]) if prompts were encoded, else with "token_ids": int32[L] (SDXL: [2, L]). shapes: (h, w)
+    of each bucket. buckets: uint8[N], the bucket of each record, or None if there is one. Raises ValueError for a
+    damaged file.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._counts = read_object(self.folder / "manifest.json")["shards"]
+        manifest = read_object(self.folder / "manifest.json")
+        self._counts, self.shapes = manifest["shards"], manifest["shapes"]
         self._ends = np.cumsum(self._counts)
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)  # a reader closes when its last user drops it
         path = self.folder / "buckets.npy"

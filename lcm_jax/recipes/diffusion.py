@@ -21,7 +21,7 @@ from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
 from lcm_jax.recipes.curve import finish_previews
-from lcm_jax.recipes.distillation import batch_shapes, frame, latent_batches, make_prepare
+from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
 from lcm_jax.recipes.latents import RunCache
 from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
@@ -173,7 +173,7 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             "empty_ids": empty,
         },
         latents=partial(latent_shape, model),
-        batch=batch_shapes(model, frame(config.data), config.train.batch_size, config.data.encode),
+        batch=batch_shapes(model, config.data, config.train.batch_size),
         encode_data=latents.write if config.data.encode == "cache" else None,
         make_batches=latent_batches(config, dataset, tokenize, latents),
         write_preview=write_preview,

@@ -1,5 +1,6 @@
 """Shared parts of every recipe that trains a latent diffusion model: batches, examples and the task."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data.batches import ImageRecords, make_batches
+from lcm_jax.data.batches import image_batches, make_batches
+from lcm_jax.data.buckets import check_buckets
 from lcm_jax.data.captioned import CaptionedDataset
 from lcm_jax.data.latents import Tokenize
 from lcm_jax.data.sources import load_dataset
@@ -41,23 +43,27 @@ from lcm_jax.weights.model import compute_digests
 # ---- batches and examples -------------------------------------------------------------------------------------------
 
 
-def frame(data) -> tuple[int, int]:
-    """Return (height, width) of the largest images of a run, in pixels. data: the group of its config."""
-    return data.size, data.size
+def largest_size(data, downscale: int) -> tuple[int, int]:
+    """Return (height, width) of the largest training images of a run, in pixels.
 
-
-def batch_shapes(
-    model: StableDiffusion, size: tuple[int, int], count: int, encode: str, prompts: bool = True
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of `count` images and their captions.
-
-    size: (height, width) in pixels. encode: "step" for images (and masks for an inpainting model), or "cache" for
-    moments. prompts: True if steps encode prompts; False for a cache of encoded ones. Raises ValueError if the
-    autoencoder does not divide the size, and for an inpainting model without images.
+    data: the group of its config. Raises ValueError for a size that the autoencoder does not divide by `downscale`.
     """
-    if any(side % model.downscale for side in size):
-        text = size[0] if size[0] == size[1] else size
-        raise ValueError(f"data.size {text} is not supported; use a multiple of {model.downscale}, for the autoencoder")
+    buckets = check_buckets(data.get("buckets", ()))
+    for key, size in [("data.size", (data.size,)), *(("data.buckets", size) for size in buckets)]:
+        if any(side % downscale for side in size):
+            value = size[0] if len(size) == 1 else size
+            raise ValueError(f"{key} {value} is not supported; use a multiple of {downscale}, for the autoencoder")
+    return max(buckets, key=math.prod) if buckets else (data.size, data.size)
+
+
+def batch_shapes(model: StableDiffusion, data, count: int, prompts: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of a batch of `count` images, of the largest size, and their captions.
+
+    data: the group of a config; its `encode` is "step" for images (and masks for an inpainting model), or "cache" for
+    moments. prompts: True if steps encode prompts; False for a cache of encoded ones. Raises ValueError if the
+    autoencoder does not divide a size, and for an inpainting model without images.
+    """
+    size, encode = largest_size(data, model.downscale), data.encode
     if model.inpaints and encode != "step":
         raise ValueError(
             "this is an inpainting model, of which each step masks images anew; use --config.data.encode=step"
@@ -133,9 +139,10 @@ def latent_batches(
     """
 
     def batches(frozen: Params, first: int) -> Iterator[Mapping[str, np.ndarray]]:
-        if config.data.encode == "cache":
-            return make_batches(config, cache.open(), first)
-        return make_batches(config, ImageRecords(dataset().train, tokenize), first, masks=masks)
+        if config.data.encode == "step":
+            return image_batches(config, dataset(), tokenize, first, masks=masks)
+        records = cache.open()
+        return make_batches(config, records, first, buckets=records.buckets, bucket_sizes=cache.image_sizes(records))
 
     return batches
 
@@ -221,11 +228,12 @@ def make_task(
         load_params=trained.load,
         load_frozen=lambda: load_frozen(models, keep_unet, prompts),
         latents=partial(latent_shape, models.student),
-        batch=batch_shapes(models.student, frame(config.data), config.train.batch_size, config.data.encode, prompts),
+        batch=batch_shapes(models.student, config.data, config.train.batch_size, prompts),
         encode_data=None if prompts else latents.write,
         make_batches=latent_batches(config, dataset, models.tokenize, latents, models.student.inpaints),
         write_preview=lambda ema, frozen, path: previews().write(ema, with_encoders(frozen), path),
         on_complete=on_complete,
         weight_digests=lambda: {f"{models.role}'s {name}": digest for name, digest in digests().items()},
         figures=preview_figures(config, candidates[-1]),
+        skipped=lambda: dataset().skipped(),
     )

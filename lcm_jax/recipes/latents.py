@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcm_jax.data import loader
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.captioned import CaptionedDataset
-from lcm_jax.data.encoding import SHARD_SIZE, Encoder, Plan, write_cache
+from lcm_jax.data.encoding import SHARD_SIZE, Encoder, Originals, Plan, write_cache
 from lcm_jax.data.latents import FORMAT, LatentCache, open_cache
+from lcm_jax.data.prepared import PreparedImages
 from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.errors import phase
 from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion
@@ -54,7 +55,7 @@ class RunCache:
         """What the values depend on, by name: a cache with another field is refused."""
         digests = self.digests()
         return {
-            "data": self.dataset().fingerprint,
+            **{f"data.{name}": value for name, value in self.dataset().manifest.items()},
             **{name: digests[name] for name in self.networks},
             "tokenizer": tokenizers.digest(self.tokenizers()),
             "dtype": jnp.dtype(STORED).name,
@@ -71,6 +72,9 @@ class RunCache:
         with phase("encoding images", memory=memory, kept="complete shards are kept; run the same command to resume"):
             with distributed.main_first("index"):
                 records = self.dataset().train
+            named = {}
+            if isinstance(records, PreparedImages):
+                records, named = Originals(records), {"name": records.name}
             loader.check_length(len(records), self.batch_size)
             devices = np.array(jax.local_devices())
             if devices[0].platform == "cpu":  # several of them share its cores
@@ -82,6 +86,7 @@ class RunCache:
                 self.fields,
                 jnp.dtype(self.model.dtype_of("vae")).name,
                 len(devices),
+                **named,
             )
             number, count = jax.process_index(), jax.process_count()
             write_cache(
@@ -91,6 +96,10 @@ class RunCache:
     def open(self) -> LatentCache:
         """Open the complete cache. Raises ValueError as `open_cache` does."""
         return open_cache(self.folder, self.fields)
+
+    def image_sizes(self, cache: LatentCache) -> list[tuple[int, int]]:
+        """Return (height, width) in pixels of each bucket of a cache."""
+        return [(height * self.model.downscale, width * self.model.downscale) for height, width in cache.shapes]
 
     def _make_encoder(self, devices: np.ndarray) -> Encoder:
         mesh = Mesh(devices, ("data",))
