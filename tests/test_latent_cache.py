@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import tiny_model
 from shards import write_shards
-from whole_runs import ROOT, load_config
+from whole_runs import ROOT
 
 from lcm_jax.data.encoding import Originals, Plan, Unreadable, write_cache
 from lcm_jax.data.latents import LatentCache, open_cache, read_object, shard_path
 from lcm_jax.data.loader import batches
 from lcm_jax.data.shapes import Shapes
-from lcm_jax.data.sources import load_dataset
+from lcm_jax.data.tar_shards import TarSource
 from lcm_jax.errors import RunError, phase
 
 FIELDS = {"data": "ten shapes", "vae": "one", "format": "3"}
@@ -146,15 +146,13 @@ def test_unreadable_records_are_left_out_and_counted(tmp_path):
 
 
 def test_no_other_record_replaces_an_unreadable_one_of_tar_shards_in_buckets(tmp_path):
-    config = load_config("lcd")
-    shards = {"data.shards": write_shards(tmp_path / "shards"), "data.held_out": 6}
-    config.update_from_flattened_dict(shards | {"data.size": 16, "data.buckets": ((16, 24), (24, 16))})
-    dataset = load_dataset(config, tmp_path, log=lambda line: None)
-    records = Originals(dataset.train)
+    shards = write_shards(tmp_path / "shards")
+    source = TarSource(shards=shards, size=16, held_out=6, buckets=((16, 24), (24, 16)))
+    records = Originals(source.open(0, tmp_path, lambda line: None).train)
     cache = write(tmp_path / "cache", Encoder(), records)
     assert len(cache) == 17 and len(records) == 18
     [(cause, left_out)] = read_object(tmp_path / "cache" / "manifest.json")["unreadable"].items()
-    assert cause == "ImageError" and left_out["count"] == 1 and "00003.png" in left_out["examples"][0]
+    assert cause == "ImageError" and left_out["count"] == 1 and "01.tar, byte" in left_out["examples"][0]
     assert cache.shapes == [[2, 3]] and cache[0]["moments"].shape == (2, 3, 3), "all images are wide"
 
 

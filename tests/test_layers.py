@@ -81,7 +81,7 @@ ONLY_IN = {
     "tensorflow": set(),
     "tensorflow_datasets": {"data/tfds.py"},
     "pyarrow": {"data/parquet.py"},
-    "array_record": {"data/array_record.py"},
+    "array_record": {"data/array_record.py", "data/encoding.py", "data/latents.py"},
     "fsspec": {"data/shard_files.py"},
     "clu": set(),
 }
