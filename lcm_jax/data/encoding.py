@@ -105,7 +105,7 @@ def write_cache(
             manifest = there | _collect(folder, shards)
             files.write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             log(f"{summary(manifest)} in {folder}; {time.monotonic() - began:.0f} s")
-            (folder / "lock").unlink()
+            (folder / "lock").unlink(missing_ok=True)
         wait("cache complete")
 
 
@@ -122,10 +122,10 @@ def summary(manifest: Mapping[str, Any]) -> str:
 def _begin(folder: Path, settings: Mapping[str, Any], log: Callable[[str], None]) -> None:
     if (folder / "settings.json").exists():
         log(f"resuming latent cache {folder}: {len(list(folder.glob('*.array_record')))} shards are complete")
-        for unfinished in folder.glob(".*"):  # of processes that were killed
+        for unfinished in folder.glob(".*.array_record.*"):  # of processes that were killed
             unfinished.unlink()
         return
-    if others := sorted({path.name for path in folder.iterdir()} - {*OWN_FILES}):
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in OWN_FILES and path.name[0] != "."):
         raise ValueError(f"{folder} has other files than a latent cache ({others[0]}); use another folder, or empty it")
     files.write_text(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
 
