@@ -17,6 +17,7 @@ from lcm_jax.data.encoding import Plan, write_cache
 from lcm_jax.data.latents import open_cache
 from lcm_jax.data.sources import SOURCES, check_data, load_dataset
 from lcm_jax.recipes import make_task
+from lcm_jax.recipes.distillation import largest_size
 
 SMALL = {
     "data.size": 16,
@@ -128,6 +129,16 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
         ({"sample.scored_prompts": 7}, "^sample.scored_prompts 7 is more than data.held_out 6; raise that, or lower s"),
         ({"sample.prompts": 7}, "^sample.prompts 7 is more than data.held_out 6; raise that, or lower sample.prompts"),
         ({"report.reference": 7}, "^report.reference 7 is more than data.held_out 6; raise that, or lower report.ref"),
+        ({"data.workers": -1}, "^data.workers -1 is not supported; use a whole number of at least 0 and at most 256$"),
+        (
+            {"data.max_skipped": 2.0},
+            "^data.max_skipped 2.0 is not supported; use a number of at least 0 and at most 1$",
+        ),
+        ({"data.filters": ("x>1",)}, "^data.filters is not supported for data.source=shapes; remove it$"),
+        ({"data.buckets": ((16, 24),)}, "^data.buckets is not supported for data.source=shapes; remove it$"),
+        (TAR | {"data.filters": ("x=1",)}, "^data.filters 'x=1' is not supported; use a field, one of"),
+        (TAR | {"data.buckets": ((16, 4),)}, r"^data.buckets has \(16, 4\), which is not supported; use"),
+        (TAR | {"data.caption_field": ""}, "^data.caption_field '' is not supported; use a name such as caption"),
         ({"data.encode": "once"}, "^data.encode 'once' is not supported; use cache or step$"),
     ],
 )
@@ -145,6 +156,23 @@ def test_a_key_that_a_source_requires_is_named():
     del config.data.shards
     with pytest.raises(ValueError, match="^the config has no data.shards, which data.source=tar requires; add it"):
         check_data(config)
+
+
+def test_sizes_are_multiples_of_the_autoencoder(pattern):
+    config = small("lcd", pattern, **{"data.buckets": ((16, 24), (24, 32), (32, 16))})
+    assert largest_size(config.data, 8) == (24, 32)
+    for name, value, message in [
+        (
+            "buckets",
+            ((16, 24), (20, 16)),
+            r"^data.buckets \(20, 16\) is not supported; use a multiple of 8, for the aut",
+        ),
+        ("size", 20, "^data.size 20 is not supported; use a multiple of 8, for the autoencoder$"),
+    ]:
+        config.data[name] = value
+        with pytest.raises(ValueError, match=message):
+            largest_size(config.data, 8)
+        config.data.buckets = ()
 
 
 def test_data_that_is_held_out_must_leave_some_to_train_on(pattern, tmp_path):

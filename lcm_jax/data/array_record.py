@@ -32,6 +32,10 @@ class ExampleReader:
     def __call__(self, i: int) -> Mapping[str, Any]:
         return parse_example(self._records[i])
 
+    def name(self, i: int) -> str:
+        """Return the place of a record, for messages."""
+        return f"record {i} of {KEY}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecordSource(ImageSource):
@@ -63,9 +67,9 @@ class ArrayRecordSource(ImageSource):
                 ) from error
         read = ExampleReader([file.name for file in files])
         identity = digest(*(text for file in files for text in (file.name, str(file.size))))
-        values = read_values(read, len(read), fields, digest(*(file.identity for file in files)), folder, log)
+        values = read_values(read, fields, digest(*(file.identity for file in files)), folder, log)
         names = caption_fields(self.caption_field)
-        stored = RowImages(read, len(read), KEY, self.image_field, names, identity, values)
+        stored = RowImages(read, self.image_field, names, identity, values)
         stored.check(KEY)
         log(f"{len(read)} records in {len(files)} files")
         return stored

@@ -29,6 +29,13 @@ class CaptionError(ValueError):
     """An image has no caption."""
 
 
+class UnreadableRecord(ValueError):
+    """A record that cannot be read, as (its name, the cause): training replaces it, a latent cache leaves it out."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 @dataclass(frozen=True)
 class CaptionedDataset:
     """Captioned images to train on, images that no update sees, and prompts to evaluate with.
@@ -55,9 +62,27 @@ class CaptionedDataset:
         """The digest of `manifest`."""
         return hashlib.sha256(json.dumps(dict(self.manifest), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def strict(self) -> Records:
+        """The records of `train`, but UnreadableRecord in place of those that others replace."""
+        return self.train if self.substitutes is None else Strict(self.train)
+
     def skipped(self) -> dict[str, int]:
         """Return how many records of `train` could not be read so far, by kind of error."""
         return {} if self.substitutes is None else self.substitutes.counts()
+
+
+class Strict:
+    """Random access to prepared images that raises UnreadableRecord; see `CaptionedDataset.strict`."""
+
+    def __init__(self, records: Any):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        return self._records.read(i)
 
 
 class Source(Protocol):

@@ -1,5 +1,6 @@
 """Records -> endless shuffled batches, addressed by step, so that a resumed run continues exactly."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from lcm_jax.data.order import BucketOrder
 from lcm_jax.data.prepared import SKIPPED
 from lcm_jax.data.substitutes import Substitutes
 
-STOP_SECONDS = 10  # that a worker lives on after SIGTERM
+STOP_SECONDS = 5  # that a worker lives on after SIGTERM
 
 
 def check_length(records: int, batch_size: int) -> None:
@@ -100,9 +101,13 @@ def _stack(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leave it to the process that reads the batches when to stop: a signal to all must not end workers before it."""
+    """Live as long as the process that reads the batches: a signal to all of them must not end a worker before it, and
+    no worker outlives one that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(STOP_SECONDS, os._exit, [0]).start())
+    reader = multiprocessing.parent_process()
+    if reader is not None:
+        threading.Thread(target=lambda: (reader.join(), os._exit(1)), daemon=True).start()
 
 
 def _counted(

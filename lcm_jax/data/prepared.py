@@ -16,7 +16,7 @@ from PIL import Image
 
 from lcm_jax.data import images
 from lcm_jax.data.buckets import Size, check_buckets, nearest_bucket
-from lcm_jax.data.captioned import CaptionedDataset, SourceError, caption_fields
+from lcm_jax.data.captioned import CaptionedDataset, SourceError, UnreadableRecord, caption_fields
 from lcm_jax.data.filters import MIN_SIZE, Rule, parse_filters, select
 from lcm_jax.data.stored import StoredImages, open_image, read_sizes
 from lcm_jax.data.substitutes import Substitutes
@@ -76,9 +76,14 @@ class PreparedImages:
         return record | {SKIPPED: failures} if failures else record
 
     def read(self, i: int) -> dict[str, Any]:
-        """Return record i, or raise whatever reading it raises: no other record replaces it."""
+        """Return record i; no other record replaces it. Raises UnreadableRecord, and SourceError."""
         repeat, place = self._place(i)
-        return self._prepare(place, repeat)
+        try:
+            return self._prepare(place, repeat)
+        except SourceError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise UnreadableRecord(self._stored.name(int(self._numbers[place])), type(error).__name__) from error
 
     def name(self, i: int) -> str:
         """Return the name of record i in messages."""

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -17,26 +17,29 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 KEPT = 32  # rows in memory: a caption and its image are read one after the other
 
 
+class Reader(Protocol):
+    """Reads the features of row i by name; it travels to worker processes."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, i: int, /) -> Mapping[str, Any]: ...
+
+    def name(self, i: int, /) -> str: ...
+
+
 class RowImages:
     """The images in the feature `image_field` of rows, by number; see `StoredImages`.
 
-    read(number) -> {feature: value}; an image is an encoded one, or an array of pixels. names: of the features with
-    captions. kind: of the files, in messages. identity: a digest of the files.
+    An image is an encoded one, or an array of pixels. names: of the features with captions. identity: a digest of the
+    files.
     """
 
     formats = FORMATS
 
     def __init__(
-        self,
-        read: Callable[[int], Mapping[str, Any]],
-        total: int,
-        kind: str,
-        image_field: str,
-        names: Sequence[str],
-        identity: str,
-        values: Mapping[str, np.ndarray],
+        self, read: Reader, image_field: str, names: Sequence[str], identity: str, values: Mapping[str, np.ndarray]
     ):
-        self._read, self._total, self._kind, self._identity, self.values = read, total, kind, identity, values
+        self._read, self._identity, self.values = read, identity, values
         self._image_field, self._names = image_field, tuple(names)
         self._row = lru_cache(KEPT)(read)
 
@@ -48,10 +51,10 @@ class RowImages:
         self._row = lru_cache(KEPT)(self._read)
 
     def __len__(self) -> int:
-        return self._total
+        return len(self._read)
 
     def name(self, number: int) -> str:
-        return f"record {number} of {self._kind}"
+        return self._read.name(number)
 
     def captions(self, number: int) -> list[str]:
         return find_captions(self._row(number), self._names, describe_row(self._row(number)))
@@ -73,7 +76,7 @@ class RowImages:
 
     def check(self, key: str) -> None:
         """Raise ValueError if the first row that can be read has no image or no caption: so have all others."""
-        for number in range(min(self._total, 100)):
+        for number in range(min(len(self), 100)):
             try:
                 row = self._read(number)
             except Exception:  # reported, with its reason, when it is read to train on
@@ -97,14 +100,9 @@ def describe_row(row: Mapping[str, Any]) -> str:
 
 
 def read_values(
-    read: Callable[[int], Mapping[str, Any]],
-    total: int,
-    fields: Sequence[str],
-    identity: str,
-    folder: Path,
-    log: Callable[[str], None],
+    read: Reader, fields: Sequence[str], identity: str, folder: Path, log: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-    """Return float64[total] of each field, NaN for rows that have no number in it or cannot be read.
+    """Return float64[N] of each field, NaN for rows that have no number in it or cannot be read.
 
     All rows are read for it, once: folder keeps them under `identity`, a digest of the files.
     """
@@ -122,8 +120,8 @@ def read_values(
             return {}
         return {field: find_field(row, field) for field in fields}
 
-    log(f"reading {', '.join(fields)} of {total} records")
-    values = to_numbers([numbers(number) for number in range(total)], fields)
+    log(f"reading {', '.join(fields)} of {len(read)} records")
+    values = to_numbers([numbers(number) for number in range(len(read))], fields)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, temporary.open("wb") as file:
         arrays: dict[str, Any] = {f"value {field}": numbers for field, numbers in values.items()}

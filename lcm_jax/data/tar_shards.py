@@ -171,8 +171,8 @@ def index_shards(
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(stored) as temporary, temporary.open("wb") as file:
-            arrays: dict[str, Any] = {"records": records}
-            np.savez(file, **arrays, **{f"value {field}": numbers for field, numbers in values.items()})
+            arrays: dict[str, Any] = {f"value {field}": numbers for field, numbers in values.items()}
+            np.savez(file, records=records, **arrays)
     return Index(tuple(shards), records, values, sizes)
 
 

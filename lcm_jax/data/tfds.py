@@ -17,14 +17,18 @@ KEY = "data.tfds"
 class SourceReader:
     """Reads the features of record i; it travels to worker processes."""
 
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, name: str):
+        self._source, self._name = source, name
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __call__(self, i: int) -> Mapping[str, Any]:
         return self._source[i]
+
+    def name(self, i: int) -> str:
+        """Return the place of a record, for messages."""
+        return f"record {i} of {self._name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,12 @@ class TfdsSource(ImageSource):
 
     def store(self, fields: Sequence[str], folder: Path, log: Callable[[str], None]) -> RowImages:
         builder, source = self._open()
-        read, info = SourceReader(source), builder.info
+        info = builder.info
+        read = SourceReader(source, info.full_name)
         identity = digest(info.full_name, self.split, str(len(read)))
-        values = read_values(read, len(read), fields, identity, folder, log)
+        values = read_values(read, fields, identity, folder, log)
         names = caption_fields(self.caption_field)
-        stored = RowImages(read, len(read), info.full_name, self.image_field, names, identity, values)
+        stored = RowImages(read, self.image_field, names, identity, values)
         stored.check(KEY)
         log(f"{len(read)} records of {info.full_name}")
         return stored
@@ -68,12 +73,13 @@ class TfdsSource(ImageSource):
             raise ValueError(f"{KEY} is empty; set --config.data.tfds to the name of a data set, such as my_set:1.0.0")
         try:
             import tensorflow_datasets as tfds
+            from tensorflow_datasets.core.read_only_builder import builder_from_files
         except ImportError as error:
             raise ValueError(
                 f"data.source=tfds requires the package {error.name}; run pip install 'lcm_jax[tfds]'"
             ) from error
         try:
-            builder = tfds.core.read_only_builder.builder_from_files(self.tfds, data_dir=self.tfds_dir or None)
+            builder = builder_from_files(self.tfds, data_dir=self.tfds_dir or None)
         except Exception as error:  # of names, versions and files
             where = repr(self.tfds_dir) if self.tfds_dir else "the default folder"
             raise ValueError(
