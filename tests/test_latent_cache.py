@@ -20,7 +20,8 @@ import tiny_model
 from shards import write_shards
 from whole_runs import ROOT
 
-from lcm_jax.data.encoding import Originals, Plan, Unreadable, write_cache
+from lcm_jax.data.captioned import UnreadableRecord
+from lcm_jax.data.encoding import Plan, write_cache
 from lcm_jax.data.latents import LatentCache, open_cache, read_object, shard_path
 from lcm_jax.data.loader import batches
 from lcm_jax.data.shapes import Shapes
@@ -130,7 +131,7 @@ def test_images_of_several_shapes(tmp_path):
 class Damaged(Shapes):
     def __getitem__(self, i):
         if i in (2, 7):
-            raise Unreadable(f"{i:05d}.jpg", "ImageError" if i == 2 else "no caption")
+            raise UnreadableRecord(f"{i:05d}.jpg", "ImageError" if i == 2 else "no caption")
         return super().__getitem__(i)
 
 
@@ -148,7 +149,7 @@ def test_unreadable_records_are_left_out_and_counted(tmp_path):
 def test_no_other_record_replaces_an_unreadable_one_of_tar_shards_in_buckets(tmp_path):
     shards = write_shards(tmp_path / "shards")
     source = TarSource(shards=shards, size=16, held_out=6, buckets=((16, 24), (24, 16)))
-    records = Originals(source.open(0, tmp_path, lambda line: None).train)
+    records = source.open(0, tmp_path, lambda line: None).strict
     cache = write(tmp_path / "cache", Encoder(), records)
     assert len(cache) == 17 and len(records) == 18
     [(cause, left_out)] = read_object(tmp_path / "cache" / "manifest.json")["unreadable"].items()

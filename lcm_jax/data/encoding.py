@@ -16,10 +16,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lcm_jax import files, locks
-from lcm_jax.data.captioned import Records, SourceError, time_ids
+from lcm_jax.data.captioned import Records, UnreadableRecord, time_ids
 from lcm_jax.data.latents import READER, Tokenize, check_fields, is_complete, pack, read_object, shard_path
-from lcm_jax.data.prepared import PreparedImages
-from lcm_jax.data.substitutes import describe
 from lcm_jax.progress import progress
 
 # images uint8[B, H, W, 3], token_ids -> bfloat16 arrays: "moments" [B, h, w, 2c], and of frozen text encoders "context"
@@ -38,7 +36,7 @@ class Plan:
     """The contents of a cache.
 
     records: random access to {"image": uint8[H, W, 3], "caption": str}, with "time_ids" if images were cropped; raises
-    Unreadable for one that is left out. make_encoder: returns an `Encoder`; called only if there is something to
+    UnreadableRecord for one that is left out. make_encoder: returns an `Encoder`; called only if there is something to
     encode. fields: what the values depend on, by name. computed_in: the dtype of the encoder's computation, by which
     values differ in their rounding alone: an unfinished cache is completed in the same, and used by runs of any.
     devices: that encode a batch together. name(i): of record i, in messages.
@@ -133,28 +131,6 @@ def _begin(folder: Path, settings: Mapping[str, Any], log: Callable[[str], None]
 # ---- a shard --------------------------------------------------------------------------------------------------------
 
 
-class Unreadable(Exception):
-    """A record that cannot be read, as (its name and the reason, the kind of error)."""
-
-
-class Originals:
-    """The records of a set that raise Unreadable in place of being replaced."""
-
-    def __init__(self, images: PreparedImages):
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        try:
-            return self._images.read(i)
-        except SourceError:
-            raise
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise Unreadable(f"{self._images.name(i)}: {describe(error)}", type(error).__name__) from error
-
-
 class _Attempts:
     """Random access to (number, record, or the error of an unreadable one)."""
 
@@ -164,11 +140,11 @@ class _Attempts:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> tuple[int, Mapping[str, Any] | Unreadable]:
+    def __getitem__(self, i: int) -> tuple[int, Mapping[str, Any] | UnreadableRecord]:
         number = self.numbers[i]
         try:
             return number, self.records[number]
-        except Unreadable as error:
+        except UnreadableRecord as error:
             return number, error
 
 
@@ -202,7 +178,7 @@ def _groups(plan: Plan, numbers: range, unreadable: list) -> Iterator[list[tuple
     source = grain.MapDataset.source(_Attempts(plan.records, numbers))  # pyright: ignore[reportArgumentType]
     waiting: dict[tuple[int, ...], list] = {}
     for number, record in source.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=8 * threads)):
-        if isinstance(record, Unreadable):
+        if isinstance(record, UnreadableRecord):
             unreadable.append(record.args)
             continue
         shape = record["image"].shape

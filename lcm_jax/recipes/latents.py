@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcm_jax.data import loader
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.captioned import CaptionedDataset
-from lcm_jax.data.encoding import SHARD_SIZE, Encoder, Originals, Plan, write_cache
+from lcm_jax.data.encoding import SHARD_SIZE, Encoder, Plan, write_cache
 from lcm_jax.data.latents import FORMAT, LatentCache, open_cache
 from lcm_jax.data.prepared import PreparedImages
 from lcm_jax.diffusion.pixels import to_float
@@ -71,10 +71,9 @@ class RunCache:
         memory = "use a device with more memory, or set --config.data.encode=step, so that each step encodes its images"
         with phase("encoding images", memory=memory, kept="complete shards are kept; run the same command to resume"):
             with distributed.main_first("index"):
-                records = self.dataset().train
-            named = {}
-            if isinstance(records, PreparedImages):
-                records, named = Originals(records), {"name": records.name}
+                dataset = self.dataset()
+            records = dataset.strict
+            named = {"name": dataset.train.name} if isinstance(dataset.train, PreparedImages) else {}
             loader.check_length(len(records), self.batch_size)
             devices = np.array(jax.local_devices())
             if devices[0].platform == "cpu":  # several of them share its cores
