@@ -26,7 +26,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
         config.data.style = "outline"
         config.train.ema_rate, config.optimizer.learning_rate = 0.99, 3e-4
     else:
-        config.data.source = "folder"
+        config.data.source, config.data.crop = "folder", "center"
         config.data.held_out = 64  # a choice, for sets of a few hundred images or more
         config.train.batch_size = 16
         config.train.ema_rate = 0.999

@@ -56,6 +56,7 @@ def get_config(model: str = "sd15") -> ConfigDict:
         length=100_000,
         shards="data/{00000..00015}.tar",
         size=published["size"],
+        crop="random",  # published by the scripts
         held_out=1024,  # a choice: the last records are not trained on, the report compares with them
         encode="step",
     )

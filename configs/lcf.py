@@ -57,7 +57,7 @@ def get_config(model: str = "shapes") -> ConfigDict:
         config.train.steps, config.optimizer.learning_rate = 150, 4e-4
         config.sample.student_steps, config.sample.every_steps, config.sample.scored_prompts = (1, 4), 25, 72
     else:
-        config.data.source = "folder"
+        config.data.source, config.data.crop = "folder", "center"
         config.data.held_out = 64  # a choice, for sets of a few hundred images or more
         config.train.steps, config.train.batch_size = 1000, 16  # a choice; published: 30,000 steps
         config.train.ema_rate = 0.95  # a choice, as for LCD; published: 0.999943

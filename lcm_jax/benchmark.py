@@ -2,12 +2,14 @@
 
     python -m lcm_jax.benchmark --suite=sample,train --model=shapes-lcm --peer=diffusers
     python -m lcm_jax.benchmark --suite=sample,train --model=sd15 --json=sd15.json
+    python -m lcm_jax.benchmark --suite=data
 
 Each side runs in its own process, and they take turns, so that a slowdown of the machine affects both. A row contains
 the seconds of the first run (which compiles, or loads from the compilation cache), the median and the range of the
 others, the peak memory of the process or the device, and the share of the throughput that a large matrix product
 reaches on this device. A failed row contains the reason, and the next one is run. sd15 has full size and random
-weights; nothing is downloaded.
+weights; nothing is downloaded. The suite data reads training batches of 512 x 512 images, from a latent cache and from
+JPEGs, which are written for it, and tells how many cores keep a fast accelerator busy.
 """
 
 import sys
@@ -18,7 +20,7 @@ from lcm_jax import command
 
 FLAGS = flags.FlagValues()  # separate from other commands, which may be imported as well
 
-SUITE = flags.DEFINE_list("suite", ["sample", "train"], "Suites to time: sample, train, or both.", flag_values=FLAGS)
+SUITE = flags.DEFINE_list("suite", ["sample", "train"], "Suites to time: sample, train, data.", flag_values=FLAGS)
 MODEL = flags.DEFINE_string(
     "model", "shapes-lcm", "sd15 (full size, random weights), shapes-lcm, or a model folder.", flag_values=FLAGS
 )

@@ -10,20 +10,28 @@ def data(**changes: Any) -> ConfigDict:
     return _group(
         "data",
         {
-            "source": "shapes",  # or tar, folder
+            "source": "shapes",  # or tar, folder, parquet, array_record, tfds
             "length": 5000,  # of shapes: training images
             "style": "fill",  # of shapes: or outline
-            "shards": "",  # of tar: files, such as data/{00000..00015}.tar or data/*.tar
+            "shards": "",  # of tar, parquet, array_record: files, such as data/{00000..00015}.tar, data/*.tar or URLs
             "folder": "",  # of folder: of images at any depth, with name.txt, name.json, metadata.jsonl or metadata.csv
-            "caption_field": "caption",  # in JSON files and metadata
+            "tfds": "",  # of tfds: a data set, such as coco_captions or my_set:1.0.0, below data.tfds_dir
+            "tfds_dir": "",  # of tfds: the folder of data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if empty
+            "split": "train",  # of tfds
+            "image_field": "image",  # of parquet, array_record, tfds
+            "caption_field": "caption",  # in JSON files, metadata and records; of several, such as a,b, one at random
             "caption": "",  # of folder: of all images without their own
-            "repeats": 1,  # of folder: times that the training set has each image, with a crop and a flip each
-            "crop": "center",  # of folder: a part in the middle, or random
-            "flip": False,  # of folder: mirror half of the images
+            "filters": (),  # rules, such as ("width>=512", "pwatermark<0.5", "min_size>=256")
+            "repeats": 1,  # times that the training set has each image, with a crop, a flip and a caption each
+            "crop": "center",  # a part in the middle, or random
+            "flip": False,  # mirror half of the images
             "size": 64,  # pixels
+            "buckets": (),  # (height, width) of training images, each cropped to the nearest; () is a square of size
             "held_out": 1024,  # images that are not trained on; the report compares with them
-            "encode": "cache",  # once, before training; or step: each step encodes its own images
-            "cache": "",  # a folder for what is encoded once; workdir/latents if empty
+            "max_skipped": 0.05,  # the part of training records that may be unreadable; more is an error
+            "workers": 0,  # processes that decode images; 0 is threads of this one
+            "encode": "cache",  # once, before training; or step: each step encodes its own images and prompts
+            "cache": "",  # a folder of python -m lcm_jax.cache, made if it is not there; workdir/latents if empty
         },
         changes,
     )

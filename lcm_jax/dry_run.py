@@ -185,7 +185,7 @@ def without_adapters(config) -> ConfigDict:
 
 def networks_of(tree: Mapping[str, Any], title: str) -> dict[str, Any]:
     """Return the networks of a tree of parameters by name; a tree that is one network has the task's title."""
-    named = {name: part for name, part in tree.items() if name != "empty_ids"}
+    named = {name: part for name, part in tree.items() if name not in ("empty_ids", "empty_prompt")}
     return named if set(named) <= {*layout.NETWORKS, "lora"} else {title: named}
 
 

@@ -18,8 +18,8 @@ def model(tmp_path_factory):
     return tiny_model.write(tmp_path_factory.mktemp("models") / "teacher", unet=tiny_model.SHALLOW)
 
 
-def benchmark(*arguments: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+def benchmark(*arguments: object, **more: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | more
     command = [sys.executable, "-m", "lcm_jax.benchmark", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -49,6 +49,21 @@ def test_both_sides_are_timed(model, tmp_path):
     assert rows[0]["flops"] == rows[1]["flops"] > 1e6 and rows[2]["flops"] == rows[3]["flops"] > rows[0]["flops"]
     table = done.stdout.split("┏")[1]
     assert "LCD step, batch 2" in table and "diffusers (eager)" in table and "failed" not in table
+
+
+def test_the_input_pipeline_is_timed(tmp_path):
+    """Without a peer and a matrix product, from files that are deleted; decoding takes more than reading a cache."""
+    file, files = tmp_path / "figures.json", tmp_path / "files"
+    files.mkdir()
+    done = benchmark("--suite=data", "--batch=2", "--repeats=1", f"--json={file}", TMPDIR=str(files))
+    assert done.returncode == 0, done.stdout + done.stderr
+    prompts, tokens, images = rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows] == [f"{name}, 8 batches of 2" for name in cases.INPUTS.values()]
+    assert 100_000 < prompts["bytes_per_image"] < 64 * 64 * 8 * 2 + 77 * 768 * 2 + 1000
+    assert tokens["bytes_per_image"] < 64 * 64 * 8 * 2 + 1000 and images["bytes_per_image"] > 50_000
+    assert 0 < tokens["cores"] < images["cores"] == pytest.approx(0.164 * images["cpu_ms"], rel=0.05, abs=0.01)
+    assert prompts["images_per_s"] == pytest.approx(16_000 / prompts["ms"], rel=1e-2)
+    assert "cores feed an accelerator that needs 164 images/s" in done.stdout and not list(files.iterdir())
 
 
 def test_a_row_that_fails_contains_its_reason(model, tmp_path):
@@ -82,12 +97,15 @@ def test_the_cases_of_each_model():
         "sample, 8 steps, batch 3",
     ]
     assert cases.Case(**json.loads(full[1].to_json())) == full[1]
+    assert [(case.suite, case.input, case.batch) for case in cases.plan(["data"], "sd15", [], [], None, False)] == [
+        ("data", name, 64) for name in cases.INPUTS
+    ]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((["sampel"], "sd15", [], [], None), "--suite 'sampel' is not supported; use sample, train"),
+        ((["sampel"], "sd15", [], [], None), "--suite 'sampel' is not supported; use sample, train, data"),
         ((["train"], "sd3", [], [], None), "--model 'sd3' is not supported; use sd15, shapes-lcm, or a model folder"),
         ((["train"], "sd15", [], [], "int8"), "--dtype 'int8' is not supported; use float32, bfloat16, float16"),
         ((["train"], "sd15", [0], [], None), "--batch and --steps below 1 are not supported"),

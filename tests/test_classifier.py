@@ -37,7 +37,7 @@ def solid(*colors: int) -> np.ndarray:
 def test_real_digits_are_told_apart(tmp_path, monkeypatch, capsys):
     digits = load_script()
     assert digits.write(tmp_path / "digits") == 1797
-    data = FolderSource(str(tmp_path / "digits"), 64, 180).open(0, tmp_path / "index", print)
+    data = FolderSource(folder=str(tmp_path / "digits"), size=64, held_out=180).open(0, tmp_path / "index", print)
     prompts = data.prompts(180)
     assert set(prompts) == set(digits.CAPTIONS) and min(map(prompts.count, digits.CAPTIONS)) >= 10
     monkeypatch.setattr(evaluate, "MAX_TRAIN_IMAGES", 500)

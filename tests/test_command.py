@@ -10,7 +10,7 @@ from whole_runs import ROOT
 
 from lcm_jax import command
 
-COMMANDS = ("main", "sample", "convert", "benchmarks/ours")  # the last computes for the command `benchmark`
+COMMANDS = ("main", "cache", "sample", "convert", "benchmarks/ours")  # the last computes for the command `benchmark`
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     state = jax.device_put(state, sharding.tree_shardings(mesh, state))
     frozen = jax.device_put(task.load_frozen(), sharding.tree_shardings(mesh, task.frozen))
+    task.encode_data()
     real = {
         "trained parameters": state.params,
         "their moving average": state.ema,
@@ -64,6 +65,7 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
         "batch": sharding.put_batch(mesh, next(task.make_batches(frozen, 0))),
     }
     assert found["memory"] == {name: on_first_device(tree) for name, tree in real.items()}
+    assert found["frozen"].keys() == {"unet", "vae"}, "prompts are encoded beforehand"
     assert found["memory"]["trained parameters"] < 1.3 * found["trained"]["unet"] * 4 / fsdp
     assert found["trained"]["unet"] == found["frozen"]["unet"] + 256 * 16
 

@@ -4,17 +4,14 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from whole_runs import ROOT
 
 from lcm_jax import errors, locks
-from lcm_jax.data.latents import cache_latents
 from lcm_jax.errors import Interrupted, RunError, phase
 
 
@@ -127,40 +124,3 @@ def test_a_lock_ends_with_its_process(tmp_path):
     locks.check(tmp_path / "lock")
     with locks.lock(tmp_path / "lock"), pytest.raises(locks.Locked, match=f"^process {os.getpid()} on"):
         locks.check(tmp_path / "lock")
-
-
-def encode_into(folder, encode, said):
-    records = [{"image": np.full((8, 8, 3), i, np.uint8), "caption": "a"} for i in range(5)]
-    tokenize = lambda captions: np.ones((len(captions), 2), np.int32)  # noqa: E731
-    return cache_latents(records, lambda: encode, tokenize, folder, {"data": "five"}, batch_size=2, log=said.append)
-
-
-def test_two_that_encode_the_same_share_the_work_of_the_first(tmp_path):
-    """The second waits, with the unfinished folder of the first left alone, and then reads it."""
-    began, free, said, first = threading.Event(), threading.Event(), [], []
-
-    def slowly(images):
-        began.set()
-        assert free.wait(60)
-        return images[:, :1, :1, :2].astype(np.float32)
-
-    thread = threading.Thread(target=lambda: first.append(encode_into(tmp_path, slowly, [])))
-    thread.start()
-    assert began.wait(60)
-    second = threading.Thread(target=lambda: first.append(encode_into(tmp_path, None, said)))
-    second.start()
-    while not said:
-        time.sleep(0.01)
-    free.set()
-    thread.join(), second.join()
-    assert len(said) == 1 and said[0].startswith(f"waiting for process {os.getpid()} on")
-    assert [cache[4]["moments"].tolist() for cache in first] == [[[[4.0, 4.0]]]] * 2 and len(first[1]) == 5
-
-
-def test_what_was_encoded_before_an_interruption_is_deleted(tmp_path):
-    def interrupted(images):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_into(tmp_path, interrupted, [])
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]

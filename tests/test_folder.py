@@ -17,8 +17,9 @@ from whole_runs import load_config
 from lcm_jax.data import images
 from lcm_jax.data.batches import ImageRecords
 from lcm_jax.data.captioned import CaptionedDataset
-from lcm_jax.data.folder import FolderImages, FolderSource, index_folder
+from lcm_jax.data.folder import FolderSource, index_folder
 from lcm_jax.data.loader import batches
+from lcm_jax.data.prepared import PreparedImages
 from lcm_jax.recipes import make_task
 
 SIZE = 16
@@ -27,15 +28,15 @@ SIZE = 16
 def captions(folder: Path, caption: str = "", field: str = "caption") -> tuple[dict[str, str], list[str]]:
     """({image: caption}, lines of the log)"""
     lines: list[str] = []
-    entries = index_folder(str(folder.resolve()), "DIR", caption, field, lines.append)
-    read = lambda entry: (folder / entry.caption_file).read_text() if entry.caption_file else entry.caption  # noqa: E731
+    entries = index_folder(str(folder.resolve()), "DIR", caption, [field], lines.append)
+    read = lambda entry: (folder / entry.caption_file).read_text() if entry.caption_file else entry.captions[0]  # noqa: E731
     return {entry.image: read(entry) for entry in entries}, lines
 
 
 def opened(folder: Path | str, tmp_path: Path, seed: int = 0, **settings: Any) -> tuple[CaptionedDataset, list[str]]:
     lines: list[str] = []
     settings = {"size": SIZE, "held_out": 2} | settings
-    source = FolderSource(str(folder), **settings)
+    source = FolderSource(folder=str(folder), **settings)
     run = tempfile.mkdtemp(prefix="run", dir=tmp_path)  # a new one each time
     return source.open(seed, Path(run) / "index", lines.append), lines
 
@@ -267,7 +268,7 @@ def test_images_of_every_kind_and_size(tmp_path):
     expected = []
     for data in KINDS.values():
         rgb = images.to_rgb(images.open_upright(io.BytesIO(data)))
-        expected.append(images.crop_square(rgb, SIZE))
+        expected.append(images.crop(rgb, SIZE, SIZE))
     assert len(records) == len(KINDS) and lines == [f"{len(KINDS)} images with captions in {folder}"]
     key = lambda pixels, sizes: (pixels.tobytes(), sizes.tolist())  # noqa: E731
     assert sorted(key(r["image"], r["time_ids"]) for r in records) == sorted(key(*each) for each in expected)
@@ -284,7 +285,7 @@ def test_random_crops_and_flips_depend_on_seed_entry_and_repeat_alone(tmp_path):
     assert len(train) == 4 * 20 and len(dataset.held_out) == 2
     with pytest.raises(IndexError):
         train[80]
-    entries = index_folder(folder, "DIR", "", "caption", lambda line: None)
+    entries = index_folder(folder, "DIR", "", ["caption"], lambda line: None)
     lefts, flips = set(), 0
     for i in reversed(range(80)):
         record = train[i]
@@ -326,8 +327,8 @@ def test_a_resumed_reader_continues_exactly_with_a_broken_image(first, tmp_path)
 def parts(folder: Path, tmp_path: Path, held_out: int) -> tuple[set[str], set[str]]:
     """Captions of the training part and of the held-out part."""
     dataset, _ = opened(folder, tmp_path, held_out=held_out)
-    assert isinstance(dataset.train, FolderImages)
-    assert isinstance(dataset.held_out, FolderImages)
+    assert isinstance(dataset.train, PreparedImages)
+    assert isinstance(dataset.held_out, PreparedImages)
     train, held = dataset.train, dataset.held_out
     return {train.caption(i) for i in range(len(train))}, {held.caption(i) for i in range(len(held))}
 
@@ -355,7 +356,7 @@ def test_the_fingerprint_changes_with_the_training_part(tmp_path):
     fingerprint = lambda **more: opened(folder, tmp_path, **settings | more)[0].fingerprint  # noqa: E731
     first = fingerprint()
     assert fingerprint() == first
-    entries = index_folder(str(folder), "DIR", "", "caption", lambda line: None)
+    entries = index_folder(str(folder), "DIR", "", ["caption"], lambda line: None)
     trained, held_out = entries[0], entries[-1]
     found = {first}
     for settings_ in [{"size": 8}, {"repeats": 2}, {"crop": "random"}, {"flip": True}, {"seed": 1}, {"held_out": 3}]:
@@ -421,7 +422,7 @@ def test_what_cannot_be_read_is_named_once_and_replaced(tmp_path):
         (
             {"a.png": b"", "b.png": b"", "caption.txt": "a"},
             {},
-            "leaves none of the 2 images of data.folder to train on; ",
+            "leaves none of the 2 records of data.folder to train on; ",
         ),
         (
             {"a.png": b""},
@@ -438,7 +439,7 @@ def test_what_cannot_be_read_is_named_once_and_replaced(tmp_path):
 def test_bad_input_is_one_line_before_anything_is_compiled(files, settings, message, tmp_path):
     folder = write(tmp_path, files)
     name = settings.get("folder", str(folder))
-    source = FolderSource(str(folder / name) if name == "x" else name, SIZE, 2)
+    source = FolderSource(folder=str(folder / name) if name == "x" else name, size=SIZE, held_out=2)
     with pytest.raises(ValueError, match=message) as caught:
         source.check(batch_size=4)
     assert "\n" not in str(caught.value)
@@ -458,13 +459,13 @@ def test_a_folder_of_links_says_so(tmp_path):
     write(tmp_path, {"a.png": image(0), "set/x": ""})
     os.symlink(tmp_path / "a.png", tmp_path / "set" / "a.png")
     with pytest.raises(ValueError, match="has no image .*links that lead out of the folder or to no file: 1, first 'a"):
-        FolderSource(str(tmp_path / "set"), SIZE, 1).check(1)
+        FolderSource(folder=str(tmp_path / "set"), size=SIZE, held_out=1).check(1)
 
 
 def test_a_workdir_within_the_folder_is_refused(tmp_path):
     folder = write_folder(tmp_path / "set", 4)
     with pytest.raises(ValueError, match="contains the workdir, whose previews are images; use another --workdir"):
-        FolderSource(folder, SIZE, 1).open(0, tmp_path / "set" / "run" / "index", print)
+        FolderSource(folder=folder, size=SIZE, held_out=1).open(0, tmp_path / "set" / "run" / "index", print)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +497,7 @@ def test_an_autoencoder_trains_on_a_folder_without_captions(tmp_path):
 
 def test_a_run_does_not_resume_with_other_images(tmp_path):
     """Batches are chosen by the order of the images, which others would change."""
-    source = FolderSource(write_folder(tmp_path / "images"), 16, 4)
+    source = FolderSource(folder=write_folder(tmp_path / "images"), size=16, held_out=4)
     open_it = lambda: source.open(0, tmp_path / "run" / "index", lambda line: None)  # noqa: E731
     first = open_it()
     assert open_it().fingerprint == first.fingerprint
@@ -513,7 +514,9 @@ def test_empty_captions_are_none(tmp_path):
     rows = [{"file_name": "d.png", "text": " "}, {"file_name": "e.png", "text": "a star"}]
     write(folder, {"c/metadata.jsonl": rows, "c/d.png": image(3), "c/e.png": image(4)})
     lines = []
-    dataset = FolderSource(str(folder), 16, 1, "a dog").open(0, tmp_path / "index", lines.append)
+    dataset = FolderSource(folder=str(folder), size=16, held_out=1, caption="a dog").open(
+        0, tmp_path / "index", lines.append
+    )
     captions = [dataset.train[i]["caption"] for i in range(len(dataset.train))] + dataset.prompts(1)
     assert sorted(captions) == ["a dog", "a dog", "a dog", "a star"]
     assert any("the caption is empty" in line for line in lines)

@@ -80,7 +80,10 @@ ONLY_IN = {
     "uvicorn": {"page/server.py"},
     "prometheus_client": {"page/metrics.py"},
     "tensorflow": set(),
-    "tensorflow_datasets": set(),
+    "tensorflow_datasets": {"data/tfds.py"},
+    "pyarrow": {"data/parquet.py"},
+    "array_record": {"data/array_record.py", "data/encoding.py", "data/latents.py"},
+    "fsspec": {"data/shard_files.py"},
     "clu": set(),
 }
 

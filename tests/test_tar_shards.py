@@ -5,15 +5,17 @@ import json
 import tarfile
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax.data import tar_shards
 from lcm_jax.data.batches import ImageRecords
+from lcm_jax.data.captioned import SourceError
 from lcm_jax.data.loader import batches
-from lcm_jax.data.tar_shards import TarShards, expand, index_shards
+from lcm_jax.data.prepared import Preparation, PreparedImages
+from lcm_jax.data.tar_shards import TarShards, TarSource, expand, index_shards
 
 
 def image(seed: int, width: int = 24, height: int = 16, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -42,10 +44,13 @@ def pair(key: str, seed: int, caption: str | None = None) -> list:
     return [member(f"{key}.png", image(seed)), member(f"{key}.txt", (caption or f"caption {seed}").encode())]
 
 
-def read(path: str | list[str], size: int = 8, **more) -> tuple[TarShards, list[str]]:
+def read(path: str | list[str], size: int = 8, seed: int = 0, field: str = "caption") -> tuple[Any, list[str]]:
+    """(records of random squares, lines of the log)"""
     lines: list[str] = []
-    index = index_shards([path] if isinstance(path, str) else path, log=lines.append)
-    return TarShards(index, size, log=lines.append, **more), lines
+    stored = TarShards(index_shards([path] if isinstance(path, str) else path, log=lines.append), [field])
+    preparation = Preparation(((size, size),), seed, random_crop=True)
+    failure = ("data.shards", "fetch the shards again")
+    return PreparedImages(stored, np.arange(len(stored)), preparation, lines.append, failure), lines
 
 
 def test_records_of_every_kind(tmp_path):
@@ -92,7 +97,8 @@ def test_offsets_are_those_of_tarfile(form, tmp_path):
     source, lines = read(str(path))
     with tarfile.open(path) as archive:
         expected = [(m.offset_data, m.size) for m in archive if m.name.endswith(".png")]
-    assert [(r["image"], r["image_size"]) for r in source.index.records] == expected
+    index = index_shards([str(path)], log=lambda line: None)
+    assert [(r["image"], r["image_size"]) for r in index.records] == expected
     assert [source.caption(i) for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
     assert lines == ["3 records in 1 shards"]
 
@@ -133,7 +139,7 @@ def test_corrupt_records_are_skipped_counted_and_reported(tmp_path):
         np.testing.assert_array_equal(again[i]["image"], found[i]["image"])
     assert source.substitutes.unreadable.keys() == {6, 7, 8, 9, 10}
     reasons = lines[1:]
-    assert len(reasons) == 5 and "5 of 11 so far (3 ImageError, 1 ValueError, 1 TextError)" in reasons[-1]
+    assert len(reasons) == 5 and "5 of 11 so far (3 ImageError, 1 CaptionError, 1 TextError)" in reasons[-1]
     expected = ["pixels", "Truncated", "format is unknown", "caption_field", "not UTF-8"]
     for line, reason in zip(reasons, expected, strict=True):
         assert reason in line, line
@@ -257,10 +263,10 @@ def test_a_shard_that_changes_under_a_run_is_an_error_not_another_record(tmp_pat
     shard = Path(write(tmp_path / "a.tar", [item for i in range(3) for item in pair(f"{i}", i)]))
     source, _ = read(str(shard))
     shard.write_bytes(shard.read_bytes()[:2000])
-    with pytest.raises(tar_shards.ShardError, match="shorter since it was indexed"):
+    with pytest.raises(SourceError, match="shorter since it was indexed"):
         source[2]
     shard.unlink()
-    with pytest.raises(tar_shards.ShardError, match="cannot be read.*No such file"):
+    with pytest.raises(SourceError, match="cannot be read.*No such file"):
         source[0]
 
 
@@ -297,16 +303,14 @@ def test_the_index_is_kept_and_notices_another_shard(tmp_path):
     assert len(index_shards([shard], tmp_path / "index", lines.append).records) == 2
 
 
-def test_a_part_is_a_set_of_its_own(tmp_path):
+def test_what_is_held_out_is_a_set_of_its_own(tmp_path):
     members = [item for i in range(9) for item in pair(f"{i}", i)]
     members[14] = member("7.png", b"no image")
-    source, _ = read(write(tmp_path / "a.tar", members))
-    train, held_out = source.part(0, 6), source.part(6, 9)
+    shard = write(tmp_path / "a.tar", members)
+    dataset = TarSource(shards=shard, size=8, held_out=3).open(0, tmp_path / "index", lambda line: None)
+    train, held_out = dataset.train, dataset.held_out
     assert {train[i]["caption"] for i in range(6)} == {f"caption {i}" for i in range(6)}
     assert {held_out[i]["caption"] for i in range(3)} == {"caption 6", "caption 8"}
-    assert train.fingerprint != held_out.fingerprint
-    with pytest.raises(ValueError, match="records -3 to 8 are not among the 9"):
-        source.part(-3, 9)
 
 
 @pytest.mark.parametrize("first", [1, 5, 9])

@@ -5,11 +5,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SUITES = ("sample", "train")
+SUITES = ("sample", "train", "data")
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = ("sd15",)  # full size with random weights
 SHIPPED = {"shapes-lcm": "shapes"}  # student -> teacher
 PROMPT = "a photo of a red circle above a blue square"
+IMAGES_PER_S = 164  # of an accelerator that the input pipeline is to keep busy: an H100 at batch 64, by its FLOPs
+BATCHES = 8  # that a run of the suite data reads, since some are read ahead
+INPUTS = {  # of the suite data: what is read
+    "prompts": "latent cache with encoded prompts",
+    "tokens": "latent cache with tokens",
+    "images": "JPEGs in tar shards, decoded to 512 x 512",
+}
 # Settings of the training step that affect its work. Latents are encoded beforehand.
 DDIM_STEPS, HUBER_C, EMA_RATE, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM, W = 50, 1e-3, 0.95, 1e-6, 1e-2, 1.0, (5.0, 15.0)
 
@@ -18,9 +25,10 @@ DDIM_STEPS, HUBER_C, EMA_RATE, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM, W = 50, 1
 class Case:
     """One row of the benchmark.
 
-    suite: "matmul", "sample" or "train". model: "sd15", "shapes-lcm", or a diffusers folder. batch: images per call
-    or examples per step. steps: sampling steps, otherwise 0. size: side of the image in pixels (0: the model's own), or
-    of the matrix. dtype: compute dtype. remat: recompute blocks in the backward pass.
+    suite: "matmul", "sample", "train" or "data". model: "sd15", "shapes-lcm", or a diffusers folder. batch: images per
+    call or examples per step. steps: sampling steps, otherwise 0. size: side of the image in pixels (0: the model's
+    own), or of the matrix. dtype: compute dtype. remat: recompute blocks in the backward pass. input: one of INPUTS,
+    for "data".
     """
 
     suite: str
@@ -30,6 +38,12 @@ class Case:
     size: int
     dtype: str
     remat: bool = False
+    input: str = ""
+
+    @property
+    def images(self) -> int:
+        """Images or examples of a run."""
+        return self.batch * (BATCHES if self.suite == "data" else 1)
 
     @property
     def name(self) -> str:
@@ -37,6 +51,8 @@ class Case:
             return f"matmul {self.size} x {self.size}"
         if self.suite == "sample":
             return f"sample, {self.steps} step{'s' * (self.steps > 1)}, batch {self.batch}"
+        if self.suite == "data":
+            return f"{INPUTS[self.input]}, {BATCHES} batches of {self.batch}"
         return f"LCD step, batch {self.batch}{', remat' * self.remat}"
 
     def to_json(self) -> str:
@@ -64,16 +80,18 @@ def plan(
     dtype: str | None,
     accelerator: bool,
 ) -> list[Case]:
-    """Return the cases of `suites`, preceded by the matrix product that they are compared with.
+    """Return the cases of `suites`, preceded by the matrix product that those of networks are compared with.
 
     batches, steps, dtype: empty or None for the defaults. accelerator: True if the device is not a CPU.
     """
     full = model in RANDOM
     dtype = dtype or ("bfloat16" if full and accelerator else "float32")
     size = 512 if full else 0  # 0: the model's own
-    cases = [Case("matmul", model, 1, 0, 8192 if accelerator else 2048, dtype)]
+    cases = [Case("matmul", model, 1, 0, 8192 if accelerator else 2048, dtype)] if {*suites} - {"data"} else []
     for suite in suites:
-        if suite == "train":
+        if suite == "data":
+            cases += [Case("data", model, b, 0, 512, dtype, input=name) for b in batches or (64,) for name in INPUTS]
+        elif suite == "train":
             for batch in batches or ((16, 32) if full else (16,)):
                 cases.append(Case("train", model, batch, 0, size, dtype, remat=full))
         elif batches or steps:

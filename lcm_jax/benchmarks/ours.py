@@ -3,6 +3,7 @@
 python -m lcm_jax.benchmarks.ours '{"suite": "sample", "model": "shapes-lcm", "batch": 1, ...}'
 """
 
+import os
 import tempfile
 from collections.abc import Mapping
 from functools import cache, partial
@@ -18,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from lcm_jax import command, cost
 from lcm_jax.benchmarks import cases
 from lcm_jax.benchmarks.cases import Case
+from lcm_jax.benchmarks.inputs import prepare_data
 from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.models.families import FAMILIES
@@ -46,6 +48,9 @@ def prepare(case: Case) -> Prepared:
             facts["saved_s"] = round(facts["saved_s"] + duration_secs, 2)
 
     jax.monitoring.register_event_duration_secs_listener(add_saved)
+    if case.suite == "data":
+        run, more, taken = prepare_data(case)
+        return Prepared(run, {"device": f"{os.cpu_count()} cores", "mode": "threads"} | more, host_peak_bytes, taken)
     build = {"matmul": prepare_matmul, "sample": prepare_sample, "train": prepare_train}[case.suite]
     run, facts["flops"] = build(case)
 

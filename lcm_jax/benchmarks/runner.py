@@ -118,7 +118,7 @@ def run(
     peak = None
     rows: list[dict[str, Any]]
     for case in planned:
-        sides = names[:1] if case.suite == "matmul" else names
+        sides = names[:1] if case.suite in ("matmul", "data") else names
         began = time.monotonic()
         if began >= deadline:
             rows = [{"case": case.name, "side": side, "error": "not run: --limit was reached"} for side in sides]
@@ -141,10 +141,14 @@ def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) ->
     """Return a row for each side: "error", or these figures of the timed runs after the first.
 
     first_s: seconds of the first run; saved_s: seconds of compilation saved by the cache. ms, ms_min, ms_max: median
-    and range. images_per_s: batch / median. tflops: matrix work / median. peak_gb: peak memory.
-    ratio (second side only): the median over the turns of its time / the first side's.
+    and range. images_per_s: images of a run / median. tflops: matrix work / median. peak_gb: peak memory.
+    ratio (second side only): the median over the turns of its time / the first side's. Of the suite data:
+    bytes_per_image on disk; cpu_ms, the processor time of an image; cores, the number that feeds an accelerator which
+    needs `cases.IMAGES_PER_S`.
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": SHARED_MEMORY} if len(names) > 1 else {}
+    written = tempfile.TemporaryDirectory(prefix="lcm_jax-benchmark-")  # by processes that are killed in the end
+    environment["TMPDIR"] = written.name
     sides: dict[str, Side] = {}
     rows: dict[str, dict[str, Any]] = {name: {"case": case.name, "side": name} for name in names}
     seconds: dict[str, list[float]] = {}
@@ -177,6 +181,7 @@ def run_case(case: Case, names: Sequence[str], repeats: int, deadline: float) ->
     finally:
         for side in sides.values():
             side.close()
+        written.cleanup()
     flops = next((row["flops"] for row in rows.values() if row.get("flops")), None)
     for name, row in rows.items():
         if "error" not in row:
@@ -195,7 +200,7 @@ def add_figures(row: dict[str, Any], case: Case, seconds: Sequence[float], flops
     }
     row["runs"] = len(seconds)
     if case.suite != "matmul":
-        row["images_per_s"] = round(case.batch / median, 3)
+        row["images_per_s"] = round(case.images / median, 3)
     if flops:
         row["flops"], row["tflops"] = flops, round(flops / median / 1e12, 4)
     peak_bytes = row.pop("peak_bytes")
@@ -242,4 +247,11 @@ def show(results: Mapping[str, Any]) -> None:
         )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
+    for row in results["rows"]:
+        if "cores" in row:
+            console.print(
+                f"{row['case']}: {row['bytes_per_image'] / 1e3:.0f} kB and {row['cpu_ms']:.2f} ms of a core per image; "
+                f"{row['cores']:.2f} cores feed an accelerator that needs {cases.IMAGES_PER_S} images/s",
+                highlight=False,
+            )
     console.print("* loaded from the compilation cache   x time: the peer's time / ours, turn by turn", highlight=False)

@@ -1,7 +1,7 @@
 """The protocol of both sides: a process that prepares one case and times it on request.
 
 It writes one JSON object per line: {"facts": ...} after the first run of the case, {"seconds": ...} for each line "run"
-that it reads, and {"peak_bytes": ...} for the line "stop". All other output of the process goes to stderr.
+that it reads, and {"peak_bytes": ..., ...} for the line "stop". All other output of the process goes to stderr.
 """
 
 import json
@@ -21,6 +21,7 @@ class Prepared(NamedTuple):
     run: Callable[[], Any]  # runs the case once, until its result is complete
     facts: dict[str, Any]  # device, versions, and "flops" of one run if this side counts them
     peak_bytes: Callable[[], int | None]  # peak device memory; None if the device does not record it
+    taken: Callable[[], dict[str, float]] = dict  # more figures of all runs
 
 
 def host_peak_bytes() -> int:
@@ -49,5 +50,5 @@ def serve(prepare: Callable[[Case], Prepared]) -> None:
         if line.strip() == "run":
             send(seconds=timed())
         else:
-            send(peak_bytes=prepared.peak_bytes())
+            send(peak_bytes=prepared.peak_bytes(), **prepared.taken())
             return

@@ -1,13 +1,15 @@
 """Captioned images, whatever their source: the shape that every recipe trains and evaluates on."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from lcm_jax.data.substitutes import Substitutes
 from lcm_jax.files import check_unicode, decode
 
 
@@ -19,21 +21,68 @@ class Records(Protocol):
     def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
 
 
+class SourceError(ValueError):
+    """The files of a source can no longer be read. No other record replaces one: a resumed run would replace others."""
+
+
+class CaptionError(ValueError):
+    """An image has no caption."""
+
+
+class UnreadableRecord(ValueError):
+    """A record that cannot be read, as (its name, the cause): training replaces it, a latent cache leaves it out."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 @dataclass(frozen=True)
 class CaptionedDataset:
     """Captioned images to train on, images that no update sees, and prompts to evaluate with.
 
-    train, held_out: random access to {"image": uint8[size, size, 3], "caption": str}, and "time_ids": float32[6] if
+    train, held_out: random access to {"image": uint8[height, width, 3], "caption": str}, and "time_ids": float32[6] if
     the image was cropped (see `time_ids`). prompts(n) -> the same n captions each time, none of them of `train`.
     compositional_prompts(n) -> n captions of combinations that no training image has; none if the source has no such
-    captions. fingerprint: text that changes whenever `train` does.
+    captions. manifest: all that determines `train`, by name: digests of files, and settings.
+    buckets: int32[N], the number of the size in `bucket_sizes` that each image of `train` has; None if all have one.
+    substitutes: what reads the records of `train`; None if all of them can be read.
     """
 
     train: Records
     held_out: Records
     prompts: Callable[[int], list[str]]
     compositional_prompts: Callable[[int], list[str]]
-    fingerprint: str
+    manifest: Mapping[str, str]
+    buckets: np.ndarray | None = None
+    bucket_sizes: tuple[tuple[int, int], ...] = ()
+    substitutes: Substitutes | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of `manifest`."""
+        return hashlib.sha256(json.dumps(dict(self.manifest), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def strict(self) -> Records:
+        """The records of `train`, but UnreadableRecord in place of those that others replace."""
+        return self.train if self.substitutes is None else Strict(self.train)
+
+    def skipped(self) -> dict[str, int]:
+        """Return how many records of `train` could not be read so far, by kind of error."""
+        return {} if self.substitutes is None else self.substitutes.counts()
+
+
+class Strict:
+    """Random access to prepared images that raises UnreadableRecord; see `CaptionedDataset.strict`."""
+
+    def __init__(self, records: Any):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        return self._records.read(i)
 
 
 class Source(Protocol):
@@ -59,15 +108,49 @@ def time_ids(record: Mapping[str, Any]) -> np.ndarray:
     return np.array((*size, 0, 0, *size), np.float32)
 
 
-def parse_caption(data: bytes, field: str | None) -> str:
-    """Return the caption in a file's bytes: all of the text, or if `field` is not None, that field of the JSON object.
+def parse_object(data: bytes, name: str) -> Mapping[str, Any]:
+    """Return the JSON object in a file's bytes. Raises ValueError that begins with `name` if there is none."""
+    fields = json.loads(decode(data, name))
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{name} is a JSON {type(fields).__name__}, not an object; write {{...}}")
+    return fields
 
-    Raises ValueError that says why there is none.
+
+def find_captions(fields: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
+    """Return the captions in the fields `names`, texts or lists of texts, without the empty ones.
+
+    where: what the fields belong to, in messages. Raises CaptionError if there is none.
     """
-    text = decode(data, "the caption")
-    if field is None:
-        return text.strip()
-    fields = json.loads(text)
-    if not isinstance(fields, Mapping) or not isinstance(fields.get(field), str):
-        raise ValueError(f"its JSON has no text {field!r}; set --config.data.caption_field")
-    return check_unicode(fields[field], "the caption").strip()
+    found = []
+    for name in names:
+        value = find_field(fields, name)
+        texts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        for text in texts:
+            if isinstance(text, bytes):
+                text = decode(text, "the caption")
+            if isinstance(text, str) and (text := check_unicode(text, "the caption").strip()):
+                found.append(text)
+    if not found:
+        wanted = " or ".join(map(repr, names))
+        raise CaptionError(f"{where} has no text {wanted}; set --config.data.caption_field")
+    return found
+
+
+def find_field(fields: Mapping[str, Any], name: str) -> Any:
+    """Return a field by its name, or by the names of nested ones with dots between them; None if there is none."""
+    value: Any = fields
+    for part in (name,) if name in fields else name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def caption_fields(setting: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names in `data.caption_field`: one, several with commas between them, or a tuple of them.
+
+    Raises ValueError if there is none.
+    """
+    names = setting.split(",") if isinstance(setting, str) else setting
+    names = tuple(name.strip() for name in names if isinstance(name, str))
+    if not all(names) or not names:
+        raise ValueError(f"data.caption_field {setting!r} is not supported; use a name such as caption, or title,text")
+    return names

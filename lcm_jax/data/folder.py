@@ -11,18 +11,19 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from lcm_jax.data import images, metadata
-from lcm_jax.data.captioned import CaptionedDataset, parse_caption
-from lcm_jax.data.substitutes import Substitutes
-from lcm_jax.files import write_text
+from lcm_jax.data import metadata
+from lcm_jax.data.captioned import CaptionError, caption_fields, find_captions, parse_object
+from lcm_jax.data.filters import to_number, to_numbers
+from lcm_jax.data.prepared import ImageSource
+from lcm_jax.data.stored import digest
+from lcm_jax.files import decode, write_text
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the extension says
@@ -33,12 +34,14 @@ Stamp = tuple[int, int]  # of a file: bytes, time of its last change in ns
 
 
 class Entry(NamedTuple):
-    """An image and its caption: the file `caption_file`, or `caption` if that is empty. Paths are within the folder."""
+    """An image and its captions: those in the file `caption_file`, or `captions` if that is empty. Paths are within the
+    folder. numbers: of its row in metadata, by column, those that were asked for."""
 
     image: str
     caption_file: str
-    caption: str
+    captions: tuple[str, ...]
     stamps: tuple[Stamp, ...]  # of both files
+    numbers: Mapping[str, float] = {}
 
 
 class Skipped:
@@ -99,17 +102,20 @@ def _extension(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
-def index_folder(root: str, folder: str, caption: str, field: str, log: Callable[[str], None]) -> list[Entry]:
+def index_folder(
+    root: str, folder: str, caption: str, names: Sequence[str], log: Callable[[str], None], fields: Sequence[str] = ()
+) -> list[Entry]:
     """Pair the images below `root` with their captions, in the order of their digests; no image is opened.
 
-    folder: the setting, for messages. caption: of images without their own, if it is not empty. field: of JSON and
-    metadata. log: is called with a line that counts the images, and a line for each kind of file that is skipped.
+    folder: the setting, for messages. caption: of images without their own, if it is not empty. names: of the captions
+    in JSON and metadata. log: is called with a line that counts the images, and a line for each kind of file that is
+    skipped. fields: columns of metadata whose numbers the entries have.
     Raises ValueError if no image has a caption or metadata is broken, and OSError.
     """
     skipped = Skipped()
     files = list_files(root, skipped)
     found = select_images(files, folder, skipped)
-    rows = _read_rows(root, files, set(found), field, skipped)
+    rows = _read_rows(root, files, set(found), names, skipped)
     texts = {posixpath.splitext(path)[0] + _extension(path): path for path in files if _is_caption(path)}
     texts = {name: path for name, path in texts.items() if files[path][0]}  # taggers leave empty files
     entries = []
@@ -117,11 +123,13 @@ def index_folder(root: str, folder: str, caption: str, field: str, log: Callable
         stem, shared = posixpath.splitext(image)[0], posixpath.join(posixpath.dirname(image), SHARED_CAPTION)
         beside = next((texts[name] for name in (f"{stem}.txt", f"{stem}.json", shared) if name in texts), "")
         if image in rows:
-            entries.append(Entry(image, "", rows[image], (files[image],)))
+            captions, columns = rows[image]
+            numbers = {name: to_number(columns[name]) for name in fields if name in columns}
+            entries.append(Entry(image, "", captions, (files[image],), numbers))
         elif beside:
-            entries.append(Entry(image, beside, "", (files[image], files[beside])))
+            entries.append(Entry(image, beside, (), (files[image], files[beside])))
         elif caption:
-            entries.append(Entry(image, "", caption, (files[image],)))
+            entries.append(Entry(image, "", (caption,), (files[image],)))
         else:
             skipped.add("images without a caption", repr(image))
     stems, folders = {posixpath.splitext(image)[0] for image in found}, {posixpath.dirname(image) for image in found}
@@ -150,15 +158,17 @@ def _is_metadata(path: str) -> bool:
     return posixpath.basename(path) in metadata.NAMES
 
 
-def _read_rows(root: str, files: Iterable[str], found: set[str], field: str, skipped: Skipped) -> dict[str, str]:
-    """Return {image: caption} of all metadata files. The first of several captions counts."""
-    rows: dict[str, str] = {}
+def _read_rows(
+    root: str, files: Iterable[str], found: set[str], names: Sequence[str], skipped: Skipped
+) -> dict[str, metadata.Row]:
+    """Return {image: row} of all metadata files. The first of several rows counts."""
+    rows: dict[str, metadata.Row] = {}
     for path in filter(_is_metadata, files):
-        for image, caption in metadata.read_metadata(Path(root), path, found, field, skipped.add).items():
+        for image, row in metadata.read_metadata(Path(root), path, found, names, skipped.add).items():
             if image in rows:
                 skipped.add(metadata.REPEATED, f"{image!r} in {path!r}")
             else:
-                rows[image] = caption
+                rows[image] = row
     return rows
 
 
@@ -166,134 +176,90 @@ def _read_rows(root: str, files: Iterable[str], found: set[str], field: str, ski
 
 
 class FolderImages:
-    """Random access to {"image": uint8[size, size, 3], "caption": str, "time_ids": float32[6]}.
+    """The images of `entries` below `root`, by number; see `StoredImages`. names: of the captions in JSON."""
 
-    The set has every entry `repeats` times in turn. The shorter side of an upright image is resized to `size`, and a
-    square of it cropped: in the middle, or if `random_crop` at random; if `flip`, half of the images are mirrored
-    before. Random choices of a record depend on (seed, entry, repeat) alone, so that resumed runs and caches are exact.
-    time_ids are SDXL's sizes: see `crop_square`.
+    formats = FORMATS
 
-    An image or a caption that cannot be read is reported to `log` and replaced by another, see `Substitutes`.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        entries: Sequence[Entry],
-        size: int,
-        field: str,
-        log: Callable[[str], None],
-        *,
-        repeats: int = 1,
-        random_crop: bool = False,
-        flip: bool = False,
-        seed: int = 0,
-    ):
-        self._root, self._entries, self._size, self._field = root, entries, size, field
-        self._repeats, self._random_crop, self._flip, self._seed = repeats, random_crop, flip, seed
-        name = lambda number: f"image {entries[number].image!r}"  # noqa: E731
-        failure = ("data.folder", "repair the files, or set --config.data.folder to others")
-        self.substitutes = Substitutes(len(entries), name, log, failure)
+    def __init__(self, root: str, entries: Sequence[Entry], names: Sequence[str], fields: Sequence[str] = ()):
+        """fields: of `values`, which an image has in metadata or else in its name.json."""
+        self._root, self._entries, self._names = root, entries, tuple(names)
+        rows = [entry.numbers or self._row(entry) for entry in entries] if fields else []
+        self.values = to_numbers(rows, fields)
 
     def __len__(self) -> int:
-        return len(self._entries) * self._repeats
+        return len(self._entries)
 
-    def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)}")
-        repeat, number = divmod(i, len(self._entries))
-        return self.substitutes.read(number, lambda number: self._read(number, repeat))
+    def name(self, number: int) -> str:
+        return f"image {self._entries[number].image!r}"
 
-    def caption(self, i: int) -> str:
-        """Return the caption of record i without reading its image."""
-        return self.substitutes.read(i % len(self._entries), self._caption)
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that determines the records: files with lengths and times, captions and settings."""
-        settings = [self._size, self._field, self._repeats, self._random_crop, self._flip, self._seed]
-        pixels = "upright, on white"  # change it with the way pixels are made, so that caches are encoded again
-        return hashlib.sha256(json.dumps([self._entries, settings, pixels]).encode()).hexdigest()
-
-    def _caption(self, number: int) -> str:
+    def captions(self, number: int) -> list[str]:
         entry = self._entries[number]
         if not entry.caption_file:
-            return entry.caption
-        plain = _extension(entry.caption_file) == ".txt"
+            return list(entry.captions)
         data = Path(self._root, entry.caption_file).read_bytes()
-        if not (caption := parse_caption(data, None if plain else self._field)):
-            raise ValueError(f"the caption in {entry.caption_file} is empty; write one, or delete the file")
-        return caption
+        if _extension(entry.caption_file) == ".json":
+            return find_captions(parse_object(data, "the caption"), self._names, f"{entry.caption_file}")
+        if not (caption := decode(data, "the caption").strip()):
+            raise CaptionError(f"the caption in {entry.caption_file} is empty; write one, or delete the file")
+        return [caption]
 
-    def _read(self, number: int, repeat: int) -> dict:
-        caption = self._caption(number)
-        with open(os.path.join(self._root, self._entries[number].image), "rb") as file:
-            image = images.to_rgb(images.open_upright(file, FORMATS, images.MAX_PIXELS))
-        rng = np.random.default_rng([self._seed, number, repeat])
-        if self._flip and rng.integers(2):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels, sizes = images.crop_square(image, self._size, rng if self._random_crop else None)
-        return {"image": pixels, "caption": caption, "time_ids": sizes}
+    def image(self, number: int) -> BinaryIO:
+        return open(os.path.join(self._root, self._entries[number].image), "rb")
+
+    def digest(self, numbers: np.ndarray) -> str:
+        return digest(json.dumps([self._entries[number] for number in numbers]))
+
+    def _row(self, entry: Entry) -> Mapping[str, Any]:
+        path = Path(self._root, posixpath.splitext(entry.image)[0] + ".json")
+        try:
+            return parse_object(path.read_bytes(), "")
+        except (OSError, ValueError, RecursionError):  # reported, with its reason, if its caption is read
+            return {}
 
 
 # ---- the source -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FolderSource:
+@dataclass(frozen=True, kw_only=True)
+class FolderSource(ImageSource):
     """The source `folder`: the images below `folder`, of which the last `held_out` by digest are not trained on.
 
-    size: of the images in pixels. caption: of images without their own; if it is empty, these are skipped.
-    caption_field: of JSON and metadata. repeats: times that the training part has each image. crop: "center" or
-    "random". flip: mirror half of the images. Held-out images are cropped in the middle and not mirrored.
+    caption: of images without their own; if it is empty, these are skipped.
     """
 
     folder: str
-    size: int
-    held_out: int
     caption: str = ""
-    caption_field: str = "caption"
-    repeats: int = 1
-    crop: str = "center"
-    flip: bool = False
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        return "data.folder", "repair the files, or set --config.data.folder to others"
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        return {"caption": self.caption}
 
     def check(self, batch_size: int) -> None:
-        entries = index_folder(self._root(), self.folder, self.caption, self.caption_field, lambda line: None)
-        count = self._count_train(len(entries))
+        super().check(batch_size)
+        count = self.count_train(len(self._index(self._root(), lambda line: None, ())))
         if count * self.repeats < batch_size:
             raise ValueError(
                 f"data.folder {self.folder!r} has {count} images to train on, each data.repeats {self.repeats} times, "
                 f"fewer than train.batch_size {batch_size}; lower it, or raise data.repeats"
             )
 
-    def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
+    def store(self, fields: Sequence[str], folder: Path, log: Callable[[str], None]) -> FolderImages:
         root = self._root()
         if os.path.commonpath([root, os.path.realpath(folder)]) == root:
             raise ValueError(
                 f"data.folder {self.folder!r} contains the workdir, whose previews are images; use another --workdir"
             )
-        entries = index_folder(root, self.folder, self.caption, self.caption_field, log)
-        count = self._count_train(len(entries))
+        entries = self._index(root, log, fields)
+        self.count_train(len(entries))
         self._check_unchanged(entries, folder)
-        train = FolderImages(
-            root,
-            entries[:count],
-            self.size,
-            self.caption_field,
-            log,
-            repeats=self.repeats,
-            random_crop=self.crop == "random",
-            flip=self.flip,
-            seed=seed,
-        )
-        held_out = FolderImages(root, entries[count:], self.size, self.caption_field, log)
-        return CaptionedDataset(
-            train=train,
-            held_out=held_out,
-            prompts=lambda n: [held_out[i]["caption"] for i in range(n)],  # of the images that are shown beside them
-            compositional_prompts=lambda n: [],
-            fingerprint=train.fingerprint,
-        )
+        return FolderImages(root, entries, caption_fields(self.caption_field), fields)
+
+    def _index(self, root: str, log: Callable[[str], None], fields: Sequence[str]) -> list[Entry]:
+        return index_folder(root, self.folder, self.caption, caption_fields(self.caption_field), log, fields)
 
     def _root(self) -> str:
         """Return the real path of the folder. Raises ValueError if it is not one."""
@@ -317,11 +283,3 @@ class FolderSource:
                 f"data.folder {self.folder!r} has other images than when this run began, {len(entries)} now; restore "
                 f"them to resume exactly, delete {path} to go on with these, or use another --workdir"
             )
-
-    def _count_train(self, count: int) -> int:
-        """Return how many of `count` images are trained on. Raises ValueError if none are left."""
-        if count <= self.held_out:
-            raise ValueError(
-                f"data.held_out {self.held_out} leaves none of the {count} images of data.folder to train on; lower it"
-            )
-        return count - self.held_out

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26  # of an image to train on: a small file can unpack to more than the memory holds
 
@@ -56,23 +56,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return a square of an RGB image, uint8[size, size, 3], and SDXL's sizes for it, float32[6] (see `time_ids`).
+def crop(
+    image: Image.Image, height: int, width: int, rng: np.random.Generator | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return part of an RGB image, uint8[height, width, 3], and SDXL's sizes for it, float32[6] (see `time_ids`).
 
-    As in the published scripts, the shorter side is resized to `size`, up or down, with Pillow's bilinear filter, which
-    averages when it shrinks. The square is at a place that `rng` chooses, or in the middle.
+    As in the published scripts, the image is resized, up or down, until it just covers height x width, with Pillow's
+    bilinear filter, which averages when it shrinks. The part is at a place that `rng` chooses, or in the middle.
     Raises ImageError if the image is so narrow that resizing it takes more than `MAX_PIXELS`.
     """
-    width, height = image.size
-    shorter = min(width, height)
-    resized = (size * width // shorter, size * height // shorter)
-    if max(resized) > MAX_PIXELS // size:
-        raise ImageError(f"{width} x {height} pixels are too narrow a strip")
+    stored_width, stored_height = image.size
+    if height * stored_width >= width * stored_height:
+        resized = (height * stored_width // stored_height, height)
+    else:
+        resized = (width, width * stored_height // stored_width)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise ImageError(f"{stored_width} x {stored_height} pixels are too narrow a strip")
     image = image.resize(resized, Image.Resampling.BILINEAR)
-    room = [side - size for side in reversed(resized)]
+    room = (resized[1] - height, resized[0] - width)
     top, left = (side // 2 if rng is None else int(rng.integers(side + 1)) for side in room)
-    sizes = np.array([height, width, top, left, size, size], np.float32)
-    return np.asarray(image.crop((left, top, left + size, top + size))), sizes
+    sizes = np.array([stored_height, stored_width, top, left, height, width], np.float32)
+    return np.asarray(image.crop((left, top, left + width, top + height))), sizes
+
+
+def upright_size(file: BinaryIO, formats: tuple[str, ...] | None = None) -> tuple[int, int]:
+    """Return (height, width) of an image file as it is upright, from its header. Raises as `open_upright` does."""
+    try:
+        with Image.open(file, formats=formats) as stored:
+            width, height = stored.size
+            turned = stored.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ImageError(str(error)) from error
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:

@@ -1,108 +1,132 @@
-"""The latent cache: every image through the autoencoder once, so that training steps never pay for it again."""
+"""The latent cache: moments and encoded prompts in shards on disk, so that training steps need no encoder.
 
-import hashlib
+A cache is a folder. `settings.json`, written first, names what its values depend on. Each shard, an ArrayRecord file,
+has the records of one range of the data and appears when it is complete; `manifest.json`, written last, counts them.
+"""
+
 import json
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader
 
-from lcm_jax import files, locks
-from lcm_jax.data.captioned import time_ids
-
-Encoder = Callable[[np.ndarray], Any]  # uint8[B, H, W, 3] -> moments [B, h, w, 2c]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # captions -> int32[B, L], for SDXL int32[B, 2, L]
-LOG_SECONDS = 10
+
+FORMAT = "3"  # change it with the layout of the files, so that older caches are refused
+READER = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+OPEN_SHARDS = 256  # opening one takes a millisecond, and many systems allow 1,024 open files
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "I32": np.int32, "I64": np.int64}  # by safetensors' names
 
 
 class LatentCache:
-    """Random access to {"moments": float32[h, w, 2c], "token_ids": int32[L] (SDXL: [2, L]), "time_ids": float32[6]} in
-    a folder that `cache_latents` wrote."""
+    """Random access to the records of a complete cache.
+
+    Each is {"moments": bfloat16[h, w, 2c], "time_ids": float32[6]} with "context": bfloat16[L, D] (and for SDXL
+    "pooled": bfloat16[P]) if prompts were encoded, else with "token_ids": int32[L] (SDXL: [2, L]). shapes: (h, w)
+    of each bucket. buckets: uint8[N], the bucket of each record, or None if there is one. Raises ValueError for a
+    damaged file.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = str(folder)
-        self._arrays = None
+        self.folder = Path(folder)
+        manifest = read_object(self.folder / "manifest.json")
+        self._counts, self.shapes = manifest["shards"], manifest["shapes"]
+        self._ends = np.cumsum(self._counts)
+        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)  # a reader closes when its last user drops it
+        path = self.folder / "buckets.npy"
+        self.buckets: np.ndarray | None = np.load(path) if path.exists() else None
 
-    def _open(self):
-        if self._arrays is None:  # opened on first use, so that the object travels to worker processes as a path
-            folder = Path(self.folder)
-            others = (np.load(folder / f"{name}.npy") for name in ("token_ids", "time_ids"))
-            self._arrays = (np.load(folder / "moments.npy", mmap_mode="r"), *others)
-        return self._arrays
-
-    def __getstate__(self):
-        return {"folder": self.folder, "_arrays": None}
+    def __reduce__(self):  # it travels to worker processes as a path
+        return LatentCache, (self.folder,)
 
     def __len__(self) -> int:
-        return len(self._open()[1])
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        moments, token_ids, sizes = self._open()
-        return {"moments": moments[i].astype(np.float32), "token_ids": token_ids[i], "time_ids": sizes[i]}
+        record = self.read(i)
+        unused = ("number", "token_ids") if "context" in record else ("number",)
+        return {name: array for name, array in record.items() if name not in unused}
+
+    def read(self, i: int) -> dict[str, np.ndarray]:
+        """Return all of record i, with "number": int64[1], its number in the data that the cache was made of."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        place = int(i - (self._ends[shard] - self._counts[shard]))
+        try:
+            return unpack(self._open(shard).read([place])[0])
+        except RuntimeError as error:  # the checksum of its block differs
+            raise self._damaged(shard, str(error)) from error
+
+    def _open_shard(self, shard: int) -> ArrayRecordReader:
+        reader, expected = ArrayRecordReader(str(shard_path(self.folder, shard)), READER), self._counts[shard] + 1
+        if reader.num_records() != expected:  # 0 if it is missing or cut off, without an error
+            raise self._damaged(shard, f"{reader.num_records()} of {expected} records can be read")
+        return reader
+
+    def _damaged(self, shard: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{shard_path(self.folder, shard)} is missing or damaged ({' '.join(reason.split())[:200]}); delete it and "
+            "manifest.json, and make the cache again: the other shards are kept"
+        )
 
 
-def cache_latents(
-    records: Sequence[Mapping[str, Any]],
-    make_encoder: Callable[[], Encoder],
-    tokenize: Tokenize,
-    folder: Path,
-    fingerprint: Mapping[str, str],
-    batch_size: int = 64,
-    log: Callable[[str], None] = print,
-) -> LatentCache:
-    """Encode captioned images into folder/<digest of fingerprint>/, or reuse it.
+def open_cache(folder: Path, fields: Mapping[str, str]) -> LatentCache:
+    """Open the complete cache in `folder`. fields: of `encoding.Plan`.
 
-    records: random access to {"image": uint8[H, W, 3], "caption": str}, with "time_ids" if images were cropped.
-    make_encoder: returns the encoder, whose moments are stored in float16; called only if there is something to encode.
-    fingerprint: everything the cache depends on (data, autoencoder, tokenizer); another one gets its own folder.
-    The folder appears under its name only when it is complete. If another process encodes the same, wait for it.
+    Raises ValueError if there is none, or with the fields in which it differs and both values of each.
     """
-    fingerprint = {**fingerprint, "layout": "2"}
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    target = Path(folder) / key
-    if (target / "fingerprint.json").exists():
-        return LatentCache(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    wait = lambda holder: log(f"waiting for {holder}, which encodes the same images into {target}")  # noqa: E731
-    lock = target.with_name(f"{key}.lock")
-    with locks.lock(lock, wait):
-        if (target / "fingerprint.json").exists():  # the other process has finished
-            return LatentCache(target)
-        for unfinished in files.temporary_folders(target):  # of a run that was killed while encoding
-            shutil.rmtree(unfinished)
-        with files.whole_folder(target) as temporary:
-            _encode_all(records, make_encoder(), tokenize, temporary, batch_size, log)
-            (temporary / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n")
-        lock.unlink()  # whoever waits for it, or comes now, finds the whole folder
-    return LatentCache(target)
+    if not is_complete(folder):
+        raise ValueError(f"{folder} is not a complete latent cache; make it with python -m lcm_jax.cache")
+    check_fields(folder, read_object(folder / "manifest.json")["fields"], fields)
+    return LatentCache(folder)
 
 
-def _encode_all(records, encode: Encoder, tokenize: Tokenize, folder: Path, batch_size: int, log) -> None:
-    """Write moments.npy, token_ids.npy and time_ids.npy of `cache_latents`."""
-    began = logged = time.monotonic()
-    token_ids, sizes = [], []
-    # Written in order, not through a memory map, on which a full disk kills the process.
-    with (folder / "moments.npy").open("wb") as file:
-        for first in range(0, len(records), batch_size):
-            chunk = [records[i] for i in range(first, min(first + batch_size, len(records)))]
-            images = np.stack([record["image"] for record in chunk])
-            padding = batch_size - len(images)  # the last batch is padded, so that `encode` compiles for one shape
-            encoded = encode(np.concatenate([images, np.repeat(images[-1:], padding, 0)]) if padding else images)
-            moments = np.ascontiguousarray(encoded[: len(images)], np.float16)
-            if first == 0:
-                header = np.lib.format.header_data_from_array_1_0(moments)
-                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(records), *moments.shape[1:])})
-            file.write(moments.data)
-            token_ids.append(tokenize([record["caption"] for record in chunk]))
-            sizes += [time_ids(record) for record in chunk]
-            now = time.monotonic()
-            if now - logged > LOG_SECONDS:
-                logged, done = now, first + len(images)
-                left = (now - began) / done * (len(records) - done)
-                log(f"encoding images {done}/{len(records)}  {done / (now - began):.0f}/s  {left:.0f} s left")
-    np.save(folder / "token_ids.npy", np.concatenate(token_ids).astype(np.int32))
-    np.save(folder / "time_ids.npy", np.array(sizes, np.float32))
-    log(f"encoded {len(records)} images in {time.monotonic() - began:.0f} s")
+def is_complete(folder: Path) -> bool:
+    """Return True if the folder has a cache with all of its shards."""
+    return (folder / "manifest.json").exists()
+
+
+def check_fields(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise ValueError that has each field in which a cache differs from the one that is needed, with both values."""
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if names:
+        values = ", ".join(f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names)
+        raise ValueError(
+            f"latent cache {folder} was made with other settings: {values}; restore them, or use another folder"
+        )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of settings.json or manifest.json. Raises ValueError that names a damaged file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or not isinstance(value.get("fields"), dict):
+            raise ValueError("it has no fields")
+        return value
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged ({error}); delete it, and make the cache again") from None
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"{shard:05d}.array_record"
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return a record's bytes, those of a safetensors file."""
+    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of a record: safetensors' reader for NumPy does not support bfloat16."""
+    return {
+        name: np.frombuffer(each["data"], DTYPES[each["dtype"]]).reshape(each["shape"])
+        for name, each in safetensors.deserialize(data)
+    }

@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcm_jax.files import check_unicode, decode
 
@@ -16,25 +16,32 @@ REPEATED = "rows of metadata with a file_name that an earlier row has"
 Skip = Callable[[str, str], None]  # (reason, name of what is skipped)
 
 
-def read_metadata(root: Path, path: str, images: Set[str], field: str, skip: Skip) -> dict[str, str]:
-    """Return {image: caption} of a metadata file.
+class Row(NamedTuple):
+    """A row of metadata: captions, and all of its columns."""
+
+    captions: tuple[str, ...]
+    columns: Mapping[str, Any]
+
+
+def read_metadata(root: Path, path: str, images: Set[str], fields: Sequence[str], skip: Skip) -> dict[str, Row]:
+    """Return {image: row} of a metadata file.
 
     root: the folder of all images. path: of the file, within `root`. images: paths within `root`; only these are looked
-    up, so that no name in the file is ever opened. field: the column of captions, or `DEFAULT_FIELD` in a row without
-    it. skip: is called for each row that is broken, repeats a file name, or has no image.
+    up, so that no name in the file is ever opened. fields: the columns of captions, or `DEFAULT_FIELD` in a row without
+    them. skip: is called for each row that is broken, repeats a file name, or has no image.
     Raises ValueError if all rows are broken or there are none, OSError if the file cannot be read.
     """
     text = decode((root / path).read_bytes(), f"metadata file {path!r}")
-    captions: dict[str, str] = {}
+    rows: dict[str, Row] = {}
     broken: list[str] = []
-    rows = 0
+    count = 0
     for line, row in _json_rows(text) if path.endswith(".jsonl") else _csv_rows(text):
-        rows += 1
+        count += 1
         place = f"line {line} of {path!r}"
         try:
             if isinstance(row, ValueError):
                 raise row
-            name, caption = _file_name(row), _caption(row, field)
+            name, captions = _file_name(row), _captions(row, fields)
         except ValueError as error:
             broken.append(f"{place} ({error})")
             continue
@@ -44,16 +51,16 @@ def read_metadata(root: Path, path: str, images: Set[str], field: str, skip: Ski
             skip("rows of metadata with a file outside the folder", shown)
         elif image not in images:
             skip("rows of metadata without an image", shown)
-        elif image in captions:
+        elif image in rows:
             skip(REPEATED, shown)
         else:
-            captions[image] = caption
-    if len(broken) == rows:
-        first = f"all of its {rows} rows are broken, first {broken[0]}" if broken else "it has no row"
+            rows[image] = Row(captions, row)
+    if len(broken) == count:
+        first = f"all of its {count} rows are broken, first {broken[0]}" if broken else "it has no row"
         raise ValueError(f"metadata file {path!r}: {first}; repair the file, or move it out of data.folder")
     for each in broken:
         skip("broken rows of metadata", each)
-    return captions
+    return rows
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
@@ -96,15 +103,16 @@ def _file_name(row: Any) -> str:
     return name.replace("\\", "/")  # as Windows writes it
 
 
-def _caption(row: Mapping[str, Any], field: str) -> str:
-    caption = row.get(field, row.get(DEFAULT_FIELD))
-    if not isinstance(caption, str):
-        raise ValueError(
-            f"no text {field!r} or {DEFAULT_FIELD!r}, but {_columns(row)}; set --config.data.caption_field"
-        )
-    if not caption.strip():
+def _captions(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    values = [row[name] for name in ([name for name in fields if name in row] or [DEFAULT_FIELD]) if name in row]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        wanted = " or ".join(map(repr, [*fields, DEFAULT_FIELD]))
+        raise ValueError(f"no text {wanted}, but {_columns(row)}; set --config.data.caption_field")
+    captions = [check_unicode(text, "the caption").strip() for text in texts]
+    if not any(captions):
         raise ValueError("the caption is empty; write one, or remove the row")
-    return check_unicode(caption, "the caption").strip()
+    return tuple(filter(None, captions))
 
 
 def _columns(row: Any) -> str:

@@ -415,15 +415,19 @@ class ShapesSource:
         check_length(self.length, batch_size)
 
     def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
-        settings = ["shapes", self.size, self.length, *self.tasks, *self.relations]
-        if self.style != "fill":  # whose fingerprint is that of caches which were made before there were styles
-            settings.append(self.style)
         return CaptionedDataset(
             train=self._train(),
             held_out=Shapes("test", self.held_out, self.size, style=self.style),
             prompts=lambda n: evaluation_prompts("test", n),
             compositional_prompts=lambda n: evaluation_prompts("composition", n),
-            fingerprint=" ".join(map(str, settings)),
+            manifest={
+                "source": "shapes",
+                "size": str(self.size),
+                "length": str(self.length),
+                "style": self.style,
+                "tasks": " ".join(self.tasks),
+                "relations": " ".join(self.relations),
+            },
         )
 
     def _train(self) -> Shapes:

@@ -4,12 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from lcm_jax.data.array_record import ArrayRecordSource
 from lcm_jax.data.captioned import CaptionedDataset, Source
 from lcm_jax.data.folder import FolderSource
+from lcm_jax.data.parquet import ParquetSource
 from lcm_jax.data.shapes import ShapesSource
 from lcm_jax.data.tar_shards import TarSource
+from lcm_jax.data.tfds import TfdsSource
 
-SOURCES: Mapping[str, type[Source]] = {"shapes": ShapesSource, "tar": TarSource, "folder": FolderSource}
+SOURCES: Mapping[str, type[Source]] = {
+    "shapes": ShapesSource,
+    "tar": TarSource,
+    "folder": FolderSource,
+    "parquet": ParquetSource,
+    "array_record": ArrayRecordSource,
+    "tfds": TfdsSource,
+}
 HELD_OUT_USERS = ("sample.images", "sample.prompts", "sample.scored_prompts", "report.prompts", "report.reference")
 
 
@@ -29,6 +39,10 @@ def check_data(config) -> Source:
                 f"the config has no data.{field.name}, which data.source={data.source} requires; add it to the config "
                 "file, as bundled configs have it (--list_configs)"
             )
+    names = {field.name for field in fields(source)}
+    for name in ("filters", "buckets"):
+        if data.get(name) and name not in names:
+            raise ValueError(f"data.{name} is not supported for data.source={data.source}; remove it")
     settings = config.to_dict()
     for key in HELD_OUT_USERS:
         group, name = key.split(".")

@@ -4,26 +4,26 @@ The headers are read once; after that a record is one `pread` of its image and o
 extracted, so that no name in an archive can become a path, and records can be read in any order.
 """
 
-import glob
-import hashlib
 import io
-import json
-import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcm_jax.data import images
-from lcm_jax.data.captioned import CaptionedDataset, parse_caption
-from lcm_jax.data.substitutes import Substitutes
-from lcm_jax.files import whole_file
+from lcm_jax.data import shard_files
+from lcm_jax.data.captioned import CaptionError, SourceError, caption_fields, find_captions, find_field, parse_object
+from lcm_jax.data.filters import to_numbers
+from lcm_jax.data.prepared import ImageSource
+from lcm_jax.data.shard_files import ShardFile
+from lcm_jax.data.stored import digest
+from lcm_jax.files import check_unicode, decode, whole_file
 
+KEY = "data.shards"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 REMEDY = "set --config.data.shards to the shards, such as data/{00000..00015}.tar or data/*.tar"
 BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
@@ -40,74 +40,47 @@ COMPRESSED = {  # pattern of a file's first bytes, with which no name in a tar b
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 EMPTY = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 
-# Offsets and sizes of a record's two members in its shard, in bytes; `plain`: the caption is plain text, not JSON.
+# Offsets and sizes of a record's members in its shard, in bytes; the size of a member that it lacks is -1.
 RECORD = np.dtype(
     [
         ("shard", "<i4"),
         ("image", "<i8"),
         ("image_size", "<i4"),
-        ("caption", "<i8"),
-        ("caption_size", "<i4"),
-        ("plain", "?"),
+        ("txt", "<i8"),
+        ("txt_size", "<i4"),
+        ("json", "<i8"),
+        ("json_size", "<i4"),
     ]
 )
 
 
-class ShardError(ValueError):
-    """A shard that can no longer be read. No other record replaces its records: a resumed run would replace others."""
-
-
 class Index(NamedTuple):
-    """The place of every record. shards: file names; records: RECORD[N], in the order of the shards."""
+    """The place of every record. shards: file names; records: RECORD[N], in the order of the shards; values: float64[N]
+    of each JSON field that was asked for; sizes: of the shards in bytes."""
 
     shards: tuple[str, ...]
     records: np.ndarray
+    values: dict[str, np.ndarray]
+    sizes: tuple[int, ...]
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Return the files that patterns name: `{00000..00015}` counts, padded with zeros like its first number; `*`, `?`
-    and `[..]` match files, in order of name.
-
-    Raises ValueError if a pattern matches nothing or names a file that is missing.
-    """
-    shards: list[str] = []
-    if not patterns:
-        raise ValueError(f"data.shards is empty; {REMEDY}")
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        named = list(_count(pattern))
-        files = [file for name in named for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
-        if missing := [file for file in files if not os.path.isfile(file)]:
-            raise ValueError(
-                f"data.shards {pattern!r}: {len(missing)} of {len(files)} files are missing, first {missing[0]!r}; "
-                f"{REMEDY}"
-            )
-        if not files:
-            raise ValueError(f"data.shards {pattern!r} matches no file; {REMEDY}")
-        shards += files
-    return shards
-
-
-def _count(pattern: str) -> Iterator[str]:
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span is None:
-        yield pattern
-        return
-    for number in range(int(span[1]), int(span[2]) + 1):
-        yield from _count(f"{pattern[: span.start()]}{number:0{len(span[1])}d}{pattern[span.end() :]}")
+    """Return the shards that patterns name, see `shard_files.expand`. Raises ValueError."""
+    return shard_files.expand(patterns, KEY, REMEDY)
 
 
 # ---- the headers ----------------------------------------------------------------------------------------------------
 
 
-def members(file: int, length: int, skipped: Counter) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the plain files in the tar open as `file`, `length` bytes long.
+def members(read: Callable[[int, int], bytes], length: int, skipped: Counter) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the plain files in a tar of `length` bytes; read(start, size) returns its bytes.
 
     Other members are skipped and counted in `skipped` by reason. An invalid header, or a member that is longer than the
     archive, ends the archive there: the place of the next header is unknown.
     """
     position, longer = 0, {}
     while True:
-        block = os.pread(file, BLOCK, position)
+        block = read(position, BLOCK)
         if len(block) < BLOCK:
             skipped["archives cut short"] += 1  # a whole one ends with blocks of zeros
             return
@@ -130,7 +103,7 @@ def members(file: int, length: int, skipped: Counter) -> Iterator[tuple[str, int
                 skipped["archives with an endless name, the rest of them"] += 1
                 return
             if kind != tarfile.XGLTYPE:  # a global header names no member
-                longer |= _extension(kind, os.pread(file, size, start))
+                longer |= _extension(kind, read(start, size))
             continue
         name, longer = str(longer.get("path", header.name)), {}
         if kind not in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -162,28 +135,31 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
     return fields
 
 
-def index_shards(shards: Sequence[str], cache: Path | None = None, log: Callable[[str], None] = print) -> Index:
+def index_shards(
+    shards: Sequence[str], cache: Path | None = None, log: Callable[[str], None] = print, fields: Sequence[str] = ()
+) -> Index:
     """Read the headers of `shards`. log: is called with a line that counts the records and whatever was skipped.
 
     cache: a folder that keeps the result under a digest of the shards' names, lengths and times; indexing millions of
-    records takes minutes. Raises ValueError if there is no record, or a shard is compressed.
+    records takes minutes. fields: of the JSON members, whose numbers the index has. Raises ValueError if there is no
+    record, or a shard is compressed.
     """
-    status = [(os.path.abspath(shard), os.stat(shard)) for shard in shards]
-    fingerprint = [(path, each.st_size, each.st_mtime_ns) for path, each in status]
-    key = hashlib.sha256(json.dumps(["2", fingerprint]).encode()).hexdigest()[:16]
-    stored = None if cache is None else Path(cache) / f"{key}.npy"
+    files = shard_files.map_threads(lambda shard: ShardFile(shard, KEY), shards)
+    sizes = tuple(file.size for file in files)
+    key = digest("3", *(file.identity for file in files), *fields)[:16]
+    stored = None if cache is None else Path(cache) / f"{key}.npz"
     if stored is not None and stored.exists():
-        return Index(tuple(shards), np.load(stored))
-    skipped: Counter = Counter()
-    parts = []
-    for number, shard in enumerate(shards):
-        file = os.open(shard, os.O_RDONLY)
-        try:
-            _check_uncompressed(shard, os.pread(file, BLOCK, 0))
-            parts.append(_records(number, members(file, os.fstat(file).st_size, skipped), skipped))
-        finally:
-            os.close(file)
-    records = np.concatenate(parts)
+        with np.load(stored) as arrays:
+            values = {field: arrays[f"value {field}"] for field in fields}
+            return Index(tuple(shards), arrays["records"], values, sizes)
+    remote = any(map(shard_files.is_url, shards))
+    if remote:
+        log(f"reading the headers of {len(shards)} shards, {sum(sizes) / 1e9:.1f} GB")
+    index = lambda number: _index_shard(number, files[number], fields)  # noqa: E731
+    numbers = range(len(files))
+    parts = shard_files.map_threads(index, numbers) if remote else [index(number) for number in numbers]
+    records = np.concatenate([part for part, _, _ in parts])
+    skipped = sum((counts for _, _, counts in parts), Counter())
     summary = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not len(records):
         raise ValueError(
@@ -191,11 +167,41 @@ def index_shards(shards: Sequence[str], cache: Path | None = None, log: Callable
             f"use shards of records, each a key.{'|'.join(IMAGE_EXTENSIONS)} beside a key.txt or key.json"
         )
     log(f"{len(records)} records in {len(shards)} shards{f'; skipped: {summary}' if summary else ''}")
+    values = {field: np.concatenate([numbers[field] for _, numbers, _ in parts]) for field in fields}
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(stored) as temporary, temporary.open("wb") as file:
-            np.save(file, records)
-    return Index(tuple(shards), records)
+            arrays: dict[str, Any] = {f"value {field}": numbers for field, numbers in values.items()}
+            np.savez(file, records=records, **arrays)
+    return Index(tuple(shards), records, values, sizes)
+
+
+def _index_shard(
+    number: int, file: ShardFile, fields: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray], Counter]:
+    """Return (RECORD[n], numbers of each field, what was skipped) of one shard."""
+    skipped: Counter = Counter()
+    rows: dict[int, dict[str, Any]] = {}  # JSON objects by their place, read as the headers are
+
+    def listed(read: Callable[[int, int], bytes]) -> Iterator[tuple[str, int, int]]:
+        for name, start, size in members(read, file.size, skipped):
+            if fields and name.lower().endswith(".json"):
+                rows[start] = _numbers(read(start, size), fields)
+            yield name, start, size
+
+    with shard_files.open_reader(file) as read:
+        _check_uncompressed(file.name, read(0, BLOCK))
+        records = _records(number, listed(read), skipped)
+    kept = [rows.get(int(record["json"]), {}) if record["json_size"] >= 0 else {} for record in records]
+    return records, to_numbers(kept, fields), skipped
+
+
+def _numbers(data: bytes, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        row = parse_object(data, "")
+    except (ValueError, RecursionError):  # reported, with its reason, when its caption is read
+        return {}
+    return {field: find_field(row, field) for field in fields}  # not all of it, for millions of records
 
 
 def _check_uncompressed(shard: str, head: bytes) -> None:
@@ -222,11 +228,10 @@ def _records(shard: int, files: Iterator[tuple[str, int, int]], skipped: Counter
             keyed[key][part] = (start, size)
     rows = []
     for parts in keyed.values():
-        caption = parts.get("txt", parts.get("json"))
-        if caption is None or "image" not in parts:
-            skipped["keys without a caption" if "image" in parts else "keys without an image"] += 1
+        if "image" in parts and ("txt" in parts or "json" in parts):
+            rows.append((shard, *parts["image"], *parts.get("txt", (0, -1)), *parts.get("json", (0, -1))))
         else:
-            rows.append((shard, *parts["image"], *caption, "txt" in parts))
+            skipped["keys without a caption" if "image" in parts else "keys without an image"] += 1
     return np.array(rows, RECORD)
 
 
@@ -234,114 +239,73 @@ def _records(shard: int, files: Iterator[tuple[str, int, int]], skipped: Counter
 
 
 class TarShards:
-    """Random access to {"image": uint8[size, size, 3], "caption": str, "time_ids": float32[6]}.
+    """The images of an index, by number; see `StoredImages`.
 
-    As in the published scripts, the shorter side is resized to `size` with Pillow's bilinear filter, which averages
-    when it shrinks, and a random square is cropped, which (seed, record) determine in every epoch. time_ids are SDXL's
-    sizes: (height, width) of the upright image as stored, (top, left) of the crop, (size, size).
-
-    A record that cannot be read is counted, reported to `log` and replaced by another, always the same one, so that
-    record i stays a function of i. Raises ValueError if none can be read, and ShardError.
+    fields: names of captions. One name is that of a field in key.json, if there is no key.txt; of several, `txt` is
+    key.txt, and all others are fields.
     """
 
-    def __init__(self, index: Index, size: int, seed: int = 0, caption_field: str = "caption", log=print):
-        self.index, self.size, self.seed, self.caption_field = index, size, seed, caption_field
-        failure = ("data.shards", "fetch the shards again")
-        self.substitutes = Substitutes(len(index.records), self._name, log, failure, (ShardError,))
-        self._log = log
+    formats = ("JPEG", "PNG", "WEBP")
+
+    def __init__(self, index: Index, fields: Sequence[str] = ("caption",)):
+        self.index, self.values, self._fields = index, index.values, tuple(fields)
 
     def __len__(self) -> int:
         return len(self.index.records)
 
-    def __getitem__(self, i: int) -> dict:
-        return self.substitutes.read(i, self._read)
-
-    def caption(self, i: int) -> str:
-        """Return the caption of record i without reading its image."""
-        return self.substitutes.read(i, self._caption)
-
-    def part(self, first: int, last: int) -> "TarShards":
-        """Return records first..last-1 as a set of their own: unreadable ones are replaced by records of this part."""
-        if not 0 <= first < last <= len(self):
-            raise ValueError(f"records {first} to {last - 1} are not among the {len(self)} of this set")
-        index = Index(self.index.shards, self.index.records[first:last])
-        return TarShards(index, self.size, self.seed, self.caption_field, self._log)
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that determines the records: their places, the shards' names and lengths, size, seed."""
-        shards = [(shard, os.path.getsize(shard)) for shard in self.index.shards]
-        pixels = "upright, on white"  # change it with the way pixels are made, so that caches are encoded again
-        settings = json.dumps([shards, self.size, self.seed, self.caption_field, pixels])
-        return hashlib.sha256(settings.encode() + self.index.records.tobytes()).hexdigest()
-
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
         record = self.index.records[number]
         return f"record {number} ({self.index.shards[record['shard']]}, byte {record['image']})"
 
+    def captions(self, number: int) -> list[str]:
+        record, captions = self.index.records[number], []
+        plain, several = record["txt_size"] >= 0, len(self._fields) > 1
+        if plain and (not several or "txt" in self._fields):
+            captions.append(check_unicode(decode(self._bytes(record, "txt"), "the caption"), "the caption").strip())
+        fields = [name for name in self._fields if name != "txt" or not several]
+        if record["json_size"] >= 0 and fields and (several or not plain):
+            try:
+                row = parse_object(self._bytes(record, "json"), "the caption")
+                captions += find_captions(row, fields, "its JSON")
+            except CaptionError:
+                if not captions:
+                    raise
+        if not captions:
+            raise CaptionError(f"there is no {' or '.join(self._fields)}; set --config.data.caption_field")
+        return captions
+
+    def image(self, number: int) -> io.BytesIO:
+        return io.BytesIO(self._bytes(self.index.records[number], "image"))
+
+    def digest(self, numbers: np.ndarray) -> str:
+        return digest(*self.index.shards, *map(str, self.index.sizes), self.index.records[numbers].tobytes())
+
     def _bytes(self, record, part: str) -> bytes:
         shard, size = self.index.shards[record["shard"]], int(record[f"{part}_size"])
-        try:
-            file = os.open(shard, os.O_RDONLY)
-            try:
-                data = os.pread(file, size, int(record[part]))
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise ShardError(
-                f"shard {shard} cannot be read ({error}); make it readable and run the same command to resume"
-            ) from error
+        data = shard_files.read_range(shard, int(record[part]), size, KEY)
         if len(data) != size:
-            raise ShardError(
+            raise SourceError(
                 f"shard {shard} has become shorter since it was indexed; run the same command to index it again"
             )
         return data
-
-    def _caption(self, number: int) -> str:
-        record = self.index.records[number]
-        return parse_caption(self._bytes(record, "caption"), None if record["plain"] else self.caption_field)
-
-    def _read(self, number: int) -> dict:
-        caption = self._caption(number)
-        data = self._bytes(self.index.records[number], "image")
-        image = images.to_rgb(images.open_upright(io.BytesIO(data), ("JPEG", "PNG", "WEBP"), images.MAX_PIXELS))
-        rng = np.random.default_rng([self.seed, number])
-        pixels, sizes = images.crop_square(image, self.size, rng)
-        return {"image": pixels, "caption": caption, "time_ids": sizes}
 
 
 # ---- the source -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TarSource:
-    """The source `tar`: `shards` of captioned images, of which the last `held_out` records are not trained on.
-
-    size: of the images in pixels. caption_field: of a key.json, if there is no key.txt.
-    """
+@dataclass(frozen=True, kw_only=True)
+class TarSource(ImageSource):
+    """The source `tar`: `shards` of captioned images, files or URLs."""
 
     shards: str | Sequence[str]
-    caption_field: str
-    size: int
-    held_out: int
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        return KEY, "fetch the shards again"
 
     def check(self, batch_size: int) -> None:
+        super().check(batch_size)
         expand(self.shards)
 
-    def open(self, seed: int, folder: Path, log: Callable[[str], None]) -> CaptionedDataset:
-        index = index_shards(expand(self.shards), folder, log)
-        every = TarShards(index, self.size, seed, self.caption_field, log)
-        count = len(every) - self.held_out
-        if count < 1:
-            raise ValueError(
-                f"data.held_out {self.held_out} leaves none of the {len(every)} records of data.shards to train on; "
-                "lower it"
-            )
-        train, held_out = every.part(0, count), every.part(count, len(every))
-        return CaptionedDataset(
-            train=train,
-            held_out=held_out,
-            prompts=lambda n: [held_out[i]["caption"] for i in range(n)],  # of the images that are shown beside them
-            compositional_prompts=lambda n: [],
-            fingerprint=train.fingerprint,
-        )
+    def store(self, fields: Sequence[str], folder: Path, log: Callable[[str], None]) -> TarShards:
+        return TarShards(index_shards(expand(self.shards), folder, log, fields), caption_fields(self.caption_field))

@@ -1,6 +1,7 @@
 """CLIP's byte-pair tokenizer: building one for a closed set of words, loading one strictly, captions to token ids."""
 
 import codecs
+import hashlib
 import json
 import os
 import reprlib
@@ -218,6 +219,12 @@ def encode_for(tokenizers: Sequence, captions: Sequence[str]) -> np.ndarray:
         lengths = ", ".join(str(tokenizer.model_max_length) for tokenizer in tokenizers)
         raise ValueError(f"the tokenizers differ in model_max_length ({lengths}); use those of one model")
     return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
+
+
+def digest(tokenizers: Sequence) -> str:
+    """Return a sha256, in hexadecimal, that differs between tokenizers: of vocabularies, lengths and the empty text."""
+    contents = [[sorted(each.get_vocab().items()), encode(each, [""]).tolist()] for each in tokenizers]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def open_tokenizers(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> list:

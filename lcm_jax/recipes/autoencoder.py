@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import files
-from lcm_jax.data.batches import make_batches
+from lcm_jax.data.batches import image_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
 from lcm_jax.evaluation import verifier
@@ -19,6 +19,7 @@ from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.objectives.autoencoder import Autoencoder, Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.curve import finish_previews
+from lcm_jax.recipes.distillation import largest_size
 from lcm_jax.recipes.models import OpenModel
 from lcm_jax.sampling.preview import save_grid
 from lcm_jax.training.loop import TrainTask
@@ -44,8 +45,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
     vae = AutoencoderKL.from_config(vae_config, jnp.dtype(config.train.dtype))
     size, count = config.data.size, config.train.batch_size
     downscale, channels = 2 ** (len(config.vae.block_out_channels) - 1), config.vae.latent_channels
-    if size % downscale:
-        raise ValueError(f"data.size {size} is not supported; use a multiple of {downscale}, for the autoencoder")
+    largest = largest_size(config.data, downscale)
     side = size // downscale
 
     def latents(batch) -> jax.ShapeDtypeStruct:
@@ -112,13 +112,14 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         load_params=init if start is None else lambda: read_params(start, "vae", abstract),
         load_frozen=dict,
         latents=latents,
-        batch={"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)},
-        make_batches=lambda frozen, first: make_batches(config, workdir, dataset(), first),
+        batch={"image": jax.ShapeDtypeStruct((count, *largest, 3), jnp.uint8)},
+        make_batches=lambda frozen, first: image_batches(config, dataset(), None, first),
         write_preview=write_preview,
         on_complete=on_complete,
         weight_digests=lambda: {} if start is None else {"init": compute_digests(start)["vae"]},
         figures={"held_out_absolute_error": True},
         data=lambda: {"images": str(len(dataset().train)), "digest": dataset().fingerprint},
+        skipped=lambda: dataset().skipped(),
     )
 
 

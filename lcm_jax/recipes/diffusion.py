@@ -12,6 +12,7 @@ import numpy as np
 
 from lcm_jax.data import shapes
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.data.captioned import CaptionedDataset
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.evaluation import verifier
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -20,7 +21,8 @@ from lcm_jax.objectives.networks import Networks
 from lcm_jax.ranges import from_settings
 from lcm_jax.recipes.autoencoder import open_autoencoder
 from lcm_jax.recipes.curve import finish_previews
-from lcm_jax.recipes.distillation import batch_shapes, frame, latent_batches, make_prepare
+from lcm_jax.recipes.distillation import batch_shapes, latent_batches, make_prepare
+from lcm_jax.recipes.latents import RunCache
 from lcm_jax.recipes.models import OpenModel, latent_shape
 from lcm_jax.sampling.preview import PreviewSampler, save_grid
 from lcm_jax.training.loop import TrainTask
@@ -143,6 +145,20 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             for part, digest in compute_digests(stored).items()
         }
 
+    @cache
+    def dataset() -> CaptionedDataset:
+        return load_dataset(config, workdir)
+
+    latents = RunCache(
+        folder=Path(config.data.cache or workdir / "latents"),
+        model=model,
+        load=lambda name: read_params(autoencoder, name, abstract[name], put=np.array),
+        digests=partial(compute_digests, autoencoder),
+        dataset=dataset,
+        tokenizers=lambda: [tokenizer],
+        prompts=False,  # the text encoder is trained
+        batch_size=config.train.batch_size,
+    )
     empty, steps = np.asarray(tokenize([""])[0], np.int32), config.sample.steps
     return TrainTask(
         title="diffusion",
@@ -157,15 +173,9 @@ def diffusion_task(config, workdir: Path, open_model: OpenModel = open_model) ->
             "empty_ids": empty,
         },
         latents=partial(latent_shape, model),
-        batch=batch_shapes(model, frame(config.data), config.train.batch_size, config.data.encode),
-        make_batches=latent_batches(
-            config,
-            workdir,
-            lambda: load_dataset(config, workdir),
-            model,
-            tokenize,
-            lambda: compute_digests(autoencoder)["vae"],
-        ),
+        batch=batch_shapes(model, config.data, config.train.batch_size),
+        encode_data=latents.write if config.data.encode == "cache" else None,
+        make_batches=latent_batches(config, dataset, tokenize, latents),
         write_preview=write_preview,
         on_complete=on_complete,
         weight_digests=weight_digests,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
@@ -86,26 +86,58 @@ def frozen_dtype(dtype: Any) -> Callable[[Any], np.dtype]:
     return lambda leaf: jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
 
 
-def abstract_frozen(model: StableDiffusion, unet: bool = True) -> dict[str, Any]:
-    """Return the shapes and dtypes of a model's frozen parameters by network, and of the empty prompt's tokens.
+def encode_prompts(model: StableDiffusion, params: Any, token_ids: Any) -> dict[str, jax.Array]:
+    """Return "context": [B, L, D] of token_ids, and for SDXL "pooled": [B, P]. params: of the text encoders."""
+    prompt = model.encode_prompt(params, token_ids)
+    return {"context": prompt.context} | ({} if prompt.pooled is None else {"pooled": prompt.pooled})
 
-    unet: False to leave out the UNet, if all of it is trained.
+
+def abstract_prompts(model: StableDiffusion, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of `encode_prompts` for `count` prompts."""
+    token_ids = jax.ShapeDtypeStruct((count, *token_shape(model)), jnp.int32)
+    return jax.eval_shape(partial(encode_prompts, model), model.abstract_params(), token_ids)
+
+
+def frozen_networks(model: StableDiffusion, unet: bool, prompts: bool) -> list[str]:
+    """Return the names of the networks that `abstract_frozen` has."""
+    return [name for name in model.networks if (unet or name != "unet") and (prompts or name not in ENCODERS)]
+
+
+def abstract_frozen(model: StableDiffusion, unet: bool = True, prompts: bool = True) -> dict[str, Any]:
+    """Return the shapes and dtypes of a model's frozen parameters by network, and of the empty prompt.
+
+    unet: False to leave out the UNet, if all of it is trained. prompts: True if steps encode prompts: with the text
+    encoders and "empty_ids", the empty prompt's tokens; else with "empty_prompt", see `encode_prompts`, of no batch.
     """
-    trees: dict[str, Any] = {"empty_ids": jax.ShapeDtypeStruct(token_shape(model), jnp.int32)}
-    for name, tree in model.abstract_params().items():
-        if unet or name != "unet":
-            cast = frozen_dtype(model.dtype_of(name))
-            trees[name] = jax.tree.map(lambda x, cast=cast: jax.ShapeDtypeStruct(x.shape, cast(x)), tree)
+    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
+    if prompts:
+        trees: dict[str, Any] = {"empty_ids": jax.ShapeDtypeStruct(token_shape(model), jnp.int32)}
+    else:
+        trees = {"empty_prompt": jax.tree.map(first, abstract_prompts(model, 1))}
+    abstract = model.abstract_params()
+    for name in frozen_networks(model, unet, prompts):
+        cast = frozen_dtype(model.dtype_of(name))
+        trees[name] = jax.tree.map(lambda x, cast=cast: jax.ShapeDtypeStruct(x.shape, cast(x)), abstract[name])
     return trees
 
 
-def load_frozen(models: Models, unet: bool = True) -> dict[str, Any]:
+def load_frozen(models: Models, unet: bool = True, prompts: bool = True) -> dict[str, Any]:
     """Read what `abstract_frozen` describes, each tensor cast as it is read, so that no second copy exists.
 
     Each is copied out of its file: on a CPU the device may use these very arrays, and files may change.
     """
-    trees: dict[str, Any] = {"empty_ids": np.asarray(models.tokenize([""])[0], np.int32)}
-    return trees | {name: load_network(models, name) for name in models.base.networks if unet or name != "unet"}
+    empty_ids = np.asarray(models.tokenize([""]), np.int32)
+    if prompts:
+        trees: dict[str, Any] = {"empty_ids": empty_ids[0]}
+    else:
+        encoded = jax.jit(partial(encode_prompts, models.base))(load_encoders(models), empty_ids)
+        trees = {"empty_prompt": jax.tree.map(lambda x: np.array(x[0]), encoded)}
+    return trees | {name: load_network(models, name) for name in frozen_networks(models.base, unet, prompts)}
+
+
+def load_encoders(models: Models) -> dict[str, Any]:
+    """Read the text encoders."""
+    return {name: load_network(models, name) for name in models.base.networks if name in ENCODERS}
 
 
 def load_network(models: Models, name: str) -> Any:

@@ -34,6 +34,8 @@ RANGES: Mapping[str, Range] = {
     "data.length": POSITIVE,
     "data.held_out": POSITIVE,
     "data.repeats": POSITIVE,
+    "data.max_skipped": FRACTION,
+    "data.workers": Range(0, 256),
     "train.steps": POSITIVE,
     "train.batch_size": POSITIVE,
     "train.accumulate": POSITIVE,

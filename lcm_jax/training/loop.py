@@ -54,11 +54,12 @@ class TrainTask:
     of what never changes (teacher, text encoder). load_params(), load_frozen(): those parameters, as arrays on the host
     that nothing else refers to. latents(batch): the shape of z of a whole batch. batch: the shapes of the largest
     batch, for which the step is compiled before anything is loaded; for another shape it is compiled when a batch of it
-    comes. make_batches(frozen, step): endless batches of numpy arrays, beginning with that of `step` (0-based); frozen
-    as it lies on the devices. skipped(): how many records of this process's batches could not be read so far, by cause.
-    weight_digests(): of the weights that the run starts from, by name. figures: those of previews by which a checkpoint
-    can be the best, True if lower is better. data(): what all processes must have read alike, by name, once there are
-    batches.
+    comes. encode_data(): encodes the data before anything is loaded, each process its part, unless that has been done;
+    None if steps encode it. make_batches(frozen, step): endless batches of numpy arrays, beginning with that of
+    `step` (0-based); frozen as it lies on the devices. skipped(): how many records of this process's batches could not
+    be read so far, by cause. weight_digests(): of the weights that the run starts from, by name. figures: those of
+    previews by which a checkpoint can be the best, True if lower is better. data(): what all processes must have read
+    alike, by name, once there are batches.
     """
 
     title: str
@@ -78,6 +79,7 @@ class TrainTask:
     figures: Mapping[str, bool] = field(default_factory=dict)
     skipped: Callable[[], Mapping[str, int]] = dict
     data: Callable[[], Mapping[str, str]] = dict
+    encode_data: Callable[..., None] | None = None
 
 
 def check_run(workdir: Path, config) -> None:
@@ -130,6 +132,8 @@ def train(
         programs.of(task.batch)
     distributed.wait_for_all("checked")  # one of them takes the lock that all have just looked at
     with hold_workdir(workdir):
+        if task.encode_data is not None:
+            task.encode_data()
         with phase("loading the weights", memory=STEP_MEMORY, kept=again):
             frozen = jax.device_put(task.load_frozen(), placement(step.frozen))
         with phase("opening the data", memory=STEP_MEMORY, kept=again):
