@@ -60,6 +60,8 @@ def make_batches(
         records, threads = ImageRecords(dataset.train, tokenize), min(8, os.cpu_count() or 2)
     else:
         assert tokenize is not None and make_encoder is not None and not masks, "a cache has moments and no images"
+        if dataset.buckets is not None:
+            raise ValueError("data.buckets is not supported with data.encode=cache; set --config.data.encode=step")
         loader.check_length(len(dataset.train), config.train.batch_size)  # before hours of encoding
         remedy = "set --config.data.encode=step, so that each step encodes its own images"
         kept = "nothing of it is kept; run the same command to begin again"
