@@ -64,7 +64,7 @@ def write_tfds(folder: Path, rows: Sequence[Mapping[str, Any]], captions: Sequen
     os.environ["TFDS_DISABLE_PROGRESS_BAR"] = "1"
     tfds.disable_progress_bar()
 
-    class MySet(tfds.core.GeneratorBasedBuilder):
+    class MySet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):

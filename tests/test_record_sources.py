@@ -267,7 +267,7 @@ def test_a_mistake_is_one_line(kind, settings, message, prepared, tmp_path):
     "kind, module, settings, extra",
     [
         (ParquetSource, "pyarrow.parquet", {"shards": "x"}, "parquet"),
-        (TfdsSource, "tensorflow_datasets", {"tfds": "x"}, "tfds"),
+        (TfdsSource, "tensorflow_datasets.core.decode", {"tfds": "x"}, "tfds"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(kind, module, settings, extra, tmp_path, monkeypatch):

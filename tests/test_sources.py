@@ -137,7 +137,11 @@ def test_images_alone_for_an_autoencoder(pattern, tmp_path):
         ({"data.filters": ("x>1",)}, "^data.filters is not supported for data.source=shapes; remove it$"),
         ({"data.buckets": ((16, 24),)}, "^data.buckets is not supported for data.source=shapes; remove it$"),
         (TAR | {"data.filters": ("x=1",)}, "^data.filters 'x=1' is not supported; use a field, one of"),
-        (TAR | {"data.buckets": ((16, 4),)}, r"^data.buckets has \(16, 4\), which is not supported; use"),
+        (
+            TAR | {"data.buckets": ((16, 4),)},
+            r"^data.buckets \(\(16, 4\),\) is not supported; use whole numbers of at le",
+        ),
+        (TAR | {"data.buckets": ((16,),)}, r"^data.buckets \(\(16,\),\) is not supported; use .height, width. pairs"),
         (TAR | {"data.caption_field": ""}, "^data.caption_field '' is not supported; use a name such as caption"),
         ({"data.encode": "once"}, "^data.encode 'once' is not supported; use cache or step$"),
     ],

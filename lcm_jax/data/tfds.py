@@ -72,14 +72,14 @@ class TfdsSource(ImageSource):
         if not self.tfds:
             raise ValueError(f"{KEY} is empty; set --config.data.tfds to the name of a data set, such as my_set:1.0.0")
         try:
-            import tensorflow_datasets as tfds
+            from tensorflow_datasets.core.decode import SkipDecoding
             from tensorflow_datasets.core.read_only_builder import builder_from_files
         except ImportError as error:
             raise ValueError(
                 f"data.source=tfds requires the package {error.name}; run pip install 'lcm_jax[tfds]'"
             ) from error
         try:
-            builder = builder_from_files(self.tfds, data_dir=self.tfds_dir or None)
+            builder: Any = builder_from_files(self.tfds, data_dir=self.tfds_dir or None)
         except Exception as error:  # of names, versions and files
             where = repr(self.tfds_dir) if self.tfds_dir else "the default folder"
             raise ValueError(
@@ -93,7 +93,7 @@ class TfdsSource(ImageSource):
                 "--config.data.image_field"
             )
         try:
-            decoders = {self.image_field: tfds.decode.SkipDecoding()}
+            decoders = {self.image_field: SkipDecoding()}
             return builder, builder.as_data_source(self.split, decoders=decoders)
         except Exception as error:  # of splits and formats
             raise ValueError(

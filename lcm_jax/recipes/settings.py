@@ -34,6 +34,7 @@ RANGES: Mapping[str, Range] = {
     "data.length": POSITIVE,
     "data.held_out": POSITIVE,
     "data.repeats": POSITIVE,
+    "data.buckets": Range(8, many=True),
     "data.max_skipped": FRACTION,
     "data.workers": Range(0, 256),
     "train.steps": POSITIVE,
