@@ -38,7 +38,7 @@ def line(signals: dict[int, tuple[int, int]] | None = None, rows: Path | None = 
     """signals: by the process that sends itself one, (the signal, how many batches it has had by then). rows: a folder
     for what each process reads."""
 
-    def make_batches(frozen, step):
+    def make_batches(step):
         process, count = jax.process_index(), jax.process_count()
         every = loader.batches(POINTS, 8, seed=0, first=step, process=process, processes=count)
         number, after = (signals or {}).get(process, (0, -1))

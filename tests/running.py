@@ -27,8 +27,8 @@ def run_until(config, workdir: Path, step: int) -> None:
     """Train until Ctrl-C comes after `step` updates, of which the last checkpoint is kept."""
     task: TrainTask = make_task(config, workdir)
 
-    def batches(frozen, first: int) -> Iterator:
-        for number, batch in enumerate(task.make_batches(frozen, first), first):
+    def batches(first: int) -> Iterator:
+        for number, batch in enumerate(task.make_batches(first), first):
             if number == step:
                 raise KeyboardInterrupt
             yield batch

@@ -62,7 +62,7 @@ def test_memory_is_the_bytes_of_a_real_state(data, fsdp, optimizer, teacher, tmp
         "optimizer moments": state.opt_state,
         "gradients": state.params,
         "frozen parameters": frozen,
-        "batch": sharding.put_batch(mesh, next(task.make_batches(frozen, 0))),
+        "batch": sharding.put_batch(mesh, next(task.make_batches(0))),
     }
     assert found["memory"] == {name: on_first_device(tree) for name, tree in real.items()}
     assert found["frozen"].keys() == {"unet", "vae"}, "prompts are encoded beforehand"

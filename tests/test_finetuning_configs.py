@@ -93,7 +93,7 @@ def test_a_step_of_each_model_in_small(name, begun, models, data, tmp_path):
     trace_loss(task)
     assert task.params.keys() == {"lora" if "lora" in config else "unet"}
     assert ("unet" in task.frozen) == ("lora" in config), "a UNet is held once"
-    batch = next(task.make_batches({}, 0))
+    batch = next(task.make_batches(0))
     assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
         key: (x.shape, x.dtype) for key, x in task.batch.items()
     }

@@ -491,7 +491,7 @@ def test_an_autoencoder_trains_on_a_folder_without_captions(tmp_path):
     config.update_from_flattened_dict({f"data.{name}": value for name, value in flags.items()})
     config.update_from_flattened_dict({"train.batch_size": 8, "sample.images": 4})
     task = make_task(config, tmp_path / "run")
-    batch = next(task.make_batches({}, 0))
+    batch = next(task.make_batches(0))
     assert batch.keys() == {"image"} and batch["image"].shape == (8, SIZE, SIZE, 3)
 
 

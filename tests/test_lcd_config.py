@@ -129,7 +129,7 @@ def test_a_step_that_encodes_equals_one_from_a_cache(teacher_of, tmp_path):
     config = shrunk_published(*given, **{"train.dtype": "float32"})
     task = RECIPES["lcd"](config, tmp_path / "run")
     frozen = task.load_frozen()
-    batch = next(task.make_batches(frozen, 0))
+    batch = next(task.make_batches(0))
     assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["token_ids"].shape[:2] == (4, 2)
     assert batch["time_ids"][:, [0, 1, 2, 4, 5]].tolist() == [[24, 40, 0, 16, 16]] * 4
@@ -142,7 +142,7 @@ def test_a_step_that_encodes_equals_one_from_a_cache(teacher_of, tmp_path):
     cached.encode_data()
     held = cached.load_frozen()
     assert held.keys() == {"unet", "vae", "empty_prompt"} and held["empty_prompt"].keys() == {"context", "pooled"}
-    stored = next(cached.make_batches(held, 0))
+    stored = next(cached.make_batches(0))
     for ours, abstract in ((held, cached.frozen), (stored, cached.batch)):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     np.testing.assert_array_equal(stored["time_ids"], batch["time_ids"])

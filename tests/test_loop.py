@@ -45,7 +45,7 @@ def line(draw=lambda rng, latents: None, loss=squared_error, **more) -> TrainTas
         "load_frozen": dict,
         "latents": lambda batch: jax.ShapeDtypeStruct((8,), jnp.float32),
         "batch": {"x": X, "y": X},
-        "make_batches": lambda frozen, step: repeat({"x": X, "y": 3 * X}),
+        "make_batches": lambda step: repeat({"x": X, "y": 3 * X}),
         "write_preview": lambda ema, frozen, path: {},
         "on_complete": lambda ema, frozen, seconds: None,
         "weight_digests": dict,
@@ -55,7 +55,7 @@ def line(draw=lambda rng, latents: None, loss=squared_error, **more) -> TrainTas
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
     points = iter([{"x": X, "y": 3 * X}, {"x": X, "y": np.nan * X}])
-    task = line(make_batches=lambda frozen, step: points)
+    task = line(make_batches=lambda step: points)
     with pytest.raises(RunError, match=r"^step 2: .*loss is nan; checkpoint 1 in .* is kept; use another"):
         train(task, config_of(**{"train.steps": 30}), tmp_path)
     assert checkpoints_of(tmp_path) == [1]
@@ -85,7 +85,7 @@ def a_setting(rng, latents):
     ],
 )
 def test_a_step_that_cannot_be_traced_is_one_line_and_writes_nothing(draw, message, tmp_path):
-    def never(frozen, step):
+    def never(step):
         raise AssertionError("no data is read before the step is compiled")
 
     with pytest.raises(RunError, match=message) as caught:
@@ -133,8 +133,8 @@ def test_a_signal_at_any_moment_is_followed_by_a_checkpoint(moment, tmp_path, mo
 
 
 def test_a_finished_run_knows_its_seconds_and_what_it_began_from(tmp_path):
-    def slow(frozen, step):
-        for batch in line().make_batches(frozen, step):
+    def slow(step):
+        for batch in line().make_batches(step):
             time.sleep(1)
             yield batch
 
@@ -169,11 +169,7 @@ def test_zero_is_never_and_the_last_update_is_logged_and_saved(tmp_path, monkeyp
     assert [json.loads(line)["step"] for line in lines] == [5] and checkpoints_of(tmp_path / "run") == [5]
     points = chain([{"x": X, "y": np.nan * X}], repeat({"x": X, "y": 3 * X}))
     with pytest.raises(RunError, match="^step 1: .*loss is nan; there is no checkpoint in .* yet"):
-        train(
-            line(make_batches=lambda frozen, step: points),
-            config_of(**never | {"train.steps": 10**9}),
-            tmp_path / "other",
-        )
+        train(line(make_batches=lambda step: points), config_of(**never | {"train.steps": 10**9}), tmp_path / "other")
 
 
 def test_what_cannot_be_printed_or_logged_costs_no_update(tmp_path, monkeypatch):
@@ -259,7 +255,7 @@ def test_ctrl_c_leaves_a_preview_at_once_and_ends_a_report_with_what_is_kept(tmp
 
 
 def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_says_otherwise(tmp_path):
-    hang_up = lambda frozen, step: (os.kill(os.getpid(), signal.SIGHUP) or {"x": X, "y": X} for _ in repeat(0))  # noqa: E731
+    hang_up = lambda step: (os.kill(os.getpid(), signal.SIGHUP) or {"x": X, "y": X} for _ in repeat(0))  # noqa: E731
     before = signal.getsignal(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

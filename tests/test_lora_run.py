@@ -150,7 +150,7 @@ def test_dropout_is_the_same_in_micro_batches_on_several_devices(teacher, tmp_pa
     task = make_task(config, tmp_path / "run")
     frozen, rng = task.load_frozen(), np.random.default_rng(0)
     task.encode_data()
-    batch = next(task.make_batches(frozen, 0))
+    batch = next(task.make_batches(0))
     random = lambda leaf: np.float32(leaf + 0.1 * rng.standard_normal(leaf.shape))  # noqa: E731
     params = jax.tree.map(random, jax.device_get(task.load_params()))  # up is not zero, so that down has a gradient
 

@@ -40,7 +40,7 @@ def run(workdir, *, profile=None, skipped=dict, **settings) -> list[dict[str, fl
         load_frozen=dict,
         latents=lambda batch: jax.ShapeDtypeStruct((8,), jnp.float32),
         batch={"x": X, "y": X},
-        make_batches=lambda frozen, step: repeat({"x": X, "y": 3 * X}),
+        make_batches=lambda step: repeat({"x": X, "y": 3 * X}),
         write_preview=lambda ema, frozen, path: {},
         on_complete=lambda ema, frozen, seconds: None,
         weight_digests=dict,

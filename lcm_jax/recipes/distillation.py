@@ -132,13 +132,13 @@ def stored_prompts(
 
 def latent_batches(
     config, dataset: Callable[[], CaptionedDataset], tokenize: Tokenize, cache: RunCache, masks: bool = False
-) -> Callable[[Params, int], Iterator[Mapping[str, np.ndarray]]]:
-    """Return make_batches(frozen, first) of a TrainTask, whose batches are those of `batch_shapes`.
+) -> Callable[[int], Iterator[Mapping[str, np.ndarray]]]:
+    """Return make_batches(first) of a TrainTask, whose batches are those of `batch_shapes`.
 
     dataset: called when the first batch is made, unless that comes from `cache`. masks: see `data.batches`.
     """
 
-    def batches(frozen: Params, first: int) -> Iterator[Mapping[str, np.ndarray]]:
+    def batches(first: int) -> Iterator[Mapping[str, np.ndarray]]:
         if config.data.encode == "step":
             return image_batches(config, dataset(), tokenize, first, masks=masks)
         records = cache.open()

@@ -24,7 +24,7 @@ from lcm_jax.training.checkpoint import STABLER, Checkpoints, check_root
 from lcm_jax.training.compilation import STEP_MEMORY, Programs, compile_step
 from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
 from lcm_jax.training.meter import Meter, Profile
-from lcm_jax.training.sharded_step import make_sharded_step, placement
+from lcm_jax.training.sharded_step import ShardedStep, make_sharded_step, placement
 from lcm_jax.training.state import Params, TrainState, learning_rate_schedule
 from lcm_jax.training.stop import StopSignal
 from lcm_jax.training.workdir import check_origin, check_workdir, claim_workdir, hold_workdir
@@ -55,8 +55,8 @@ class TrainTask:
     that nothing else refers to. latents(batch): the shape of z of a whole batch. batch: the shapes of the largest
     batch, for which the step is compiled before anything is loaded; for another shape it is compiled when a batch of it
     comes. encode_data(): encodes the data before anything is loaded, each process its part, unless that has been done;
-    None if steps encode it. make_batches(frozen, step): endless batches of numpy arrays, beginning with that of
-    `step` (0-based); frozen as it lies on the devices. skipped(): how many records of this process's batches could not
+    None if steps encode it. make_batches(step): endless batches of numpy arrays, beginning with that of `step`
+    (0-based). skipped(): how many records of this process's batches could not
     be read so far, by cause. weight_digests(): of the weights that the run starts from, by name. figures: those of
     previews by which a checkpoint can be the best, True if lower is better. data(): what all processes must have read
     alike, by name, once there are batches.
@@ -72,7 +72,7 @@ class TrainTask:
     load_frozen: Callable[[], Params]
     latents: Callable[[Mapping[str, Any]], jax.ShapeDtypeStruct]
     batch: Mapping[str, jax.ShapeDtypeStruct]
-    make_batches: Callable[[Params, int], Iterator[Mapping[str, np.ndarray]]]
+    make_batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     write_preview: WritePreview
     on_complete: OnComplete
     weight_digests: Callable[[], Mapping[str, str]]
@@ -137,9 +137,8 @@ def train(
         with phase("loading the weights", memory=STEP_MEMORY, kept=again):
             frozen = jax.device_put(task.load_frozen(), placement(step.frozen))
         with phase("opening the data", memory=STEP_MEMORY, kept=again):
-            alone = distributed.local(frozen)
-            with distributed.main_first("data"):  # which makes indices and caches
-                batches = task.make_batches(alone, 0)
+            with distributed.main_first("data"):  # which makes indices
+                batches = task.make_batches(0)
                 batches = chain([next(batches)], batches)
             check_data(task.data())
         with distributed.main_first("workdir"):
@@ -156,15 +155,10 @@ def train(
             with phase("training", memory=STEP_MEMORY, kept=checkpoints.summary), distributed.ending_with_others(kept):
                 state = checkpoints.restore(step.state, ignore_unreadable=ignore_unreadable)
                 if state is None:
-                    # An argument, not a constant of the program, and donated, so that it exists once. Copied before:
-                    # on a CPU device_put would lend the host's arrays, mapped from files that must not be written to.
-                    put = lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding)  # noqa: E731
-                    params = jax.tree.map(put, task.load_params(), step.state.params)
-                    state = jax.jit(step.create, out_shardings=placement(step.state), donate_argnums=0)(params)
-                    del params
+                    state = first_state(task, step)
                 first = int(state.step)
                 if first:
-                    batches = task.make_batches(alone, first)
+                    batches = task.make_batches(first)
                 inputs = (sharding.put_batch(mesh, batch) for batch in batches)
                 meter = Meter(config.train.batch_size, mesh.devices.flatten().tolist(), task.skipped)
 
@@ -193,6 +187,15 @@ def train(
                 task.on_complete(average, alone, seconds)
             distributed.wait_for_all("report")
     return True
+
+
+def first_state(task: TrainTask, step: ShardedStep) -> TrainState:
+    """Return the state before the first update, on its devices."""
+    # An argument, not a constant of the program, and donated, so that it exists once. Copied before: on a CPU
+    # device_put would lend the host's arrays, mapped from files that must not be written to.
+    put = lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding)  # noqa: E731
+    params = jax.tree.map(put, task.load_params(), step.state.params)
+    return jax.jit(step.create, out_shardings=placement(step.state), donate_argnums=0)(params)
 
 
 def run_steps(
