@@ -42,6 +42,8 @@ def pytest_unconfigure():
 
 
 LONG = (
+    "docs",
+    "notebooks",
     "page_load",
     "page",
     "lcd_config",
@@ -55,6 +57,7 @@ LONG = (
     "inpainting",
     "dry_run",
     "sharding",
+    "latent_cache",
 )
 
 

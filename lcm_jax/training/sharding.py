@@ -48,16 +48,15 @@ def make_mesh(data: int, fsdp: int, tensor: int = 1) -> Mesh:
         data = len(devices) // max(fsdp * tensor, 1)
     sizes = (data, fsdp, tensor)
     used = data * fsdp * tensor
-    product = f"mesh.data x mesh.fsdp x mesh.tensor is {data} x {fsdp} x {tensor}"
     if min(sizes) < 1 or used > len(devices) or (rest and used < len(devices)):
         raise ValueError(
-            f"{product} and there are {len(devices)} devices; "
+            f"mesh.data x mesh.fsdp x mesh.tensor is {data} x {fsdp} x {tensor} and there are {len(devices)} devices; "
             f"set mesh.fsdp x mesh.tensor to a divisor of that, and mesh.data=-1 to use the rest"
         )
     if jax.process_count() > 1 and used < len(devices):
         raise ValueError(
-            f"{product}, which leaves devices of {jax.process_count()} processes "
-            f"unused; set mesh.data=-1 to use all {len(devices)}"
+            f"mesh.data x mesh.fsdp x mesh.tensor is {data} x {fsdp} x {tensor}, which leaves devices of "
+            f"{jax.process_count()} processes unused; set mesh.data=-1 to use all {len(devices)}"
         )
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
     if any(len({device.process_index for device in row}) > 1 for row in mesh.devices.reshape(-1, tensor)):
