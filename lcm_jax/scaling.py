@@ -164,7 +164,7 @@ ASSUMED_MFU = 0.4  # of the peak, without communication: what diffusion training
 
 
 class Load(NamedTuple):
-    """What a step moves, in bytes of whole arrays.
+    """Bytes that a step moves, of whole arrays.
 
     gathered: of parameters, over `fsdp`. reduced: of gradients, over `fsdp` and `data`.
     """

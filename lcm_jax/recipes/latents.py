@@ -52,7 +52,7 @@ class RunCache:
 
     @cached_property
     def fields(self) -> dict[str, str]:
-        """What the values depend on, by name: a cache with another field is refused."""
+        """Everything that the values depend on, by name: a cache with another field is refused."""
         digests = self.digests()
         return {
             **{f"data.{name}": value for name, value in self.dataset().manifest.items()},
