@@ -155,6 +155,9 @@ def test_what_is_read_beside_a_damaged_array_ends_unheard(tmp_path, monkeypatch)
     for _ in range(5):
         with pytest.raises(ModelError, match="cannot be read"):
             read_leaves(tmp_path / "one", 0, [("unet", name) for name in tree["unet"]])
+    collected = Exception("a read that nobody awaits any more")
+    collected.__cause__ = GeneratorExit()
+    sys.unraisablehook(SimpleNamespace(exc_value=collected))
     assert not heard
     sys.unraisablehook(SimpleNamespace(exc_value=ValueError("of something else")))
     assert [str(error) for error in heard] == ["of something else"]

@@ -30,7 +30,10 @@ def checksum(array: np.ndarray) -> int:
 
 
 def _report_all_but_orphans(before: Callable, unraisable) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+    error = unraisable.exc_value
+    closed = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+    collected = error is not None and isinstance(error.__cause__, GeneratorExit)  # a read that nobody awaits any more
+    if not (closed or collected):
         before(unraisable)
 
 
