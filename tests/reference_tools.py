@@ -1,6 +1,6 @@
 """The tools that metrics are compared with (extra `parity`); where one is not installed, its tests are skipped.
 
-All of them require torchvision, whose published builds are for CUDA: beside a torch for CPUs it has none of its compiled
+All of them require torchvision, whose published builds are for CUDA: beside a torch for CPUs it lacks its compiled
 operators, and its own import fails when it describes two of them. No test runs these, so they are declared here.
 """
 

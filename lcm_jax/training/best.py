@@ -67,7 +67,7 @@ class BestCheckpoint(Checkpoints):
             return False
         self._last.wait()  # processes meet in the same order while one of the two is written
         step = int(state.step)
-        if step in self.notes():  # the same state, measured by another figure
+        if step in self.steps():  # the same state, measured by another figure
             self.delete(step)
         self.save(state, self._rule | {"value": value})
         self.wait()
@@ -76,6 +76,6 @@ class BestCheckpoint(Checkpoints):
         return True
 
     def _delete_others(self) -> None:
-        for step in self.notes():
+        for step in self.steps():
             if step != self.step:
                 self.delete(step)

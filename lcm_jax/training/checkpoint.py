@@ -147,16 +147,27 @@ class Checkpoints:
     def notes(self) -> dict[int, dict[str, Any]]:
         """Return the notes of the checkpoints by step; a note is empty if it was saved without one.
 
-        Raises CheckpointError for one that is damaged.
+        The main process reads them for all, which call this together: one of them that read later might find a
+        checkpoint that another had deleted by then. Raises CheckpointError for one that is damaged.
         """
-        notes = {}
-        for step in self._manager.all_steps():
+        notes = json.loads(distributed.from_main(json.dumps(self._read_notes())))
+        distributed.wait_for_all("notes")  # none deletes one before all have opened the folder
+        return dict(notes)
+
+    def _read_notes(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return the notes as `notes` does; in other processes than the main one, none."""
+        notes = []
+        for step in self._manager.all_steps() if distributed.is_main() else ():
             try:
-                notes[step] = dict((self._manager.metadata(step).custom_metadata or {}).get("note") or {})
+                notes.append((step, dict((self._manager.metadata(step).custom_metadata or {}).get("note") or {})))
             except Exception as error:  # orbax raises many kinds
                 path = self.folder / str(step)
                 raise CheckpointError(f"the metadata of {path} is damaged ({first_line(error)}); delete it") from error
         return notes
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, from the lowest on."""
+        return sorted(self._manager.all_steps())
 
     def delete(self, step: int) -> None:
         """Delete the checkpoint of a step; every process has to call it."""
