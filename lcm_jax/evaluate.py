@@ -201,7 +201,7 @@ def measure_models(
                 steps_left -= row["steps"]
                 seconds = (time.monotonic() - began) / (all_steps - steps_left) * steps_left
                 left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
-                print(f"{len(rows)}/{total}  {report.line(rows[-1])}{left}")
+                print(f"{len(rows)}/{total}  {report.line(rows[-1], report.columns_of(report.describe(metrics)))}{left}")
     return rows, scales
 
 
@@ -227,8 +227,9 @@ def evaluate() -> None:
     models = open_models(names, read_plan(PLAN.value, tuple(SAMPLERS)), config.data.size)
     start = time.monotonic()
     prompts = evaluation_prompts("test", config.report.prompts)
-    rows, scales = measure_models(models, prompts, prepare_metrics(config), config)
-    result = {"models": report.nest(rows)} | report.environment()
+    metrics = prepare_metrics(config)
+    rows, scales = measure_models(models, prompts, metrics, config)
+    result = {"models": report.nest(rows)} | report.describe(metrics) | report.environment()
     result |= {"captions": len(prompts), "guidance_scales": scales, "settings": config.to_dict()}
     result |= {"seconds": {"report": round(time.monotonic() - start, 1)}}
     report.show(result)

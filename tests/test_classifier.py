@@ -76,14 +76,14 @@ def test_too_few_or_too_many_captions_are_an_error(count):
         f"^metrics 'classifier' is not supported: the training images have {count} different captions, and it supports"
     )
     with pytest.raises(ValueError, match=message) as error:
-        Classifier.create(Resources(features, batches, batches))
+        Classifier.create(Resources(batches, "grays", batches, features))
     assert "remove it from --config.metrics" in str(error.value)
 
 
 def test_a_caption_that_was_not_trained_on_is_an_error():
     batches = lambda: [(solid(0, 10, 200, 210), ["dark", "dark", "light", "light"])]  # noqa: E731
-    classifier = Classifier.create(Resources(features, batches, batches))
-    assert classifier.measure(solid(5, 190, 3), ["dark", "dark", "light"]).tolist() == [1, 3]
+    classifier = Classifier.create(Resources(batches, "grays", batches, features))
+    assert classifier.measure(solid(5, 190, 3), ["dark", "dark", "light"]).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="no training image has the caption 'gray' of a held-out one; remove it"):
         classifier.measure(solid(0, 1), ["dark", "gray"])
 

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from functools import reduce
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import rich.console
@@ -12,7 +13,9 @@ import tiny_model
 from lcm_jax import evaluate as command
 from lcm_jax.data import shapes
 from lcm_jax.evaluation import report
-from lcm_jax.evaluation.evaluate import Column, evaluate, make_resources
+from lcm_jax.evaluation.bootstrap import intervals
+from lcm_jax.evaluation.evaluate import Column, concatenate, evaluate, make_resources, measure_batches
+from lcm_jax.evaluation.frechet import frechet_distance, moments
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.evaluation.verifier import score
 
@@ -38,12 +41,48 @@ def test_a_metric_of_parts_is_that_of_all(name, splits, metrics):
     metric = metrics[name]
     whole = metric.measure(IMAGES, CAPTIONS)
     ends = zip((0, *splits), (*splits, len(IMAGES)), strict=True)
-    states = [metric.measure(IMAGES[first:last], CAPTIONS[first:last]) for first, last in ends]
-    for parts in (states, states[::-1]):
-        for merged, expected in zip(reduce(metric.merge, parts), whole, strict=True):
-            np.testing.assert_allclose(merged, expected, rtol=1e-12, atol=1e-9)
-    assert metric.result(reduce(metric.merge, states)) == metric.result(whole)
-    assert metric.result(whole).keys() == metric.columns.keys()
+    merged = concatenate([metric.measure(IMAGES[first:last], CAPTIONS[first:last]) for first, last in ends])
+    jax.tree.map(lambda some, all: np.testing.assert_allclose(some, all, rtol=1e-12), merged, whole)
+    result = metric.result(merged)
+    assert result.keys() == metric.columns.keys() and isinstance(result[next(iter(metric.columns))], float)
+    scores = metric.scores(merged)
+    assert scores is None or scores.shape == (len(IMAGES),)
+    low, high = intervals(metric.result, merged, result, 20)[next(iter(metric.columns))]
+    assert low <= result[next(iter(metric.columns))] + 1e-6 and low < high
+
+
+def test_intervals_cover_the_mean_and_the_distance_as_often_as_they_say():
+    """Of means by hand: 95% of the intervals of 200 samples cover the mean; their width is that of the normal's."""
+    rng = np.random.default_rng(0)
+    samples = rng.random((200, 100)) < 0.7
+    ranges = [
+        intervals(lambda rows: {"share": float(rows.mean())}, s, {"share": float(s.mean())}, 200) for s in samples
+    ]
+    covered = [low <= 0.7 <= high for low, high in (each["share"] for each in ranges)]
+    assert 0.9 <= np.mean(covered) <= 0.99
+    assert 0.16 < np.mean([each["share"][1] - each["share"][0] for each in ranges]) < 0.2
+    # Of a distance, which repeated images make larger: the figure is within its interval all the same.
+    reference = moments(rng.normal(size=(500, 20)))
+    distance = lambda rows: {"distance": frechet_distance(moments(rows), reference)}  # noqa: E731
+    rows = rng.normal(size=(60, 20))
+    value = distance(rows)
+    low, high = intervals(distance, rows, value, 50)["distance"]
+    assert low < value["distance"] < high
+    assert np.mean([distance(rows[rng.integers(60, size=60)])["distance"] for _ in range(20)]) > high
+
+
+def test_metrics_with_the_same_measure_share_its_rows():
+    calls = []
+
+    def measure(images, prompts):
+        calls.append(len(images))
+        return np.ones(len(images))
+
+    resources = make_resources(colors, REAL, len(REAL), REAL, 10)
+    a, b = (SimpleNamespace(measure=resources.once("ones", lambda: measure)) for _ in range(2))
+    rows = measure_batches([(IMAGES[:20], CAPTIONS[:20]), (IMAGES[20:], CAPTIONS[20:])], {"a": a, "b": b})
+    assert calls == [20, 4] and rows["a"] is rows["b"] and rows["a"].shape == (24,)
+    assert resources.reference_rows(measure) is resources.reference_rows(measure) and calls == [20, 4, 10, 10, 4]
 
 
 def test_metrics_have_columns_of_their_own():
@@ -68,19 +107,21 @@ class Brightness:
     note = "Brightness is the mean of all values."
     sources = None
     packages = {}
+    resamplings = 10
+    lower_is_better = False
 
     @classmethod
     def create(cls, resources):
         return cls()
 
     def measure(self, images, prompts):
-        return np.array([images.sum(dtype=np.float64), images.size])
+        return np.array([image.mean() for image in images])
 
-    def merge(self, a, b):
-        return a + b
+    def result(self, rows):
+        return {"brightness": rows.mean() / 255}
 
-    def result(self, state):
-        return {"brightness": state[0] / state[1] / 255}
+    def scores(self, rows):
+        return rows
 
 
 def test_a_new_metric_is_a_class_and_a_line_of_the_table(monkeypatch):
@@ -88,9 +129,12 @@ def test_a_new_metric_is_a_class_and_a_line_of_the_table(monkeypatch):
     chosen = make_metrics(["brightness"], make_resources(colors, REAL, len(REAL), 3 * REAL, 10))
     draw = lambda sampler, steps: [(np.full((2, 8, 8, 3), 51, np.uint8), 0.1)]  # noqa: E731
     rows = [{"model": "any"} | row for row in evaluate(draw, {"ddim": (1, 2)}, ["a", "b"], chosen)]
-    assert report.line(rows[0]) == "any ddim 1: 20.0 images/s, bright 0.200"
-    text = report.markdown({"models": report.nest(rows), "captions": 2, "guidance_scale": 8.0, "device": "cpu"})
-    assert "# any\n" in text and "| any | ddim | 2 | 0.200 | 20.0 |" in text and text.endswith(Brightness.note + "\n")
+    told = report.describe(chosen)
+    assert report.line(rows[0], report.columns_of(told)) == "any ddim 1: 20.0 images/s, bright 0.200 [0.200, 0.200]"
+    content = {"models": report.nest(rows), "captions": 2, "guidance_scale": 8.0, "device": "cpu"} | told
+    text = report.markdown(json.loads(json.dumps(content)))
+    assert "# any\n" in text and "| any | ddim | 2 | 0.200 [0.200, 0.200] | 20.0 |" in text
+    assert text.endswith(f"{Brightness.note} {report.INTERVALS}\n")
     assert "erifier" not in text and "Frechet" not in text
 
 
@@ -102,7 +146,9 @@ def test_a_report_gives_its_rows_back():
     ]
     assert report.rows_of(json.loads(json.dumps(report.nest(rows)))) == rows
     assert report.rows_of({"models": report.nest(rows)}) == rows
-    assert [heading for heading, _ in report.cells(rows[0])][-2:] == ["images/s", "counting"], "groups come last"
+    assert [heading for heading, _ in report.cells(rows[0], report.columns_of({}))][-2:] == ["images/s", "counting"], (
+        "groups come last"
+    )
 
 
 @pytest.mark.parametrize(("width", "last"), [(140, "color attribution"), (80, "images/s")])

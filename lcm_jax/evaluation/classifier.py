@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from lcm_jax.evaluation.evaluate import Column, Resources
+from lcm_jax.evaluation.evaluate import Column, Images, Resources
 
 MAX_CAPTIONS = 100
 SIDE = 16  # pixels of the images that are classified
@@ -36,9 +36,9 @@ def fit(images: np.ndarray, captions: np.ndarray) -> Callable[[np.ndarray], np.n
     return SVC(C=10.0).fit(images, captions).predict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classifier:
-    """Metric: the share of images that are assigned to their captions. Its state is int64[2]: these images, and all.
+    """Metric: the share of images that are assigned to their captions. Its rows are bool[N].
 
     predict: see `fit`. captions: those that it tells apart.
     """
@@ -50,6 +50,7 @@ class Classifier:
         "assigns to their captions."
     )
     sources: ClassVar[tuple[str, ...] | None] = None
+    resamplings: ClassVar[int] = 200
     packages: ClassVar[Mapping[str, str]] = {"sklearn": "scikit-learn"}
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -58,6 +59,8 @@ class Classifier:
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Fit the classifier, and print its accuracy on held-out images. Raises ValueError as `fit` does."""
+        if resources.train_images is None or resources.real_images is None:
+            raise ValueError(f"metrics 'classifier' needs training images, which this reference lacks; {REMEDY}")
         images, captions = _read(resources.train_images())
         predict = fit(images, captions)
         images, expected = _read(resources.real_images())
@@ -70,21 +73,20 @@ class Classifier:
         print(f"the classifier assigns {accuracy:.1%} of {len(expected)} held-out images to their captions")
         return cls(predict, frozenset(captions.tolist()))
 
-    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    def measure(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
         """Raise ValueError for a prompt that no training image has as its caption."""
         if unknown := [prompt for prompt in prompts if prompt not in self.captions]:
             raise ValueError(
                 f"metrics 'classifier' is not supported: no training image has the caption {unknown[0]!r} of a "
                 f"held-out one; {REMEDY}"
             )
-        return np.array([np.sum(self.predict(shrink(images)) == np.array(prompts)), len(prompts)])
+        return self.predict(shrink(images)) == np.array(prompts)
 
-    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return a + b
+    def result(self, rows: np.ndarray) -> dict[str, float]:
+        return {"classifier": round(float(rows.mean()), 4)}
 
-    def result(self, state: np.ndarray) -> dict[str, float]:
-        right, count = state
-        return {"classifier": round(float(right / count), 4)}
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        return rows.astype(float)
 
 
 def _read(batches: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tuple[np.ndarray, np.ndarray]:

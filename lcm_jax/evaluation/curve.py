@@ -59,7 +59,7 @@ def draw_curve(
                     (star,) = axes.plot(x, y, "*", color=color, markersize=14, markeredgecolor="black", zorder=5)
                     lines[f"best {name}"] = star
         known = METRICS.get(metric)
-        column = known.columns[metric] if known else Column(metric.replace("_", " "), "")
+        column = next(iter(known.columns.values())) if known else Column(metric.replace("_", " "), "")
         better = f" ({'lower' if known.lower_is_better else 'higher'} is better)" if known else ""
         axes.set(xlabel="updates", ylabel=column.heading + better)
         if column.format.endswith("%"):

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
 
 from lcm_jax.diffusion.pixels import to_float
-from lcm_jax.evaluation.evaluate import Column, Resources
+from lcm_jax.evaluation.evaluate import Column, Images, Resources
 from lcm_jax.models.layers import apply
 from lcm_jax.models.stable_diffusion import StableDiffusion
 
@@ -75,7 +74,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.where(values > floor, values, 0.0))) @ vectors.T
 
 
-def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Callable[[Images], np.ndarray]:
     """Return a function uint8[N, H, W, 3] -> float[N, C]: the encoder's last features, averaged over positions.
 
     batch_size: images encoded at once, by one program for any N.
@@ -87,7 +86,8 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
 
     params = jax.device_put(vae_params)
 
-    def features(images: np.ndarray) -> np.ndarray:
+    def features(images: Images) -> np.ndarray:
+        images = np.asarray(images)
         starts = range(0, len(images), batch_size)
         rows = [np.minimum(start + np.arange(batch_size), len(images) - 1) for start in starts]
         return np.concatenate([np.asarray(encode(params, images[chosen])) for chosen in rows])[: len(images)]
@@ -95,9 +95,9 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
     return features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrechetDistance:
-    """Metric: the Frechet distance of the images' features to those of real images. Its state is `Moments`."""
+    """Metric: the Frechet distance of the images' features to those of real images. Its rows are the features."""
 
     columns: ClassVar[Mapping[str, Column]] = {"frechet": Column("Frechet", ".2f")}
     lower_is_better: ClassVar[bool] = True
@@ -107,20 +107,23 @@ class FrechetDistance:
     )
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
+    resamplings: ClassVar[int] = 50
 
-    features: Callable[[np.ndarray], np.ndarray]
+    features: Callable[[Images], np.ndarray]
     reference: Moments
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
-        batches = (moments(resources.features(images)) for images, _ in resources.real_images())
-        return cls(resources.features, reduce(merge_moments, batches))
+        """Raise ValueError if there is no autoencoder."""
+        if (features := resources.features) is None:
+            raise ValueError("metrics 'frechet' needs an autoencoder's features; remove it from the metrics")
+        return cls(features, moments(resources.reference_rows(lambda images, _: features(images))))
 
-    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> Moments:
-        return moments(self.features(images))
+    def measure(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+        return self.features(images)
 
-    def merge(self, a: Moments, b: Moments) -> Moments:
-        return merge_moments(a, b)
+    def result(self, rows: np.ndarray) -> dict[str, float]:
+        return {"frechet": round(frechet_distance(moments(rows), self.reference), 4)}
 
-    def result(self, state: Moments) -> dict[str, float]:
-        return {"frechet": round(frechet_distance(state, self.reference), 4)}
+    def scores(self, rows: np.ndarray) -> None:
+        return None

@@ -1,8 +1,9 @@
 """Reports of evaluations: rows of any metrics as a table for the terminal, as markdown and as JSON.
 
-A row is {"model", "sampler", "steps", columns of the metrics, "images_per_s"}. A report is the content of report.json:
-the rows nested as {model: {sampler: {steps: figures}}}, and the conditions they were measured under. A run's report has
-those of `MODELS` that the run compares at its top level; any other has its models under "models".
+A row is {"model", "sampler", "steps", columns of the metrics, "intervals", columns of `SPEED`}. A report is the content
+of report.json: the rows nested as {model: {sampler: {steps: figures}}}, what its columns mean, and the conditions they
+were measured under. A run's report has those of `MODELS` that the run compares at its top level; any other has its
+models under "models". A report of images that are there already has their figures at its top level, without rows.
 """
 
 import json
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lcm_jax
-from lcm_jax.evaluation.evaluate import Column
+from lcm_jax.evaluation.evaluate import Column, Metric
 from lcm_jax.evaluation.metrics import METRICS
 from lcm_jax.files import write_text
 
@@ -26,7 +27,15 @@ Row = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 LABELS = ("model", "sampler", "steps")
 MODELS = ("teacher", "init", "student")  # in a run's report: what it learns from, begins from, and leaves
-SPEED = {"images_per_s": Column("images/s", ".1f")}
+SPEED = {
+    "images_per_s": Column("images/s", ".1f"),
+    "latency_p50_s": Column("s/batch", ".3g"),
+    "latency_p95_s": Column("95th", ".3g"),
+    "peak_memory_gb": Column("GB", ".2f"),
+    "tflop_per_image": Column("TFLOP/image", ".3g"),
+}
+INTERVALS = "In brackets, 95% intervals of a bootstrap over the images."
+RANGES = "intervals"  # {column: (low, high)} of the other figures of a row
 
 
 def environment() -> dict[str, Any]:
@@ -60,25 +69,44 @@ def rows_of(report: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def cells(row: Row) -> Iterator[tuple[str, str]]:
-    """Yield (heading, formatted value) of every column; groups come last."""
-    columns = SPEED | {name: column for metric in METRICS.values() for name, column in metric.columns.items()}
-    figures = [(columns[name], value) for name, value in row.items() if name not in LABELS]
+def describe(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Return the part of a report that tells what its columns are: {"columns": ..., "notes": one for each metric}."""
+    columns = {name: list(column) for metric in metrics.values() for name, column in metric.columns.items()}
+    return {"columns": columns, "notes": {name: metric.note for name, metric in metrics.items()}}
+
+
+def columns_of(report: Mapping[str, Any]) -> dict[str, Column]:
+    """Return the columns of a report, or of one that is being made: what `describe` returns."""
+    known = SPEED | {name: column for metric in METRICS.values() for name, column in metric.columns.items()}
+    return known | {name: Column(*each) for name, each in report.get("columns", {}).items()}
+
+
+def cells(row: Row, columns: Mapping[str, Column], ranges: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (heading, formatted value) of every column; groups come last.
+
+    ranges: with the interval behind every value that has one, but for the parts of groups.
+    """
+    intervals = row.get(RANGES, {}) if ranges else {}
+    figures = {name: value for name, value in row.items() if name not in (*LABELS, RANGES)}
     yield from ((label, str(row[label])) for label in LABELS if label in row)
-    for column, value in figures:
+    for name, value in figures.items():
         if not isinstance(value, Mapping):
-            yield column.heading, format(value, column.format)
-    for column, group in figures:
+            column = columns[name]
+            low_high = [format(bound, column.format) for bound in intervals.get(name, ())]
+            yield column.heading, format(value, column.format) + (f" [{', '.join(low_high)}]" if low_high else "")
+    for name, group in figures.items():
         if isinstance(group, Mapping):
-            yield from ((name.replace("_", " "), format(value, column.format)) for name, value in group.items())
+            yield from ((part.replace("_", " "), format(value, columns[name].format)) for part, value in group.items())
 
 
-def line(row: Row) -> str:
-    """Return a row as one line of text, without groups."""
+def line(row: Row, columns: Mapping[str, Column]) -> str:
+    """Return a row as one line of text: its speed and its figures with their intervals, without groups."""
     labels = " ".join(str(row[label]) for label in LABELS if label in row)
-    figures = {name: value for name, value in row.items() if name not in LABELS and not isinstance(value, Mapping)}
-    speed = figures.pop("images_per_s")
-    return ", ".join([f"{labels}: {speed:.1f} images/s", *(f"{heading} {value}" for heading, value in cells(figures))])
+    figures = {name: value for name, value in row.items() if name not in (*LABELS, *SPEED)}
+    figures = {name: value for name, value in figures.items() if name == RANGES or not isinstance(value, Mapping)}
+    speed = [f"{row['images_per_s']:.1f} images/s"] if "images_per_s" in row else []
+    values = [f"{heading} {value}" for heading, value in cells(figures, columns, ranges=True)]
+    return f"{labels}: " + ", ".join([*speed, *values])
 
 
 def guidance(report: Mapping[str, Any]) -> str:
@@ -90,14 +118,16 @@ def guidance(report: Mapping[str, Any]) -> str:
 
 def table(report: Mapping[str, Any], groups: bool = True) -> Table:
     """Return the report's rows as a table for the terminal, with or without columns that are groups."""
-    rows = rows_of(report)
+    rows, columns = rows_of(report), columns_of(report)
     if not groups:
-        rows = [{name: value for name, value in row.items() if not isinstance(value, Mapping)} for row in rows]
+        hidden = {"latency_p50_s", "latency_p95_s", "peak_memory_gb", "tflop_per_image"}
+        kept = lambda name, value: not isinstance(value, Mapping) and name not in hidden  # noqa: E731
+        rows = [{name: value for name, value in row.items() if kept(name, value)} for row in rows]
     view = Table(title=f"{report['captions']} held-out captions, {guidance(report)}")
-    for heading, _ in cells(rows[0]):
+    for heading, _ in cells(rows[0], columns):
         view.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
     for row in rows:
-        view.add_row(*(text for _, text in cells(row)))
+        view.add_row(*(text for _, text in cells(row, columns)))
     return view
 
 
@@ -128,10 +158,11 @@ def checkpoints(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as the text of report.md."""
     rows = rows_of(report)
-    headings = [heading for heading, _ in cells(rows[0])]
-    lines = [headings, ["---"] * len(headings), *([text for _, text in cells(row)] for row in rows)]
+    columns = columns_of(report)
+    headings = [heading for heading, _ in cells(rows[0], columns)]
+    lines = [headings, ["---"] * len(headings), *([text for _, text in cells(row, columns, True)] for row in rows)]
     training = report.get("seconds", {}).get("training")
-    notes = [metric.note for metric in METRICS.values() if metric.columns.keys() & rows[0].keys()]
+    notes = list(report.get("notes", {}).values()) + ([INTERVALS] if RANGES in rows[0] else [])
     models = list(dict.fromkeys(row["model"] for row in rows))
     paragraphs = [
         f"# {', '.join(models)}" if "models" in report else f"# {' and '.join(reversed(models)).capitalize()}",

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 
 from lcm_jax.data import shapes
-from lcm_jax.evaluation.evaluate import Column, Resources
+from lcm_jax.evaluation.evaluate import Column, Images, Resources
 
 MIN_CHROMA = 50  # of 255, between the chroma of grounds (below 25) and of colors (above 100)
 MIN_AREA = 12  # pixels of an image of 64 x 64; smaller components are specks
@@ -187,34 +187,34 @@ def verify(image: np.ndarray, caption: str) -> Verdict:
     return Verdict(False, f"not {shapes.RELATIONS[relation]}: {seen}")
 
 
-def count_accepted(images: np.ndarray | Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """images: uint8[N, H, H, 3]. Return int64[tasks, 2]: accepted images and all, in the order of `shapes.TASKS`.
+def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """images: uint8[H, H, 3] each. Return {"task": int64[N], in the order of `shapes.TASKS`, "ok": bool[N]}.
 
     Raises ValueError as `verify` does.
     """
-    counts = np.zeros((len(shapes.TASKS), 2), np.int64)
-    for image, caption in zip(images, captions, strict=True):
-        counts[shapes.TASKS.index(shapes.parse(caption).task)] += verify(image, caption).ok, 1
-    return counts
+    tasks = [shapes.TASKS.index(shapes.parse(caption).task) for caption in captions]
+    accepted = [verify(image, caption).ok for image, caption in zip(images, captions, strict=True)]
+    return {"task": np.array(tasks, np.int64), "ok": np.array(accepted, bool)}
 
 
-def to_score(counts: np.ndarray) -> dict:
-    """Return {"overall": mean over tasks, "tasks": {task: share of accepted images}} of `count_accepted`'s counts.
+def to_score(judged: Mapping[str, np.ndarray]) -> dict:
+    """Return {"overall": mean over tasks, "tasks": {task: share of accepted images}} of what `judge` returns.
 
     Like GenEval's, the overall score is the mean over the tasks, so that it does not depend on the captions of each.
     """
-    tasks = {task: float(ok / total) for task, (ok, total) in zip(shapes.TASKS, counts, strict=True) if total}
+    shares = {task: judged["ok"][judged["task"] == number] for number, task in enumerate(shapes.TASKS)}
+    tasks = {task: float(np.mean(accepted)) for task, accepted in shares.items() if len(accepted)}
     return {"overall": float(np.mean(list(tasks.values()))), "tasks": tasks}
 
 
 def score(images: np.ndarray | Sequence[np.ndarray], captions: Sequence[str]) -> dict:
     """images: uint8[N, H, H, 3]. Return the share of images that satisfy their captions, as `to_score` does."""
-    return to_score(count_accepted(images, captions))
+    return to_score(judge(images, captions))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verifier:
-    """Metric: the share of images that satisfy their captions. Its state is that of `count_accepted`."""
+    """Metric: the share of images that satisfy their captions. Its rows are those of `judge`."""
 
     columns: ClassVar[Mapping[str, Column]] = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
     lower_is_better: ClassVar[bool] = False
@@ -223,18 +223,19 @@ class Verifier:
     )
     sources: ClassVar[tuple[str, ...] | None] = ("shapes",)
     packages: ClassVar[Mapping[str, str]] = {}
+    resamplings: ClassVar[int] = 200
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
         return cls()
 
-    def measure(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        return count_accepted(images, prompts)
+    def measure(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return judge(images, prompts)
 
-    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return a + b
-
-    def result(self, state: np.ndarray) -> dict:
-        score = to_score(state)
+    def result(self, rows: Mapping[str, np.ndarray]) -> dict:
+        score = to_score(rows)
         tasks = {task: round(share, 4) for task, share in score["tasks"].items()}
         return {"verifier": round(score["overall"], 4), "tasks": tasks}
+
+    def scores(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        return rows["ok"].astype(float)

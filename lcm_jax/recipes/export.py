@@ -104,6 +104,8 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
     # Fewer: they stand beside the others, and many steps take most of a report's time.
     unseen = dataset.compositional_prompts(max(settings.prompts // 4, 1)) if "verifier" in config.metrics else []
     metrics = previews.metrics(frozen)
+    told = report.describe(metrics)
+    columns = report.columns_of(told)
     rows, composition = [], {}
     for candidate in previews.candidates:
         who, model, params = candidate.name, candidate.model, candidate.params(ema, frozen)
@@ -128,9 +130,9 @@ def measure(config, previews: Previews, ema: Params, frozen: Params) -> dict[str
                 scores[str(n)] = round(verifier.score(images, unseen)["overall"], 4)
             composition[who] = {name: scores}
         for row in evaluate(draw, plan, prompts, metrics):
-            print(f"  {report.line(row)}")
+            print(f"  {report.line(row, columns)}")
             rows.append({"model": who} | row)
     counted = {"composition": {"captions": len(unseen)} | composition} if unseen else {}
     scales = {each.name: each.guidance_scale(settings.guidance_scale) for each in previews.candidates}
     own = {"guidance_scales": scales} if set(scales.values()) != {settings.guidance_scale} else {}
-    return report.nest(rows) | counted | {"captions": len(prompts)} | own
+    return report.nest(rows) | told | counted | {"captions": len(prompts)} | own

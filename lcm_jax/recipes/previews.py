@@ -157,8 +157,9 @@ class Previews:
             sampler.with_prompts(prompts, inpainting).batches, student.params(trained, frozen), guidance_scale=scale
         )
         metrics, plan = self.metrics(frozen), {student.sampler: student.preview_steps(self._config)}
-        rows = list(evaluate(draw, plan, prompts, metrics))
-        return {f"{name}@{row['steps']}": row[name] for name in metrics for row in rows}
+        rows = list(evaluate(draw, plan, prompts, metrics, resample=False))
+        leading = {name: next(iter(metric.columns)) for name, metric in metrics.items()}
+        return {f"{name}@{row['steps']}": row[column] for name, column in leading.items() for row in rows}
 
     def write(self, trained: Params, frozen: Params, path: Path) -> dict[str, float]:
         """Write a PNG to `path` and the prompts beside it; return `figures`."""
