@@ -201,7 +201,9 @@ def measure_models(
                 steps_left -= row["steps"]
                 seconds = (time.monotonic() - began) / (all_steps - steps_left) * steps_left
                 left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
-                print(f"{len(rows)}/{total}  {report.line(rows[-1], report.columns_of(report.describe(metrics)))}{left}")
+                print(
+                    f"{len(rows)}/{total}  {report.line(rows[-1], report.columns_of(report.describe(metrics)))}{left}"
+                )
     return rows, scales
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from lcm_jax.evaluation.evaluate import Column, Images, Resources
+from lcm_jax.evaluation.evaluate import Batches, Column, Images, Resources
 
 MAX_CAPTIONS = 100
 SIDE = 16  # pixels of the images that are classified
@@ -45,10 +45,6 @@ class Classifier:
 
     columns: ClassVar[Mapping[str, Column]] = {"classifier": Column("classifier", ".1%")}
     lower_is_better: ClassVar[bool] = False
-    note: ClassVar[str] = (
-        "The classifier's score is the share of images that a support vector machine, fitted on real training images, "
-        "assigns to their captions."
-    )
     sources: ClassVar[tuple[str, ...] | None] = None
     resamplings: ClassVar[int] = 200
     packages: ClassVar[Mapping[str, str]] = {"sklearn": "scikit-learn"}
@@ -82,6 +78,13 @@ class Classifier:
             )
         return self.predict(shrink(images)) == np.array(prompts)
 
+    @property
+    def note(self) -> str:
+        return (
+            "The classifier's score is the share of images that a support vector machine, fitted on real training images, "
+            "assigns to their captions."
+        )
+
     def result(self, rows: np.ndarray) -> dict[str, float]:
         return {"classifier": round(float(rows.mean()), 4)}
 
@@ -89,7 +92,7 @@ class Classifier:
         return rows.astype(float)
 
 
-def _read(batches: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tuple[np.ndarray, np.ndarray]:
+def _read(batches: Batches) -> tuple[np.ndarray, np.ndarray]:
     """Return (images of `shrink`, captions str[N])."""
     parts = [(shrink(images), captions) for images, captions in batches]
     return np.concatenate([images for images, _ in parts]), np.array([each for _, some in parts for each in some])

@@ -14,7 +14,7 @@ from lcm_jax.weights.published import Weights
 
 MAX_TRAIN_IMAGES = 2000  # that metrics compare with
 
-Images = Sequence[np.ndarray]  # uint8[H, W, 3] each; an array where all have one size
+Images = np.ndarray | Sequence[np.ndarray]  # uint8[B, H, W, 3], or uint8[H, W, 3] each where sizes differ
 Rows = Any  # a pytree of arrays with a leading axis for the images
 Measure = Callable[[Images, Sequence[str]], Rows]
 Batches = Iterable[tuple[Images, Sequence[str]]]
@@ -79,7 +79,7 @@ class Resources:
 
 
 def make_resources(
-    features: Callable[[np.ndarray], np.ndarray], held_out: Records, reference: int, train: Records, batch_size: int
+    features: Callable[[Images], np.ndarray], held_out: Records, reference: int, train: Records, batch_size: int
 ) -> Resources:
     """Return the resources of a data set: its first `reference` held-out images, and training images.
 
@@ -114,19 +114,21 @@ class Metric(Protocol):
     """A measure of images and their prompts: rows of each image, and figures of all rows.
 
     columns: every key of `result`; the first is a number, by which models are compared, and lower_is_better is True if
-    a better model has a lower one. An instance may have columns of its own, whose headings say more. note: what a
-    reader has to know of them, one sentence. sources: the data sources whose captions the metric can judge, or None for
+    a better model has a lower one. note: what a reader has to know of the figures, such as the variant and the
+    reference set, one sentence. sources: the data sources whose captions the metric can judge, or None for
     any. packages: {module: package that provides it} beyond those that lcm_jax requires. resamplings: of the bootstrap,
     fewer where `result` takes long. measure(images, prompts): the rows of these images, one for each, whatever other
     images are measured with them; metrics that have the same `measure` share its rows.
     """
 
-    columns: Mapping[str, Column]
+    columns: ClassVar[Mapping[str, Column]]
     lower_is_better: ClassVar[bool]
-    note: str
     sources: ClassVar[tuple[str, ...] | None]
     packages: ClassVar[Mapping[str, str]]
     resamplings: ClassVar[int]
+
+    @property
+    def note(self) -> str: ...
 
     @property
     def measure(self) -> Measure: ...

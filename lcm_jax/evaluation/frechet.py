@@ -87,10 +87,10 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
     params = jax.device_put(vae_params)
 
     def features(images: Images) -> np.ndarray:
-        images = np.asarray(images)
+        stacked = np.asarray(images)
         starts = range(0, len(images), batch_size)
         rows = [np.minimum(start + np.arange(batch_size), len(images) - 1) for start in starts]
-        return np.concatenate([np.asarray(encode(params, images[chosen])) for chosen in rows])[: len(images)]
+        return np.concatenate([np.asarray(encode(params, stacked[chosen])) for chosen in rows])[: len(images)]
 
     return features
 
@@ -101,10 +101,6 @@ class FrechetDistance:
 
     columns: ClassVar[Mapping[str, Column]] = {"frechet": Column("Frechet", ".2f")}
     lower_is_better: ClassVar[bool] = True
-    note: ClassVar[str] = (
-        "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
-        "of real images; with this few images it is biased upwards, for all rows alike."
-    )
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 50
@@ -121,6 +117,13 @@ class FrechetDistance:
 
     def measure(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
         return self.features(images)
+
+    @property
+    def note(self) -> str:
+        return (
+            "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
+            "of real images; with this few images it is biased upwards, for all rows alike."
+        )
 
     def result(self, rows: np.ndarray) -> dict[str, float]:
         return {"frechet": round(frechet_distance(moments(rows), self.reference), 4)}

@@ -187,7 +187,7 @@ def verify(image: np.ndarray, caption: str) -> Verdict:
     return Verdict(False, f"not {shapes.RELATIONS[relation]}: {seen}")
 
 
-def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, np.ndarray]:
+def judge(images: Images, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """images: uint8[H, H, 3] each. Return {"task": int64[N], in the order of `shapes.TASKS`, "ok": bool[N]}.
 
     Raises ValueError as `verify` does.
@@ -218,9 +218,6 @@ class Verifier:
 
     columns: ClassVar[Mapping[str, Column]] = {"verifier": Column("verifier", ".1%"), "tasks": Column("", ".0%")}
     lower_is_better: ClassVar[bool] = False
-    note: ClassVar[str] = (
-        "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
-    )
     sources: ClassVar[tuple[str, ...] | None] = ("shapes",)
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
@@ -231,6 +228,10 @@ class Verifier:
 
     def measure(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return judge(images, prompts)
+
+    @property
+    def note(self) -> str:
+        return "The verifier's score is the share of images that satisfy their captions, as a mean over the tasks."
 
     def result(self, rows: Mapping[str, np.ndarray]) -> dict:
         score = to_score(rows)
