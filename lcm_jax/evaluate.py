@@ -1,21 +1,28 @@
-"""Compare models by metrics, with images of the same held-out captions from the same noise.
+"""Measure models by images of the same prompts from the same noise, or images that are there already.
 
-Prints a row for each model, sampler and number of steps: speed, the verifier's score and the Frechet distance to real
-images. --config takes a bundled config (`eval/shapes`) or a file; its keys can be set by --config.group.key=value.
+    python -m lcm_jax.evaluate --model=shapes --model=runs/shapes/export --plan=ddim:8,50 --output=runs/comparison
+    python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.prompts=600
+    python -m lcm_jax.evaluate --images=made --reference=real --metrics=fid --fid_flavour=clean-fid --weights_dir=w
+
+Prints a row for each model, sampler and number of steps: the figures of the config's metrics with 95% intervals, and
+speed. --config takes a bundled config (eval/shapes, eval/coco30k, ...; --list_configs of lcm_jax.main) or a file; its
+keys can be set by --config.group.key=value. --output keeps the images and the report; after an interruption the same
+command goes on, and makes no image twice. Several processes (--coordinator, --num_processes, --process_id) make and
+measure a part each, and a process uses all of its accelerators.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import command, config_files
-from lcm_jax.errors import check_devices
+from lcm_jax.errors import check_devices, keep_interrupts, phase
 
 FLAGS = flags.FlagValues()  # of this command alone, so that others can be imported beside it
 OWN: dict[str, Any] = {"flag_values": FLAGS}
@@ -37,13 +44,29 @@ PLAN = flags.DEFINE_multi_string(
 )
 CONFIG = config_flags.DEFINE_config_file("config", None, "A bundled config or a file; by default eval/shapes.", **OWN)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype of the models.", **OWN)
-OUTPUT = flags.DEFINE_string("output", None, "The folder for report.json and report.md; by default none.", **OWN)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace reports that exist already.", **OWN)
-
-EXAMPLE = """Example:
-
-    python -m lcm_jax.evaluate --model=shapes --model=runs/shapes/export --plan=ddim:8,50 --output=runs/comparison
-    python -m lcm_jax.evaluate --model=shapes-lcm --plan=lcm:4 --config.report.prompts=600"""
+IMAGES = flags.DEFINE_string("images", None, "A folder of images to measure, in place of models.", **OWN)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Of --images: the folder of real images, or a .npz of their statistics.", **OWN
+)
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "Of --images: a text file with a line for each image; else NAME.txt beside NAME.png.", **OWN
+)
+SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Of --images: leave out images that cannot be read.", **OWN)
+METRICS = flags.DEFINE_list("metrics", None, "Metrics, such as fid,clip_score, in place of the config's.", **OWN)
+WEIGHTS_DIR = flags.DEFINE_string(
+    "weights_dir",
+    None,
+    "Folder of feature networks' weights under their published names; else they are fetched.",
+    **OWN,
+)
+FID_FLAVOUR = flags.DEFINE_string("fid_flavour", None, "The tool that FID equals, such as clean-fid.", **OWN)
+CLIP_MODEL = flags.DEFINE_string("clip_model", None, "The towers of the CLIP score, such as ViT-L/14.", **OWN)
+DETECTIONS = flags.DEFINE_string("detections", None, "Of geneval: a file of another detector's boxes.", **OWN)
+OUTPUT = flags.DEFINE_string("output", None, "The folder for images, report and figures; by default none.", **OWN)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the evaluation that --output has, its images too.", **OWN)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", **OWN)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if there are several.", **OWN)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
 
 Plan = Mapping[str, Sequence[int]]
 DEFAULT_STEPS = {"lcm": (1, 2, 4, 8), "tcd": (1, 2, 4, 8)}
@@ -92,17 +115,6 @@ def plan_of(name: str, model, plan: Plan, size: int) -> Plan:
     return own
 
 
-def check_output(output: Path | None) -> None:
-    """Raise ValueError if the output is a file, or has a report without --overwrite."""
-    if output is None:
-        return
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output={output} is a file; use a folder")
-    for file in (output / "report.json", output / "report.md"):
-        if file.exists() and not OVERWRITE.value:
-            raise ValueError(f"{file} exists already; use another --output, or --overwrite")
-
-
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """Show a bar with the time left on stderr if it is a terminal.
@@ -122,123 +134,146 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def open_models(names: Sequence[str], plan: Plan, size: int) -> list:
-    """Return (name, stored model, its plan) of each model; no tensor is read.
+    """Return the `Candidate` of each model; no tensor is read.
 
     Raises ValueError as `plan_of` does, and for unused samplers.
     """
     from lcm_jax.models.stable_diffusion import StableDiffusion
+    from lcm_jax.recipes.evaluation import Candidate
     from lcm_jax.weights.model import check_complete, open_model
 
     models = []
     for name in names:
         stored = open_model(name, base=BASE.value if Path(name).is_file() else None)
         check_complete(stored)
-        models.append((name, stored, plan_of(name, StableDiffusion.from_configs(stored.configs), plan, size)))
-    if unused := plan.keys() - {sampler for _, _, own in models for sampler in own}:
+        own = plan_of(name, StableDiffusion.from_configs(stored.configs), plan, size)
+        models.append(Candidate(name, stored, own))
+    if PLAN.value and (unused := plan.keys() - {sampler for each in models for sampler in each.plan}):
         raise ValueError(f"--plan: no model supports sampler {min(unused)!r}; remove it, or add a model that does")
     return models
 
 
-def prepare_metrics(config) -> dict:
-    """Return the metrics that the config names, with real images of `shapes`, encoded by `config.autoencoder`."""
-    from lcm_jax.data.shapes import Shapes
-    from lcm_jax.evaluation.evaluate import MAX_TRAIN_IMAGES, make_resources
-    from lcm_jax.evaluation.frechet import encoder_features
-    from lcm_jax.evaluation.metrics import make_metrics
-    from lcm_jax.models.stable_diffusion import StableDiffusion
-    from lcm_jax.weights.model import open_model, read_params
-
-    stored, size, batch = open_model(config.autoencoder), config.data.size, config.report.batch_size
-    model = StableDiffusion.from_configs(stored.configs)
-    if size % model.downscale:
-        raise ValueError(
-            f"data.size {size} is not supported by autoencoder {config.autoencoder}; use a multiple of "
-            f"{model.downscale}"
-        )
-    reference, style = config.report.reference, config.data.get("style", "fill")
-    held_out, train = Shapes("test", reference, size, style=style), Shapes("train", MAX_TRAIN_IMAGES, size, style=style)
-    features = encoder_features(model, read_params(stored, "vae", model.abstract_params()["vae"]), batch)
-    return make_metrics(config.metrics, make_resources(features, held_out, reference, train, batch))
+def read_settings(config) -> dict[str, Any]:
+    """Return the settings of metrics: those of the config, and flags that are given."""
+    given = {"fid_flavour": FID_FLAVOUR, "clip_model": CLIP_MODEL, "detections": DETECTIONS}
+    return dict(config.get("settings", {})) | {name: flag.value for name, flag in given.items() if flag.value}
 
 
-def measure_models(
-    models: Sequence, prompts: Sequence[str], metrics: Mapping, config
-) -> tuple[list[dict], dict[str, float]]:
-    """Return the rows of all models, and their guidance scales.
+def check_config(config) -> None:
+    """Raise ValueError for a setting of an evaluation that is not supported."""
+    from lcm_jax.evaluation.prompt_sets import PROMPT_SETS
+    from lcm_jax.recipes import settings
 
-    Each row is printed when it is done, with the time left by its speed.
-    """
+    choices = dict(settings.CHOICES) | {"data.source": tuple(PROMPT_SETS)}
+    settings.check(config, groups=("autoencoder", "metrics", "data", "report"), choices=choices)
+    settings.check_keys(config, [config_files.load("eval/shapes")])
+
+
+def evaluate_models(config, weights) -> None:
+    """Print and write the report of --model. Raises ValueError or OSError, as a rule before any work."""
+    from lcm_jax.diffusion.samplers import SAMPLERS
     from lcm_jax.evaluation import report
-    from lcm_jax.evaluation.evaluate import evaluate
-    from lcm_jax.pipeline import Pipeline
-    from lcm_jax.sampling.generate import effective_guidance_scale
-    from lcm_jax.sampling.preview import PreviewSampler
+    from lcm_jax.evaluation.prompt_sets import PROMPT_SETS
+    from lcm_jax.recipes import evaluation
+    from lcm_jax.training import distributed
 
-    rows: list[dict] = []
-    scales = {}
-    steps_left = sum(sum(steps) for _, _, plan in models for steps in plan.values())
-    total = sum(len(steps) for _, _, plan in models for steps in plan.values())
-    all_steps, began = steps_left, time.monotonic()
-    settings = config.report
-    with progress(steps_left * len(prompts)) as update:
-        for name, stored, plan in models:
-            pipe = Pipeline(stored, DTYPE.value)  # one model at a time is on the device
-            preview = PreviewSampler(
-                pipe.model, pipe.tokenize, prompts, config.data.size, settings.batch_size, seed=settings.seed
-            )
+    names, output = MODEL.value, None if OUTPUT.value is None else Path(OUTPUT.value)
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--model={duplicates[0]} is given twice; use each model once")
+    check_config(config)
+    plan = read_plan(PLAN.value, tuple(SAMPLERS)) if PLAN.value else config.get("plan", {})
+    models = open_models(names, plan, config.data.size)
+    with TemporaryDirectory() if output is None else nullcontext(output) as folder:
+        prompts = PROMPT_SETS[config.data.source](config, distributed.part_of, Path(folder) / "index")
+        if output is not None:
+            digests = {each.name: evaluation.identify(each.stored) for each in models}
+            made_by = {"models": digests, "dtype": DTYPE.value, "config": config.to_dict()}
+            made_by["config"]["report"] = {k: v for k, v in config.report.to_dict().items() if k != "batch_size"}
+            done = evaluation.open_output(output, made_by | {"plan": {m.name: m.plan for m in models}}, OVERWRITE.value)
+            if done is not None:
+                print(f"this evaluation is complete: {output / 'report.json'}")
+                report.show(done)
+                return
+        steps = sum(sum(steps) for each in models for steps in each.plan.values())
+        kept = f"run the same command to go on in {output}" if output else "nothing was written"
+        with (
+            evaluation.alone(output),
+            phase("evaluating", memory="lower --config.report.batch_size, or use --dtype=bfloat16", kept=kept),
+            progress(steps * len(distributed.part_of(len(prompts.prompts)))) as update,
+        ):
+            result = evaluation.compare_models(models, prompts, config, DTYPE.value, weights, output, update)
+    if distributed.is_main():
+        report.show(result)
+        if output is not None:
+            print(f"report in {output / 'report.md'} and {output / 'report.json'}; figure in {output / 'quality.png'}")
 
-            scale = settings.guidance_scale or pipe.preset.guidance_scale
-            scale = scales[name] = effective_guidance_scale(pipe.model, scale)
 
-            def draw(sampler, steps, name=name, preview=preview, params=pipe.params, scale=scale):
-                update(f"{name} {sampler} {steps}", 0)
-                for images, seconds in preview.batches(params, sampler, steps, scale):
-                    yield images, seconds
-                    update(f"{name} {sampler} {steps}", steps * len(images))
+def evaluate_images(config, folder: Path, weights) -> None:
+    """Print and write the report of --images. Raises ValueError or OSError, as a rule before any work."""
+    from lcm_jax.evaluation import report
+    from lcm_jax.evaluation.metrics import check_metrics
+    from lcm_jax.recipes import evaluation
+    from lcm_jax.training import distributed
 
-            for row in evaluate(draw, plan, prompts, metrics):
-                rows.append({"model": name} | row)
-                steps_left -= row["steps"]
-                seconds = (time.monotonic() - began) / (all_steps - steps_left) * steps_left
-                left = f"; about {seconds // 60:.0f}:{seconds % 60:02.0f} left" if steps_left else ""
-                print(
-                    f"{len(rows)}/{total}  {report.line(rows[-1], report.columns_of(report.describe(metrics)))}{left}"
-                )
-    return rows, scales
+    if not METRICS.value:
+        raise ValueError("--images needs --metrics, such as --metrics=fid or --metrics=fid,clip_score")
+    check_metrics(METRICS.value, None)
+    output = None if OUTPUT.value is None else Path(OUTPUT.value)
+    reference = None if REFERENCE.value is None else Path(REFERENCE.value)
+    prompts = None if PROMPTS.value is None else Path(PROMPTS.value)
+    if output is not None:
+        sources = {"images": str(folder), "reference": str(reference), "prompts": str(prompts)}
+        settings = sources | {"metrics": list(METRICS.value), "settings": read_settings(config)}
+        if (done := evaluation.open_output(output, settings, OVERWRITE.value)) is not None:
+            print(f"this evaluation is complete: {output / 'report.json'}")
+            report.show(done)
+            return
+    count = len(distributed.part_of(sum(1 for path in folder.rglob("*") if path.is_file())))
+    with (
+        phase("measuring", memory="lower --config.report.batch_size", kept="run the same command again"),
+        progress(count) as update,
+    ):
+        result = evaluation.score_images(
+            folder,
+            reference,
+            prompts,
+            METRICS.value,
+            read_settings(config),
+            weights,
+            SKIP_BAD.value,
+            config.report.batch_size,
+            lambda done: update("images", done),
+        )
+    if distributed.is_main():
+        report.show(result)
+        if output is not None:
+            report.write(result, output)
+            print(f"report in {output / 'report.md'} and {output / 'report.json'}")
 
 
 def evaluate() -> None:
     """Read the flags, print the rows, and write the report. Raises ValueError or OSError, as a rule before any work."""
-    config, names = CONFIG.value, MODEL.value
-    output = None if OUTPUT.value is None else Path(OUTPUT.value)
-    check_output(output)
-    if duplicates := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"--model={duplicates[0]} is given twice; use each model once")
+    from lcm_jax.training import distributed
+    from lcm_jax.weights.published import Weights
 
+    keep_interrupts()
     command.configure_jax()
+    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     check_devices()
-    from lcm_jax.data.shapes import evaluation_prompts
-    from lcm_jax.diffusion.samplers import SAMPLERS
-    from lcm_jax.evaluation import report
-    from lcm_jax.recipes import settings
-
-    settings.check(config, groups=("autoencoder", "metrics", "data", "report"))
-    settings.check_keys(config, [config_files.load("eval/shapes")])
-    if config.data.source != "shapes":
-        raise ValueError(f"data.source {config.data.source!r} is not supported; use shapes")
-    models = open_models(names, read_plan(PLAN.value, tuple(SAMPLERS)), config.data.size)
-    start = time.monotonic()
-    prompts = evaluation_prompts("test", config.report.prompts)
-    metrics = prepare_metrics(config)
-    rows, scales = measure_models(models, prompts, metrics, config)
-    result = {"models": report.nest(rows)} | report.describe(metrics) | report.environment()
-    result |= {"captions": len(prompts), "guidance_scales": scales, "settings": config.to_dict()}
-    result |= {"seconds": {"report": round(time.monotonic() - start, 1)}}
-    report.show(result)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        report.write(result, output)
-        print(f"report in {output / 'report.md'} and {output / 'report.json'}")
+    config = CONFIG.value
+    weights = Weights(None if WEIGHTS_DIR.value is None else Path(WEIGHTS_DIR.value))
+    if weights.folder is not None and not weights.folder.is_dir():
+        raise ValueError(f"--weights_dir={weights.folder} is not a folder; use that of the networks' weights")
+    if (images := IMAGES.value) is not None:
+        evaluate_images(config, Path(images), weights)
+        return
+    for flag in (REFERENCE, PROMPTS, DETECTIONS):
+        if flag.value is not None:
+            raise ValueError(f"--{flag.name} is of --images, which is not given; add it, or remove --{flag.name}")
+    config = ConfigDict(config.to_dict() | {"settings": read_settings(config)})
+    if METRICS.value:
+        config.metrics = tuple(METRICS.value)
+    evaluate_models(config, weights)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -250,12 +285,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """The command; exits as `command.run` does."""
-    command.run(
-        evaluate,
-        parse,
-        lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}\n{EXAMPLE}",
-        "lower --config.report.batch_size, or use --dtype=bfloat16",
-    )
+    options = lambda: f"{__doc__}\nOptions:{FLAGS.module_help(sys.modules[__name__])}"  # noqa: E731
+    command.run(evaluate, parse, options, "lower --config.report.batch_size, or use --dtype=bfloat16")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 
 LEVEL = 0.95
 SEED = 0
+NOISE = 4.0  # standard errors of the mean of the draws
 
 
 def intervals(
@@ -16,8 +17,9 @@ def intervals(
     """Return {column: (low, high)} between which 95% of the resampled figures are; {name: (low, high)} for a group.
 
     rows: a pytree of arrays with a leading axis for the images. result(rows) -> {column: value}; figures: those of
-    `rows` themselves. Percentiles are shifted by the mean of the resampled figures less the figure: a distance of sets
-    grows where images repeat, and would lie below its own interval otherwise. Values that are no numbers have none, and
+    `rows` themselves. Percentiles are shifted by the mean of the resampled figures less the figure, where that is more
+    than the noise of so many draws: a distance of sets grows where images repeat, and would lie below its own interval
+    otherwise; a mean does not. Values that are no numbers have none, and
     nothing has one if there is a single image.
     """
     count = len(jax.tree.leaves(rows)[0])
@@ -51,6 +53,8 @@ def _numbers(figures: Mapping[str, Any]) -> list[tuple[tuple[str, ...], float]]:
 
 
 def _interval(value: float, drawn: np.ndarray) -> tuple[float, float]:
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail)) + value - drawn.mean()
+    tail, bias = (1 - LEVEL) / 2, drawn.mean() - value
+    if abs(bias) < NOISE * drawn.std() / len(drawn) ** 0.5:
+        bias = 0.0
+    low, high = np.quantile(drawn, (tail, 1 - tail)) - bias
     return float(f"{low:.6g}"), float(f"{high:.6g}")

@@ -47,6 +47,7 @@ class Classifier:
     lower_is_better: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...] | None] = None
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {"sklearn": "scikit-learn"}
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -81,7 +82,7 @@ class Classifier:
     @property
     def note(self) -> str:
         return (
-            "The classifier's score is the share of images that a support vector machine, fitted on real training images, "
+            "The classifier's score is the share of images that a support vector machine, fitted on training images, "
             "assigns to their captions."
         )
 

@@ -115,10 +115,11 @@ class Metric(Protocol):
 
     columns: every key of `result`; the first is a number, by which models are compared, and lower_is_better is True if
     a better model has a lower one. note: what a reader has to know of the figures, such as the variant and the
-    reference set, one sentence. sources: the data sources whose captions the metric can judge, or None for
-    any. packages: {module: package that provides it} beyond those that lcm_jax requires. resamplings: of the bootstrap,
-    fewer where `result` takes long. measure(images, prompts): the rows of these images, one for each, whatever other
-    images are measured with them; metrics that have the same `measure` share its rows.
+    reference set, one sentence. sources: the data sources whose captions the metric can judge, or None for any.
+    packages: {module: package that provides it} beyond those that lcm_jax requires. resamplings: of the bootstrap,
+    fewer where `result` takes long. reads_prompts: False if `measure` looks at the images alone.
+    measure(images, prompts): the rows of these images, one for each, whatever other images are measured with them;
+    metrics that have the same `measure` share its rows.
     """
 
     columns: ClassVar[Mapping[str, Column]]
@@ -126,6 +127,7 @@ class Metric(Protocol):
     sources: ClassVar[tuple[str, ...] | None]
     packages: ClassVar[Mapping[str, str]]
     resamplings: ClassVar[int]
+    reads_prompts: ClassVar[bool]
 
     @property
     def note(self) -> str: ...

@@ -104,6 +104,7 @@ class FrechetDistance:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 50
+    reads_prompts: ClassVar[bool] = False
 
     features: Callable[[Images], np.ndarray]
     reference: Moments
@@ -121,8 +122,8 @@ class FrechetDistance:
     @property
     def note(self) -> str:
         return (
-            "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with those "
-            "of real images; with this few images it is biased upwards, for all rows alike."
+            "The Frechet distance compares the features of the autoencoder's encoder, averaged over positions, with "
+            "those of real images; with this few images it is biased upwards, for all rows alike."
         )
 
     def result(self, rows: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,12 @@ from lcm_jax.evaluation.verifier import Verifier
 METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance, "classifier": Classifier}
 
 
-def check_metrics(names: Sequence[str], source: str) -> None:
+def check_metrics(names: Sequence[str], source: str | None) -> None:
     """Raise ValueError for a metric that does not exist, comes twice, cannot judge captions of the data source, or
-    requires a package that is not installed."""
+    requires a package that is not installed.
+
+    source: None if it is not known.
+    """
     if isinstance(names, str) or not names:
         raise ValueError(f"metrics {names!r} is not supported; use a tuple of {', '.join(METRICS)}")
     for i, name in enumerate(names):
@@ -22,7 +25,7 @@ def check_metrics(names: Sequence[str], source: str) -> None:
         if name in names[:i]:
             raise ValueError(f"metrics {tuple(names)!r} has {name!r} twice; use it once")
         sources = METRICS[name].sources
-        if sources is not None and source not in sources:
+        if sources is not None and source is not None and source not in sources:
             raise ValueError(
                 f"metrics {name!r} is not supported for data.source {source!r}, as it judges captions of "
                 f"{' or '.join(sources)} alone; remove it from --config.metrics"

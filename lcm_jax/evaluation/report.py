@@ -59,7 +59,9 @@ def nest(rows: Sequence[Row]) -> dict[str, dict]:
 
 
 def rows_of(report: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of a report, the inverse of `nest`."""
+    """Return the rows of a report, the inverse of `nest`; of one of images that were there, a row without labels."""
+    if "images" in report:
+        return [{name: report[name] for name in (*report["columns"], RANGES) if name in report}]
     models = report.get("models") or {name: report[name] for name in MODELS if name in report}
     return [
         {"model": model, "sampler": sampler, "steps": int(steps)} | figures
@@ -116,14 +118,21 @@ def guidance(report: Mapping[str, Any]) -> str:
     return f"guidance scale {scales}"
 
 
+def title(report: Mapping[str, Any]) -> str:
+    """Return what the rows of a report have in common."""
+    if (images := report.get("images")) is not None:
+        compared = f" compared with {report['reference']}" if report["reference"] != "none" else ""
+        return f"{images['count']} images of {images['folder']}{compared}"
+    compared = f", compared with {report['reference']}" if "reference" in report else ""
+    return f"{report['captions']} held-out captions{compared}, {guidance(report)}"
+
+
 def table(report: Mapping[str, Any], groups: bool = True) -> Table:
-    """Return the report's rows as a table for the terminal, with or without columns that are groups."""
-    rows, columns = rows_of(report), columns_of(report)
-    if not groups:
-        hidden = {"latency_p50_s", "latency_p95_s", "peak_memory_gb", "tflop_per_image"}
-        kept = lambda name, value: not isinstance(value, Mapping) and name not in hidden  # noqa: E731
-        rows = [{name: value for name, value in row.items() if kept(name, value)} for row in rows]
-    view = Table(title=f"{report['captions']} held-out captions, {guidance(report)}")
+    """Return the report's rows as a table for the terminal, with or without groups; the costs are in report.md."""
+    columns, hidden = columns_of(report), SPEED.keys() - {"images_per_s"}
+    kept = lambda name, value: name not in hidden and (groups or not isinstance(value, Mapping))  # noqa: E731
+    rows = [{name: value for name, value in row.items() if kept(name, value)} for row in rows_of(report)]
+    view = Table(title=title(report))
     for heading, _ in cells(rows[0], columns):
         view.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
     for row in rows:
@@ -163,11 +172,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [headings, ["---"] * len(headings), *([text for _, text in cells(row, columns, True)] for row in rows)]
     training = report.get("seconds", {}).get("training")
     notes = list(report.get("notes", {}).values()) + ([INTERVALS] if RANGES in rows[0] else [])
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows if "model" in row))
+    heading = ", ".join(models) if "models" in report else " and ".join(reversed(models)).capitalize()
+    shared = [title(report), *([] if "images" in report else ["the same noise for all"])]
     paragraphs = [
-        f"# {', '.join(models)}" if "models" in report else f"# {' and '.join(reversed(models)).capitalize()}",
-        f"{report['captions']} held-out captions, {guidance(report)}, the same noise for all; "
-        f"{report['device']}." + (f" Training took {training:.0f} s." if training is not None else ""),
+        f"# {heading or 'Images'}",
+        f"{', '.join(shared)}; {report['device']}."
+        + (f" Training took {training:.0f} s." if training is not None else ""),
         "\n".join(f"| {' | '.join(texts)} |" for texts in lines),
         composition(report),
         checkpoints(report),
@@ -183,9 +194,10 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the report's table, without groups if the terminal is narrow, and the scores on untrained pairs."""
+    """Print the report's table, without groups if the terminal is narrow, the scores on untrained pairs, and notes."""
     console = Console(width=None if Console().is_terminal else 140)
     needed = console.measure(table(report), options=console.options.update(width=1000)).minimum
     console.print(table(report, groups=needed <= console.width))
-    if text := composition(report):
-        print(text)
+    for text in (composition(report), *report.get("notes", {}).values()):
+        if text:
+            print(text)

@@ -221,6 +221,7 @@ class Verifier:
     sources: ClassVar[tuple[str, ...] | None] = ("shapes",)
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
 
     @classmethod
     def create(cls, resources: Resources) -> Self:

@@ -100,17 +100,18 @@ CHOICES: Mapping[str, tuple] = {
 }
 
 
-def check(config, groups: Sequence[str] = GROUPS) -> None:
+def check(config, groups: Sequence[str] = GROUPS, choices: Mapping[str, tuple] = CHOICES) -> None:
     """Raise ValueError for a setting that is not supported; the text has its key, its value and the valid ones.
 
-    config: a ConfigDict. groups: the keys at its top that it must have. Reads nothing else.
+    config: a ConfigDict. groups: the keys at its top that it must have. choices: by key, the valid values. Reads no
+    file.
     """
     required = [*groups, *(["metrics"] if "report" in config else [])]
     if missing := [key for key in required if key not in config]:
         raise ValueError(f"the config has no {missing[0]}; copy it from a bundled config (--list_configs)")
     settings = dict(leaves(config.to_dict()))
     for key, value in settings.items():
-        if (allowed := range_of(key) or CHOICES.get(key)) is not None:
+        if (allowed := range_of(key) or choices.get(key)) is not None:
             check_setting(key, value, allowed)
     _check_pairs(settings)
     for who in MODELS:

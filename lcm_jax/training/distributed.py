@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from jax._src.distributed import global_state  # orbax uses it too: JAX has no public name for what processes say
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
@@ -267,6 +268,32 @@ def local(tree: Any) -> Any:
 
 
 # ---- ending ---------------------------------------------------------------------------------------------------------
+
+
+def part_of(count: int) -> range:
+    """Return the numbers of this process, of `count` that all processes share: ranges in the order of the processes."""
+    processes, process = jax.process_count(), jax.process_index()
+    return range(count * process // processes, count * (process + 1) // processes)
+
+
+def gather_rows(rows: Any) -> Any:
+    """Return the rows of all processes, one after another in the order of the processes.
+
+    rows: a pytree of NumPy arrays with a leading axis, of any length in each process; every process has to call it.
+    """
+    if jax.process_count() == 1:
+        return rows
+    lengths = np.asarray(multihost_utils.process_allgather(np.array(len(jax.tree.leaves(rows)[0]))))
+
+    def gather(leaf: np.ndarray) -> np.ndarray:
+        # As bytes, since JAX would narrow float64.
+        flat = np.ascontiguousarray(leaf).reshape(len(leaf), -1).view(np.uint8)
+        padded = np.pad(flat, ((0, lengths.max() - len(leaf)), (0, 0)))
+        parts = np.asarray(multihost_utils.process_allgather(padded))
+        whole = np.concatenate([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return whole.view(leaf.dtype).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(gather, rows)
 
 
 def end(text: str, code: int) -> NoReturn:
