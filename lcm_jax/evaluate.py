@@ -265,7 +265,8 @@ def evaluate() -> None:
     if weights.folder is not None and not weights.folder.is_dir():
         raise ValueError(f"--weights_dir={weights.folder} is not a folder; use that of the networks' weights")
     if (images := IMAGES.value) is not None:
-        evaluate_images(config, Path(images), weights)
+        with distributed.ending_together():
+            evaluate_images(config, Path(images), weights)
         return
     for flag in (REFERENCE, PROMPTS, DETECTIONS):
         if flag.value is not None:
@@ -273,7 +274,8 @@ def evaluate() -> None:
     config = ConfigDict(config.to_dict() | {"settings": read_settings(config)})
     if METRICS.value:
         config.metrics = tuple(METRICS.value)
-    evaluate_models(config, weights)
+    with distributed.ending_together():
+        evaluate_models(config, weights)
 
 
 def parse(argv: list[str]) -> list[str]:

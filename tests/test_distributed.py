@@ -168,6 +168,34 @@ def test_one_process_writes_and_prints(four):
     assert len(list((folder / "fsdp" / "tensorboard").iterdir())) == 1
 
 
+def test_rows_of_all_processes_are_gathered_in_their_order_to_the_bit(four):
+    folder, _ = four
+    for number in range(4):
+        with np.load(folder / f"gathered_{number}.npz") as gathered:
+            assert gathered["x"].dtype == np.float64 and gathered["ok"].dtype == bool
+            np.testing.assert_array_equal(gathered["x"][:, 0], np.repeat(np.arange(4), np.arange(1, 5)) + 1e-12)
+            np.testing.assert_array_equal(gathered["ok"], np.concatenate([np.arange(n) > 0 for n in range(1, 5)]))
+
+
+@pytest.mark.slow
+def test_an_evaluation_by_two_processes_is_that_of_one(tmp_path):
+    flags = ["-m", "lcm_jax.evaluate", "--model=shapes-lcm", "--plan=lcm:1", "--config.report.prompts=9"]
+    flags += ["--config.report.reference=8", "--config.report.batch_size=3"]
+    images = {}
+    for count in (1, 2):
+        output = tmp_path / str(count)
+        shared = lambda number, port, count=count: by_hand(number, port) if count > 1 else {}  # noqa: E731
+        ended = start(count, [*flags, f"--output={output}"], shared)
+        assert ended.codes == [0] * count, ended.errors
+        assert all(not text.strip() or text.startswith("[Gloo]") for text in ended.outputs[1:])
+        images[count] = {path.name: path.read_bytes() for path in output.rglob("images/**/*.png")}
+    assert len(images[1]) == 9 and images[1] == images[2]
+    one, two = (json.loads((tmp_path / str(count) / "report.json").read_text())["models"] for count in (1, 2))
+    one, two = (each["shapes-lcm"]["lcm"]["1"] for each in (one, two))
+    assert all(one[name] == two[name] for name in ("verifier", "tasks", "intervals"))
+    np.testing.assert_allclose(one["frechet"], two["frechet"], rtol=1e-4)
+
+
 def test_sigterm_to_one_process_stops_all_at_the_same_update_and_others_resume_it(four, one):
     """By four processes to a SIGTERM, by two to a kill -9, by two to the end: nothing is lost, and nothing twice."""
     folder, (_, (first, *_), _, _) = four

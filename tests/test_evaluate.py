@@ -1,7 +1,6 @@
 """Metrics that merge, rows of any plan, reports of any rows, and the command that compares models."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 import rich.console
 import tiny_model
+from evaluating import calling
+from PIL import Image
 
-from lcm_jax import evaluate as command
 from lcm_jax.data import shapes
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.bootstrap import intervals
@@ -164,35 +164,66 @@ def test_a_narrow_terminal_has_no_groups_and_no_cut_figures(width, last, monkeyp
 
 @pytest.fixture
 def call(monkeypatch):
-    """The command in this process, without its exit code."""
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-        monkeypatch.setattr(command.command, "configure_jax", lambda: None)
-        command.parse(sys.argv)
-        command.evaluate()
-
-    yield run
-    command.FLAGS.unparse_flags()
-    for name in list(command.FLAGS):
-        command.FLAGS[name].unparse()
-        if name.startswith("config."):  # a key's flag belongs to the config that was loaded
-            delattr(command.FLAGS, name)
+    yield from calling(monkeypatch)
 
 
-def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, capsys):
+def test_models_are_compared_and_an_interrupted_report_goes_on(call, tmp_path, capsys, monkeypatch):
     model, output = tiny_model.write(tmp_path / "model", unet=tiny_model.SHALLOW), tmp_path / "report"
     small = [f"--config.report.{key}={value}" for key, value in (("prompts", 7), ("reference", 6), ("batch_size", 4))]
-    call(f"--model={model}", "--plan=ddim:2,1", f"--config.autoencoder={model}", *small, f"--output={output}")
+    arguments = [f"--model={model}", f"--config.autoencoder={model}", *small, f"--output={output}"]
+    call(*arguments, "--plan=ddim:2,1")
     printed = capsys.readouterr().out
-    assert f"1/2  {model} ddim 2: " in printed and "; about 0:" in printed and "7 held-out captions" in printed
+    assert f"1/2  {model} ddim 2: " in printed and "; about 0:" in printed
+    assert "7 held-out captions, compared with 6 held-out images of shapes" in " ".join(printed.split())
     stored = json.loads((output / "report.json").read_text())
     figures = stored["models"][str(model)]["ddim"]
     assert list(figures) == ["2", "1"] and figures["1"]["frechet"] > 0 and len(figures["1"]["tasks"]) == 6
+    low, high = figures["1"]["intervals"]["frechet"]
+    assert (
+        low <= figures["1"]["frechet"] <= high
+        and figures["1"]["intervals"]["tasks"].keys() == figures["1"]["tasks"].keys()
+    )
+    assert {"images_per_s", "latency_p50_s", "latency_p95_s", "peak_memory_gb", "tflop_per_image"} < figures["1"].keys()
+    assert figures["2"]["tflop_per_image"] > figures["1"]["tflop_per_image"] > 0
     assert stored["settings"]["report"]["prompts"] == stored["captions"] == 7 and "device" in stored
-    assert f"| {model} | ddim | 1 |" in (output / "report.md").read_text()
-    with pytest.raises(ValueError, match="report.json exists already; use another --output, or --overwrite"):
-        call(f"--output={output}")
+    text = (output / "report.md").read_text()
+    assert f"| {model} | ddim | 1 |" in text and stored["notes"]["frechet"] in text and report.INTERVALS in text
+    for name in ("quality.png", next((output / "extremes").iterdir()).relative_to(output)):
+        with Image.open(output / name) as drawn:
+            assert drawn.width > 500 and np.std(np.asarray(drawn.convert("L"))) > 5
+
+    # The same command shows it; another one is refused, as is one beside it.
+    call(*arguments, "--plan=ddim:2,1")
+    assert "this evaluation is complete" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"has an evaluation with config.report.seed 2, and now it is 3; use another --o"
+    ):
+        call(*arguments, "--plan=ddim:2,1", "--config.report.seed=3")
+    with pytest.raises(ValueError, match="has an evaluation with dtype float32, and now it is bfloat16"):
+        call(*arguments, "--plan=ddim:2,1", "--config.report.seed=2", "--dtype=bfloat16")
+
+    # Killed while it made the second row: what is there is not made again, and the figures are the same.
+    row = next((output / "images").iterdir()) / "ddim-1"
+    for path in (
+        output / "report.json",
+        next((output / "rows").iterdir()) / "ddim-1.json",
+        *list(row.glob("*.png"))[:3],
+    ):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
+    call(*arguments, "--plan=ddim:2,1", "--config.report.seed=2", "--dtype=float32")
+    assert "1/2" in (printed := capsys.readouterr().out) and "measured before" in printed
+    after = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
+    assert len(after) == 14 == len(before) + 3 and all(after[path] == time for path, time in before.items())
+    again = json.loads((output / "report.json").read_text())["models"][str(model)]["ddim"]
+    speeds = {*report.SPEED}
+    for n in ("1", "2"):
+        assert {k: v for k, v in again[n].items() if k not in speeds} == {
+            k: v for k, v in figures[n].items() if k not in speeds
+        }
+    (output / "keep.txt").write_text("mine")
+    call(*arguments, "--plan=ddim:1", "--overwrite")
+    assert (output / "keep.txt").exists() and len(list((output / "images").rglob("*.png"))) == 7
 
 
 @pytest.mark.parametrize(
@@ -207,8 +238,13 @@ def test_models_are_compared_and_a_report_is_not_overwritten(call, tmp_path, cap
         (["--model=shapes", "--model=shapes"], "^--model=shapes is given twice"),
         (["--model=shape"], "did you mean 'shapes'"),
         (["--config.data.size=62", "--model=shapes"], "^data.size 62 is not supported by shapes; use a multiple of 4$"),
-        (["--config.data.source=tar", "--config.metrics=('frechet',)"], "^data.source 'tar' is not supported; use sha"),
-        (["--config.metrics=('fid',)"], "^metrics 'fid' is not supported; use verifier or frechet or classifier$"),
+        (["--config.data.source=tra"], "^data.source 'tra' is not supported; use "),
+        (["--config.data.source=tar"], "^metrics 'verifier' is not supported for data.source 'tar', as it judges capt"),
+        (["--config.metrics=('fed',)"], "^metrics 'fed' is not supported; use verifier or frechet or "),
+        (["--metrics=frechet,frechet"], "^metrics .* has 'frechet' twice; use it once"),
+        (["--reference=somewhere"], "^--reference is of --images, which is not given; add it"),
+        (["--weights_dir=nowhere"], "^--weights_dir=nowhere is not a folder"),
+        (["--output=setup.cfg"], "^--output=setup.cfg is a file; use a folder$"),
         (["--config.report.prompts=1"], "^report.prompts 1 is not supported; use a whole number of at least 2$"),
         (["--config.report.promts=1"], "^--config.report.promts is not a config key; Did you mean"),
         (["--config=eval/none"], "eval/none is neither a file nor a bundled config; use one of .*eval/shapes"),

@@ -132,7 +132,7 @@ def table(report: Mapping[str, Any], groups: bool = True) -> Table:
     columns, hidden = columns_of(report), SPEED.keys() - {"images_per_s"}
     kept = lambda name, value: name not in hidden and (groups or not isinstance(value, Mapping))  # noqa: E731
     rows = [{name: value for name, value in row.items() if kept(name, value)} for row in rows_of(report)]
-    view = Table(title=title(report))
+    view = Table()
     for heading, _ in cells(rows[0], columns):
         view.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
     for row in rows:
@@ -194,9 +194,10 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the report's table, without groups if the terminal is narrow, the scores on untrained pairs, and notes."""
+    """Print the report: its title, its table, without groups if the terminal is narrow, and its notes."""
     console = Console(width=None if Console().is_terminal else 140)
     needed = console.measure(table(report), options=console.options.update(width=1000)).minimum
+    print(title(report))
     console.print(table(report, groups=needed <= console.width))
     for text in (composition(report), *report.get("notes", {}).values()):
         if text:

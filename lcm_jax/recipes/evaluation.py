@@ -275,10 +275,11 @@ def compare_models(
             )
             scales[name] = effective_guidance_scale(model, settings.guidance_scale or preset.guidance_scale)
         steps_left -= row.steps
-        if kept is not None and kept.exists():
-            rows.append(read_object(kept, "delete it, and the same command makes it again"))
+        if kept is not None and distributed.any_process(distributed.is_main() and kept.exists()):
             update(row.name, row.steps * len(distributed.part_of(len(prompts.prompts))))
-            log(f"{len(rows)}/{len(todo)}  {report.line(rows[-1], columns)}; measured before")
+            if distributed.is_main():
+                rows.append(read_object(kept, "delete it, and the same command makes it again"))
+                log(f"{len(rows)}/{len(todo)}  {report.line(rows[-1], columns)}; measured before")
             continue
         if drawing is None or current != name:
             drawing, current = None, name  # one model at a time is on the device
@@ -288,9 +289,9 @@ def compare_models(
             made = MadeImages(output / "images" / row.folder, prompts.paths, jax.process_index())
             made.folder.mkdir(parents=True, exist_ok=True)
         found = measure_row(row, drawing, prompts.prompts, metrics, output, made, update)
-        rows.append(found)
         if not distributed.is_main():
             continue
+        rows.append(found)
         done_here += row.steps
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
