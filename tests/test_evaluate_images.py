@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from evaluating import calling
@@ -256,6 +257,6 @@ def test_published_weights_are_found_or_named(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "lcm_jax").iterdir())
     fetched = Weights(None).find(published._replace(sha256="2d71"))
     assert fetched.read_bytes() == b"x" and fetched.is_relative_to(tmp_path / "cache")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="w.safetensors of org/name is not in the hub's cache and cannot be fetched"):
         Weights(None).find(published._replace(source="org/name"))

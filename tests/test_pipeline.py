@@ -357,7 +357,8 @@ def test_previews_take_parameters_from_the_host_and_from_devices(student):
 
 def test_previews_without_guidance_take_one_pass(teacher):
     sampler = PreviewSampler(teacher.model, teacher.tokenize, [PROMPT], 16, 1)
-    assert sampler._inputs(0, 1.0).negative_ids is None and sampler._inputs(0, 2.0).negative_ids is not None
+    first = np.zeros(1, int)
+    assert sampler._inputs(first, 1.0).negative_ids is None and sampler._inputs(first, 2.0).negative_ids is not None
 
 
 def test_a_long_and_weighted_prompt_is_that_of_diffusers_given_its_chunks(models, teacher):
