@@ -79,6 +79,47 @@ def log(**changes: Any) -> ConfigDict:
     )
 
 
+def coco(**changes: Any) -> ConfigDict:
+    """Return the group `data` of an evaluation on COCO: its captions, and the images that are compared with."""
+    return _group(
+        "data",
+        {
+            "source": "coco",
+            "captions": "",  # captions_val2014.json or captions_val2017.json of COCO's annotations
+            "images": "",  # the folder of the images: val2014 or val2017
+            "size": 512,  # pixels of the images that are made
+            "per_image": "any",  # captions drawn from all; or first: the first caption of each image
+            "compared": "paired",  # with the images of the captions; or all: with every image
+            "real_size": 0,  # pixels that real images are cropped to; 0 leaves them to the FID's own resizing
+        },
+        changes,
+    )
+
+
+def full_size_evaluation(data: ConfigDict, metrics: tuple[str, ...], prompts: int, **settings: Any) -> ConfigDict:
+    """Return the config of an evaluation of full-size models.
+
+    prompts: images that are made, and real ones that are compared with where the source does not pair them. settings:
+    of the metrics.
+    """
+    config = ConfigDict()
+    config.metrics = metrics
+    config.settings = ConfigDict(settings)
+    config.autoencoder = "shapes"  # of the metric frechet alone
+    config.data = data
+    config.plan = ConfigDict({"lcm": (1, 2, 4, 8), "ddim": (4, 8, 50), "dpmsolver++": (4, 8)})  # or --plan
+    config.report = ConfigDict(
+        {
+            "prompts": prompts,
+            "batch_size": 16,
+            "reference": prompts,
+            "guidance_scale": 0.0,  # of all models; 0 is that of each model's preset
+            "seed": 0,  # of the captions that are drawn, and of the noise
+        }
+    )
+    return config
+
+
 def _group(name: str, defaults: dict[str, Any], changes: dict[str, Any]) -> ConfigDict:
     if unknown := changes.keys() - defaults.keys():
         raise ValueError(f"{name}.{min(unknown)} is not a setting; use one of {', '.join(defaults)}")

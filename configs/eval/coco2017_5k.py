@@ -10,31 +10,14 @@ row.
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.metrics = ("fid", "clip_score")
-    config.settings = ConfigDict({"fid_flavour": "clean-fid", "clip_model": "ViT-L/14"})
-    config.autoencoder = "shapes"  # of the metric frechet alone
-    config.data = ConfigDict(
-        {
-            "source": "coco",
-            "captions": "",  # captions_val2017.json of COCO's annotations
-            "images": "",  # the folder val2017
-            "size": 512,  # pixels of the images that are made
-            "per_image": "first",  # the first caption of each image; or any: captions drawn from all
-            "compared": "paired",  # with the images of the captions; or all: with every image
-            "real_size": 0,  # pixels that real images are cropped to; 0 leaves them to the FID's own resizing
-        }
+    return config_groups.full_size_evaluation(
+        config_groups.coco(per_image="first"),
+        ("fid", "clip_score"),
+        prompts=5000,
+        fid_flavour="clean-fid",
+        clip_model="ViT-L/14",
     )
-    config.plan = ConfigDict({"lcm": (1, 2, 4, 8), "ddim": (4, 8, 50), "dpmsolver++": (4, 8)})
-    config.report = ConfigDict(
-        {
-            "prompts": 5000,
-            "batch_size": 16,
-            "reference": 5000,  # of other sources; those of COCO are paired, or all
-            "guidance_scale": 0.0,  # of all models; 0 is that of each model's preset
-            "seed": 0,  # of the captions that are drawn, and of the noise
-        }
-    )
-    return config

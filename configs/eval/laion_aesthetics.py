@@ -15,24 +15,12 @@ from lcm_jax import config_groups
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.metrics = ("fid", "clip_score")
-    config.settings = ConfigDict({"fid_flavour": "clean-fid", "clip_model": "ViT-g/14"})
-    config.autoencoder = "shapes"  # of the metric frechet alone
-    config.data = config_groups.data(
+    data = config_groups.data(
         source="tar",  # or any other of images and captions (docs/data.md)
         size=512,
         held_out=10_000,  # of the set, those that no run with the same setting trains on
         filters=("aesthetic>=6",),
     )
-    config.plan = ConfigDict({"lcm": (1, 2, 4, 8), "ddim": (4, 8, 50), "dpmsolver++": (4, 8)})
-    config.report = ConfigDict(
-        {
-            "prompts": 10_000,
-            "batch_size": 16,
-            "reference": 10_000,  # held-out images that are compared with
-            "guidance_scale": 0.0,  # of all models; 0 is that of each model's preset
-            "seed": 0,  # of the captions that are drawn, and of the noise
-        }
+    return config_groups.full_size_evaluation(
+        data, ("fid", "clip_score"), prompts=10_000, fid_flavour="clean-fid", clip_model="ViT-g/14"
     )
-    return config
