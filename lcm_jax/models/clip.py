@@ -6,7 +6,7 @@ XL.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -57,9 +57,33 @@ SUPPORTED = dict.fromkeys(BOILERPLATE) | {
 }
 
 
+class EncoderConfig(Protocol):
+    """The options of a transformer of pre-norm layers; those of CLIP's text encoder, of its vision tower, of DINOv2."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def initializer_factor(self) -> float: ...
+    @property
+    def causal(self) -> bool: ...  # each token attends to those before it and itself, not to all
+    @property
+    def layer_scale(self) -> bool: ...  # the output of attention and of the MLP is multiplied by a vector of parameters
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The options of config.json that determine the network, with the defaults of transformers."""
+
+    causal: ClassVar[bool] = True
+    layer_scale: ClassVar[bool] = False
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -130,7 +154,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    config: TextConfig
+    config: EncoderConfig
     dtype: Any
 
     @nn.compact
@@ -143,14 +167,14 @@ class SelfAttention(nn.Module):
             return y.reshape(batch, length, c.num_attention_heads, -1)
 
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        y = attention(q, k, v, causal[None, None]).reshape(batch, length, width)
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None] if c.causal else None
+        y = attention(q, k, v, mask).reshape(batch, length, width)
         into_stream = normal(std * (2 * c.num_hidden_layers) ** -0.5)
         return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="out_proj")(y)
 
 
 class MLP(nn.Module):
-    config: TextConfig
+    config: EncoderConfig
     dtype: Any
 
     @nn.compact
@@ -162,24 +186,31 @@ class MLP(nn.Module):
         return nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="fc2")(activation(c.hidden_act, x))
 
 
-def layer_norm(config: TextConfig, dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(config: EncoderConfig, dtype: Any, name: str) -> nn.LayerNorm:
     # The fast variance E[x^2] - E[x]^2 cancels on CLIP's outlier channels; flax computes the statistics in float32.
     return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class EncoderLayer(nn.Module):
-    config: TextConfig
+    config: EncoderConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = x + SelfAttention(c, self.dtype, name="self_attn")(layer_norm(c, self.dtype, "layer_norm1")(x))
-        return x + MLP(c, self.dtype, name="mlp")(layer_norm(c, self.dtype, "layer_norm2")(x))
+
+        def scaled(y, name):
+            scale = self.param(name, nn.initializers.ones_init(), (y.shape[-1],)) if c.layer_scale else None
+            return y if scale is None else y * scale.astype(y.dtype)[None, None]
+
+        y = SelfAttention(c, self.dtype, name="self_attn")(layer_norm(c, self.dtype, "layer_norm1")(x))
+        x = x + scaled(y, "layer_scale1")
+        y = MLP(c, self.dtype, name="mlp")(layer_norm(c, self.dtype, "layer_norm2")(x))
+        return x + scaled(y, "layer_scale2")
 
 
 class Encoder(nn.Module):
-    config: TextConfig
+    config: EncoderConfig
     dtype: Any
 
     @nn.compact

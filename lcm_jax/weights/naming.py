@@ -1,6 +1,6 @@
 """The one naming rule between PyTorch's keys and parameter trees, for every network of diffusers and transformers here.
 
-1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (4-D, 2-D), `scale` (1-D) or `embedding` (tables).
+1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (4-D, 2-D), `scale` (1-D) or `embedding` (2-D tables).
 3. Kernels are transposed: OIHW -> HWIO, OI -> IO. Before these, `modern_key` for what was published under other names.
 """
 
@@ -40,7 +40,8 @@ def to_path(key: str, ndim: int) -> tuple[str, ...]:
         else:
             path.append(part)
     if path[-1] == "weight":
-        path[-1] = "scale" if ndim == 1 else "embedding" if len(path) > 1 and is_table(path[-2]) else "kernel"
+        table = ndim == 2 and len(path) > 1 and is_table(path[-2])  # `patch_embedding`, 4-D, is a convolution
+        path[-1] = "scale" if ndim == 1 else "embedding" if table else "kernel"
     return tuple(path)
 
 

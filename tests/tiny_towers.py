@@ -1,0 +1,49 @@
+"""CLIP models and a DINOv2 of a few thousand parameters, and the same ones by transformers with random weights."""
+
+from dataclasses import asdict
+
+from lcm_jax.models.clip import TextConfig
+from lcm_jax.models.vit import CLIPConfig, VisionConfig
+
+
+def small_clip(act: str = "quick_gelu", width: int = 24, heads: int = 2, mlp: int = 40) -> CLIPConfig:
+    """Images of 24 x 24 in patches of 8, texts of 77 tokens of CLIP's vocabulary cut to 600 ids."""
+    return CLIPConfig(
+        VisionConfig(width, 2, heads, mlp, patch_size=8, image_size=24, hidden_act=act),
+        TextConfig(600, 16, 32, 2, 2, 77, act, eos_token_id=599, projection_dim=12),
+    )
+
+
+def small_dinov2() -> VisionConfig:
+    return VisionConfig(24, 2, 3, 96, 4, image_size=20, layer_norm_eps=1e-6, pre_norm=False, layer_scale=True)
+
+
+def randomize(model, seed: int = 0):
+    """Return a torch module with every parameter random, norms and biases included, so that no term can hide."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn_like(weight)
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_1.weight", "ln_2.weight")):
+                weight.copy_(1 + 0.2 * noise)
+            else:
+                weight.copy_(0.2 * noise)
+    return model.eval()
+
+
+def transformers_clip(config: CLIPConfig, seed: int = 0):
+    """Return transformers' CLIPModel of a config, with random weights."""
+    import transformers
+
+    names = ("hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps").split()
+    own = lambda part, *more: {name: asdict(part)[name] for name in [*names, *more]}  # noqa: E731
+    text = own(config.text, "vocab_size", "max_position_embeddings", "eos_token_id")
+    vision = own(config.vision, "patch_size", "image_size")
+    options = transformers.CLIPConfig(
+        text_config=text | {"projection_dim": config.text.projection_dim, "bos_token_id": 598, "pad_token_id": 599},
+        vision_config=vision | {"projection_dim": config.text.projection_dim},
+        projection_dim=config.text.projection_dim,
+    )
+    return randomize(transformers.CLIPModel(options), seed)
