@@ -21,12 +21,14 @@ class Published(NamedTuple):
     """A published file of weights.
 
     file: its name. source: the hub's `org/name`, or an https:// address whose last part may be another name. sha256:
-    how its digest begins, or "" if none was published.
+    how its digest begins, or "" if none was published. folder: in the folder of weights, for a name that the files of
+    several models share.
     """
 
     file: str
     source: str
     sha256: str = ""
+    folder: str = ""
 
 
 class Weights(NamedTuple):
@@ -46,9 +48,10 @@ class Weights(NamedTuple):
 
     def find(self, published: Published) -> Path:
         """Return the path of a published file. Raises ModelError if it is neither here nor can be fetched."""
-        remedy = f"put {published.file} of {published.source} into a folder, and name it by --weights_dir"
+        own = f"{published.folder}/" if published.folder else ""
+        remedy = f"put {published.file} of {published.source} into a folder{own and f' {own} of a folder'}, and name it by --weights_dir"
         if self.folder is not None:
-            path = self.folder / published.file
+            path = self.folder / published.folder / published.file
             if not path.is_file():
                 raise ModelError(f"{path} does not exist; get {published.file} from {published.source}")
             return path
