@@ -1,6 +1,6 @@
 """CLIP models and a DINOv2 of a few thousand parameters, and the same ones by transformers with random weights."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from lcm_jax.models.clip import TextConfig
 from lcm_jax.models.vit import CLIPConfig, VisionConfig
@@ -42,8 +42,21 @@ def transformers_clip(config: CLIPConfig, seed: int = 0):
     text = own(config.text, "vocab_size", "max_position_embeddings", "eos_token_id")
     vision = own(config.vision, "patch_size", "image_size")
     options = transformers.CLIPConfig(
-        text_config=text | {"projection_dim": config.text.projection_dim, "bos_token_id": 598, "pad_token_id": 599},
+        text_config=text | {"projection_dim": config.text.projection_dim, "bos_token_id": 0, "pad_token_id": 1},
         vision_config=vision | {"projection_dim": config.text.projection_dim},
         projection_dim=config.text.projection_dim,
     )
     return randomize(transformers.CLIPModel(options), seed)
+
+
+WORDS = ("a", "red", "blue", "circle", "square", "photo", "of", ",", "left")
+
+
+def write_tokenizer(folder) -> CLIPConfig:
+    """Write a CLIP tokenizer of a few words; return the small CLIP model that it fits."""
+    from lcm_jax.data import tokenizer
+
+    tokenizer.build(WORDS, folder, 77)
+    size = len(tokenizer.load(folder))
+    config = small_clip()
+    return replace(config, text=replace(config.text, vocab_size=size, eos_token_id=size - 1))

@@ -4,11 +4,25 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 from lcm_jax.evaluation.classifier import Classifier
+from lcm_jax.evaluation.clip_score import ClipScore
+from lcm_jax.evaluation.cmmd import CMMD
 from lcm_jax.evaluation.evaluate import Metric, Resources
+from lcm_jax.evaluation.fd_dinov2 import FDDinov2
 from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.preference import HPS, Aesthetic, PickScore
 from lcm_jax.evaluation.verifier import Verifier
 
-METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance, "classifier": Classifier}
+METRICS: Mapping[str, type[Metric]] = {
+    "verifier": Verifier,
+    "frechet": FrechetDistance,
+    "classifier": Classifier,
+    "clip_score": ClipScore,
+    "pick_score": PickScore,
+    "hps": HPS,
+    "aesthetic": Aesthetic,
+    "cmmd": CMMD,
+    "fd_dinov2": FDDinov2,
+}
 
 
 def check_metrics(names: Sequence[str], source: str | None) -> None:

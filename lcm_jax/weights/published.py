@@ -48,10 +48,10 @@ class Weights(NamedTuple):
 
     def find(self, published: Published) -> Path:
         """Return the path of a published file. Raises ModelError if it is neither here nor can be fetched."""
-        own = f"{published.folder}/" if published.folder else ""
-        remedy = f"put {published.file} of {published.source} into a folder{own and f' {own} of a folder'}, and name it by --weights_dir"
+        file = f"{published.folder}/{published.file}" if published.folder else published.file
+        remedy = f"put {published.file} of {published.source} at {file} in a folder, and name that by --weights_dir"
         if self.folder is not None:
-            path = self.folder / published.folder / published.file
+            path = self.folder / file
             if not path.is_file():
                 raise ModelError(f"{path} does not exist; get {published.file} from {published.source}")
             return path

@@ -1,0 +1,59 @@
+"""The CLIP score: how well images and their prompts agree, by the cosine of their embeddings (arXiv 2104.08718)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+from flax.core import FrozenDict
+
+from lcm_jax.evaluation.clip_towers import Rows, cosines, open_encoders
+from lcm_jax.evaluation.evaluate import Column, Measure, Resources
+
+DEFAULT = "ViT-L/14"
+
+
+@dataclass(frozen=True, eq=False)
+class ClipScore:
+    """Metric: the mean cosine of images and prompts in a CLIP model, the option `clip_model`, on three scales.
+
+    `clip_score` is 100 cos, as tables of text-to-image models have it. `clipscore` is 2.5 max(cos, 0), each image
+    clipped, of the paper, whose tool puts "A photo depicts" before the prompt and has ViT-B/32. `clip_score_clipped` is
+    max(100 cos, 0), the mean clipped, of torchmetrics. Images are those of OpenAI's and OpenCLIP's own code.
+    """
+
+    lower_is_better: ClassVar[bool] = False
+    sources: ClassVar[tuple[str, ...] | None] = None
+    packages: ClassVar[Mapping[str, str]] = {}
+    resamplings: ClassVar[int] = 200
+
+    measure: Measure
+    columns: Mapping[str, Column] = FrozenDict(
+        clip_score=Column("CLIP score", ".2f"),
+        clipscore=Column("CLIPScore", ".4f"),
+        clip_score_clipped=Column("clipped", ".2f"),
+    )
+    note: str = "The CLIP score is 100 times the mean cosine of the embeddings of images and prompts."
+
+    @classmethod
+    def create(cls, resources: Resources) -> Self:
+        """Raise ValueError for a `clip_model` that does not exist, and ModelError if there are no weights."""
+        name = resources.settings.get("clip_model", DEFAULT)
+        columns = dict(cls.columns)
+        columns["clip_score"] = Column(f"CLIP score ({name})", ".2f")
+        note = (
+            f"The CLIP score is 100 times the mean cosine of the embeddings of images and prompts by {name}; CLIPScore "
+            "is 2.5 max(cos, 0) of each image, and torchmetrics clips the mean at 0."
+        )
+        return cls(open_encoders(resources, name).measure, FrozenDict(columns), note)
+
+    def result(self, rows: Rows) -> dict[str, float]:
+        cos = cosines(rows)
+        return {
+            "clip_score": round(float(100 * cos.mean()), 4),
+            "clipscore": round(float(2.5 * np.maximum(cos, 0).mean()), 6),
+            "clip_score_clipped": round(float(max(100 * cos.mean(), 0)), 4),
+        }
+
+    def scores(self, rows: Rows) -> np.ndarray:
+        return cosines(rows)
