@@ -41,7 +41,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     config = tiny_towers.write_tokenizer(folder / "clip-vit-large-patch14")
     write_safetensors(folder / "clip-vit-large-patch14" / "model.safetensors", from_params(random_params(config)))
-    (folder / "PickScore_v1").mkdir()
+    tower = folder / "CLIP-ViT-H-14-laion2B-s32B-b79K"  # the last of the names that its file may have
+    for other in (folder / "PickScore_v1", tower):
+        other.mkdir()
+    write_safetensors(tower / "pytorch_model.bin", from_params(random_params(config, 4)))
     write_safetensors(folder / "PickScore_v1" / "model.safetensors", from_params(random_params(config, 1)))
     write_safetensors(folder / preference.HPS_WEIGHTS.file, from_params(random_params(config, 2)))
     rng = np.random.default_rng(3)
@@ -114,7 +117,9 @@ def test_all_scores_from_a_folder_of_weights(resources):
 
 def test_each_metric_reads_its_own_weights_and_inputs(resources, folder):
     config = folder[1]
-    assert HPS.create(resources).measure == open_encoders(resources, "ViT-H/14", preference.HPS_WEIGHTS, for_hps).measure
+    assert (
+        HPS.create(resources).measure == open_encoders(resources, "ViT-H/14", preference.HPS_WEIGHTS, for_hps).measure
+    )
     rows = PickScore.create(resources).measure(images(), PROMPTS)
     pixels = np.stack([for_transformers(image, 24) for image in images()])
     params = {"params": random_params(config, 1)}
@@ -122,9 +127,11 @@ def test_each_metric_reads_its_own_weights_and_inputs(resources, folder):
     np.testing.assert_allclose(rows["image"], clip_towers.unit(embedded), atol=1e-5)
 
 
-def test_scores_go_with_the_option_clip_model(resources, folder):
-    metric = ClipScore.create(replace(resources, settings={"clip_model": "ViT-H/14"}, weights=Weights(folder[0] / "h")))
-    assert metric
+def test_the_option_clip_model_selects_the_network(resources):
+    other = replace(resources, settings={"clip_model": "ViT-H/14"})
+    metric = ClipScore.create(other)
+    assert metric.columns["clip_score"].heading == "CLIP score (ViT-H/14)" and "by ViT-H/14" in metric.note
+    assert metric.measure == open_encoders(other, "ViT-H/14").measure
 
 
 def test_a_tower_that_does_not_exist_is_named(resources):

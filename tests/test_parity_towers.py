@@ -1,5 +1,6 @@
 """CLIP towers, their inputs and their scores against OpenCLIP, torchvision and torchmetrics, with random weights."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_tools import reference
-from tiny_towers import randomize, small_clip
+from tiny_towers import randomize, small_clip, transformers_clip, write_tokenizer
 
+from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation import clip_inputs
+from lcm_jax.evaluation.clip_score import ClipScore
+from lcm_jax.evaluation.clip_towers import Encoders, image_encoder, text_encoder
 from lcm_jax.models.vit import CLIP_CONFIGS, CLIPModel
 from lcm_jax.weights.towers import clip_params
 
@@ -96,3 +100,71 @@ def test_inputs_equal_those_of_hps(size):
     theirs = functional.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2])
     theirs = functional.normalize(theirs, clip_inputs.MEAN, clip_inputs.STD).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(clip_inputs.for_hps(image(*size), 24), theirs, atol=2e-5)
+
+
+PROMPTS = [
+    "a photo of a cat",
+    "  Two   DOGS, one of them (black) -- isn't it?\n",
+    "un caf\u00e9 \u00e0 c\u00f4t\u00e9 de l'\u00e9glise, 24.5% \U0001f600 \u7e41\u9ad4",
+    "",
+    "very " * 90 + "long",
+]
+
+
+def test_prompts_become_the_tokens_of_open_clip(tmp_path):
+    """With the published vocabulary; padding differs, which comes after the end of text."""
+    lines = gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8").read().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    theirs = open_clip.SimpleTokenizer()
+    vocabulary = {token: id for token, id in theirs.encoder.items() if id < 49406}
+    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}  # as published; OpenCLIP has other names
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    config = names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizers.load(tmp_path)
+    assert len(tokenizer) == CLIP_CONFIGS["ViT-L/14"].text.vocab_size
+    ours, expected = tokenizers.encode(tokenizer, PROMPTS), theirs(PROMPTS).numpy()
+    expected = np.where(np.cumsum(expected == 49407, axis=1) > 0, 49407, expected)
+    np.testing.assert_array_equal(ours, expected)
+
+
+class Features(torch.nn.Module):
+    """A CLIPModel that returns features alone, as it did when torchmetrics was written."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *inputs):
+        return self.model.get_image_features(*inputs).pooler_output
+
+    def get_text_features(self, *inputs):
+        return self.model.get_text_features(*inputs).pooler_output
+
+
+def test_scores_equal_torchmetrics(tmp_path):
+    """On images of the size of the tower, which its processor leaves as they are."""
+    torchmetrics = reference("torchmetrics.multimodal.clip_score")
+    from transformers import CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = write_tokenizer(tmp_path)
+    tokenizer = tokenizers.load(tmp_path)
+    model = transformers_clip(config)
+    images = [image(24, 24), image(24, 24)[::-1], image(24, 24)[:, ::-1]]
+    prompts = ["a red circle", "a photo of a blue square", "left"]
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}), tokenizer
+    )
+    metric = torchmetrics.CLIPScore(lambda: (Features(model), processor))
+    with torch.no_grad():
+        metric.update([torch.from_numpy(each.transpose(2, 0, 1).copy()) for each in images], prompts)
+    params = clip_params({key: tensor.numpy() for key, tensor in model.state_dict().items()}, config, "file")
+    encoders = Encoders(
+        image_encoder(config, params, clip_inputs.for_transformers, 2), text_encoder(config, params, tokenizer, 2), 1.0
+    )
+    row = ClipScore(encoders.measure).result(encoders.measure(images, prompts))
+    assert row["clip_score_clipped"] == pytest.approx(float(metric.compute()), abs=2e-4)
+    assert row["clip_score"] == pytest.approx(float(metric.score / metric.n_samples), abs=2e-4)

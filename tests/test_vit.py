@@ -1,4 +1,4 @@
-"""Vision transformers against those of transformers with the same random weights, read from the files that it writes."""
+"""Vision transformers against those of transformers with the same random weights, read from its files."""
 
 from dataclasses import replace
 

@@ -1,6 +1,7 @@
-"""Images as CLIP's and DINOv2's towers take them, equal to the pixel to the tools that published figures are made with.
+"""Inputs of CLIP's and DINOv2's towers, equal to the pixel to those of the tools that published figures come from.
 
-Every function takes uint8[H, W, 3] and returns float32[size, size, 3], normalized. PIL resizes, bicubic and antialiased.
+A `Preprocess` takes uint8[H, W, 3] and the size of the inputs, and returns float32[size, size, 3], normalized. PIL
+resizes, bicubic and antialiased.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Embeddings of images and prompts by published CLIP models, which several metrics share.
 
-With --weights_dir, the files of a model are in a folder by its name on the hub: clip-vit-large-patch14/pytorch_model.bin
-of openai/clip-vit-large-patch14. The tokenizer of this model is the one of all. It normalizes prompts as transformers
-does; OpenCLIP's own also straightens quotes and decodes HTML.
+In --weights_dir, the files of a model are in a folder of its name on the hub: clip-vit-large-patch14/pytorch_model.bin
+of openai/clip-vit-large-patch14. All models have the tokenizer of this one. It normalizes prompts as transformers does;
+OpenCLIP's own also straightens quotes and decodes HTML.
 """
 
 from collections.abc import Callable, Mapping, Sequence

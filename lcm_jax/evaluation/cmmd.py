@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Self
 
 import jax
@@ -49,7 +48,7 @@ def cmmd(x: np.ndarray, y: np.ndarray, y_kernel: float | None = None) -> float:
 
 @dataclass(frozen=True, eq=False)
 class CMMD:
-    """Metric: CMMD to the reference set, with OpenAI's ViT-L/14@336px, sigma 10, times 1000, as google-research has it."""
+    """Metric: CMMD to the reference set with OpenAI's ViT-L/14@336px, as google-research's code computes it."""
 
     columns: ClassVar[Mapping[str, Column]] = {"cmmd": Column("CMMD", ".4f")}
     lower_is_better: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Models of human preference on CLIP's embeddings: PickScore, HPSv2.1, and LAION's aesthetic predictor.
 
-ImageReward (arXiv 2304.05977) is left out: it needs a BLIP tower and BERT's tokenizer, which nothing else here uses, and
-agrees less with people than the two scores of prompts here, by their papers.
+ImageReward (arXiv 2304.05977) is left out: it needs a BLIP tower and BERT's tokenizer, which nothing else here uses,
+and by the papers of PickScore and of HPSv2, it agrees less with people than they do.
 """
 
 from collections.abc import Mapping

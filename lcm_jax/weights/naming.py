@@ -73,4 +73,4 @@ def to_tensor(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """Return an array in PyTorch's layout, contiguous."""
     if path[-1] == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")

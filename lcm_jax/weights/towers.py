@@ -1,8 +1,9 @@
-"""Weights of CLIP models and of DINOv2, as they are published, to the parameter trees of models/vit.py.
+"""Published weights of CLIP models and of DINOv2, to the parameter trees of models/vit.py.
 
-CLIP has two layouts: transformers' (`vision_model.encoder.layers.0.self_attn.q_proj.weight`), whose names the trees have,
-and OpenCLIP's (`visual.transformer.resblocks.0.attn.in_proj_weight`), with q, k and v in one matrix and transposed
-projections. DINOv2 has its authors' (`blocks.0.attn.qkv.weight`) and transformers' (`encoder.layer.0.attention...`).
+CLIP has two layouts: transformers' (`vision_model.encoder.layers.0.self_attn.q_proj.weight`), whose names are those of
+the trees, and OpenCLIP's (`visual.transformer.resblocks.0.attn.in_proj_weight`), with q, k and v in one matrix and
+transposed projections. DINOv2 has its authors' (`blocks.0.attn.qkv.weight`) and transformers'
+(`encoder.layer.0.attention.attention.query.weight`).
 """
 
 import re
@@ -20,7 +21,7 @@ from lcm_jax.weights.trees import Params, to_params
 VISUAL_PROJECTION = "visual_projection.weight"
 # Buffers and parameters that inference does not use.
 UNUSED = re.compile(r"(.*\.)?(position_ids|attn_mask|mask_token)$")
-# Parts of DINOv2's names, its authors' and transformers', and the parts of CLIP's names that they become, in this order.
+# Parts of DINOv2's names, its authors' and transformers', to parts of CLIP's, in this order.
 DINOV2_NAMES = (
     (r"^blocks\.", "encoder.layers."),
     (r"^encoder\.layer\.", "encoder.layers."),
@@ -40,7 +41,7 @@ DINOV2_NAMES = (
 def clip_params(tensors: Mapping[str, np.ndarray], config: CLIPConfig, where: str) -> Params:
     """Return the float32 parameters of a CLIPModel from the tensors of a file, in either layout.
 
-    where: names the file in errors. Raises ModelError that names the keys which are missing, extra, or of another shape.
+    where: the file's name for errors. Raises ModelError that names the keys which are missing, extra, or misshapen.
     """
     size = config.vision.image_size
     pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
