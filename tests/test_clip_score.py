@@ -76,7 +76,7 @@ def rows_of(cosine) -> dict[str, np.ndarray]:
 
 def test_three_scales_of_the_clip_score():
     """100 cos; 2.5 times the mean of what is above 0; the mean above 0."""
-    score = ClipScore(measure=lambda images, prompts: None)
+    score = ClipScore(lambda images, prompts: None, "ViT-L/14")
     assert score.result(rows_of([0.3, 0.2, -0.2])) == {
         "clip_score": pytest.approx(10.0, abs=1e-4),
         "clipscore": pytest.approx(2.5 * 0.5 / 3, abs=1e-6),
@@ -107,7 +107,7 @@ def test_all_scores_from_a_folder_of_weights(resources):
     rows = measure_batches(batches, metrics)
     row = figures(metrics, rows)
     assert row.keys() == {*(name for metric in metrics.values() for name in metric.columns), "intervals"}
-    assert metrics["clip_score"].columns["clip_score"].heading == "CLIP score (ViT-L/14)"
+    assert "by CLIP ViT-L/14" in metrics["clip_score"].note
     whole = metrics["clip_score"].measure(images(), PROMPTS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), rows["clip_score"], whole)
     np.testing.assert_array_equal(whole["text"][0], whole["text"][2])  # of the same prompt
@@ -130,7 +130,7 @@ def test_each_metric_reads_its_own_weights_and_inputs(resources, folder):
 def test_the_option_clip_model_selects_the_network(resources):
     other = replace(resources, settings={"clip_model": "ViT-H/14"})
     metric = ClipScore.create(other)
-    assert metric.columns["clip_score"].heading == "CLIP score (ViT-H/14)" and "by ViT-H/14" in metric.note
+    assert "by CLIP ViT-H/14" in metric.note
     assert metric.measure == open_encoders(other, "ViT-H/14").measure
 
 

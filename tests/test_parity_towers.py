@@ -165,6 +165,6 @@ def test_scores_equal_torchmetrics(tmp_path):
     encoders = Encoders(
         image_encoder(config, params, clip_inputs.for_transformers, 2), text_encoder(config, params, tokenizer, 2), 1.0
     )
-    row = ClipScore(encoders.measure).result(encoders.measure(images, prompts))
+    row = ClipScore(encoders.measure, "small").result(encoders.measure(images, prompts))
     assert row["clip_score_clipped"] == pytest.approx(float(metric.compute()), abs=2e-4)
     assert row["clip_score"] == pytest.approx(float(metric.score / metric.n_samples), abs=2e-4)

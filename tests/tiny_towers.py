@@ -9,13 +9,13 @@ from lcm_jax.models.vit import CLIPConfig, VisionConfig
 def small_clip(act: str = "quick_gelu", width: int = 24, heads: int = 2, mlp: int = 40) -> CLIPConfig:
     """Images of 24 x 24 in patches of 8, texts of 77 tokens of CLIP's vocabulary cut to 600 ids."""
     return CLIPConfig(
-        VisionConfig(width, 2, heads, mlp, patch_size=8, image_size=24, hidden_act=act),
-        TextConfig(600, 16, 32, 2, 2, 77, act, eos_token_id=599, projection_dim=12),
+        VisionConfig(width, mlp, 2, heads, act, patch_size=8, image_size=24),
+        TextConfig(16, 32, 2, 2, act, vocab_size=600, eos_token_id=599, projection_dim=12),
     )
 
 
 def small_dinov2() -> VisionConfig:
-    return VisionConfig(24, 2, 3, 96, 4, image_size=20, layer_norm_eps=1e-6, pre_norm=False, layer_scale=True)
+    return VisionConfig(24, 96, 2, 3, "gelu", 1e-6, layer_scale=True, patch_size=4, image_size=20, pre_norm=False)
 
 
 def randomize(model, seed: int = 0):

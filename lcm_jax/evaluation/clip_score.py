@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
-from flax.core import FrozenDict
 
 from lcm_jax.evaluation.clip_towers import Rows, cosines, open_encoders
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
@@ -22,30 +21,31 @@ class ClipScore:
     max(100 cos, 0), the mean clipped, of torchmetrics. Images are those of OpenAI's and OpenCLIP's own code.
     """
 
+    columns: ClassVar[Mapping[str, Column]] = {
+        "clip_score": Column("CLIP score", ".2f"),
+        "clipscore": Column("CLIPScore", ".4f"),
+        "clip_score_clipped": Column("CLIP score, clipped", ".2f"),
+    }
     lower_is_better: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
 
     measure: Measure
-    columns: Mapping[str, Column] = FrozenDict(
-        clip_score=Column("CLIP score", ".2f"),
-        clipscore=Column("CLIPScore", ".4f"),
-        clip_score_clipped=Column("clipped", ".2f"),
-    )
-    note: str = "The CLIP score is 100 times the mean cosine of the embeddings of images and prompts."
+    model: str  # of clip_towers.TOWERS
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Raise ValueError for a `clip_model` that does not exist, and ModelError if there are no weights."""
         name = resources.settings.get("clip_model", DEFAULT)
-        columns = dict(cls.columns)
-        columns["clip_score"] = Column(f"CLIP score ({name})", ".2f")
-        note = (
-            f"The CLIP score is 100 times the mean cosine of the embeddings of images and prompts by {name}; CLIPScore "
-            "is 2.5 max(cos, 0) of each image, and torchmetrics clips the mean at 0."
+        return cls(open_encoders(resources, name).measure, name)
+
+    @property
+    def note(self) -> str:
+        return (
+            f"The CLIP score is 100 times the mean cosine of images and prompts by CLIP {self.model}, and clipped as "
+            "torchmetrics does it, at 0; CLIPScore is the mean of 2.5 max(cos, 0)."
         )
-        return cls(open_encoders(resources, name).measure, FrozenDict(columns), note)
 
     def result(self, rows: Rows) -> dict[str, float]:
         cos = cosines(rows)

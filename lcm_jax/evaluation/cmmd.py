@@ -59,7 +59,7 @@ class CMMD:
     measure: Measure
     reference: np.ndarray  # float32[M, D]
     reference_kernel: float
-    note: str = "CMMD compares embeddings by CLIP ViT-L/14@336px with those of real images."
+    note: str
 
     @classmethod
     def create(cls, resources: Resources) -> Self:

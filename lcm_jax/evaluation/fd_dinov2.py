@@ -58,7 +58,7 @@ class FDDinov2:
 
     measure: Measure
     reference: Moments
-    note: str = "FD-DINOv2 is the Frechet distance of features by DINOv2 ViT-L/14 to those of real images."
+    note: str
 
     @classmethod
     def create(cls, resources: Resources) -> Self:

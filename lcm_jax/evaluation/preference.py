@@ -37,7 +37,6 @@ class PickScore:
 
     columns: ClassVar[Mapping[str, Column]] = {"pick_score": Column("PickScore", ".3f")}
     lower_is_better: ClassVar[bool] = False
-    note: ClassVar[str] = "PickScore is the mean scaled cosine of images and prompts by PickScore_v1 (ViT-H/14)."
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
@@ -52,6 +51,10 @@ class PickScore:
     @property
     def measure(self) -> Measure:
         return self.encoders.measure
+
+    @property
+    def note(self) -> str:
+        return "PickScore is the mean scaled cosine of images and prompts by PickScore_v1 (ViT-H/14)."
 
     def result(self, rows: Rows) -> dict[str, float]:
         return {"pick_score": round(float(self.scores(rows).mean()), 5)}
@@ -69,7 +72,6 @@ class HPS:
 
     columns: ClassVar[Mapping[str, Column]] = {"hps": Column("HPSv2.1", ".2f")}
     lower_is_better: ClassVar[bool] = False
-    note: ClassVar[str] = "HPSv2.1 is 100 times the mean cosine of images and prompts by a ViT-H/14 tuned on choices."
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
@@ -80,6 +82,10 @@ class HPS:
     def create(cls, resources: Resources) -> Self:
         """Raise ModelError if there are no weights."""
         return cls(open_encoders(resources, "ViT-H/14", HPS_WEIGHTS, for_hps).measure)
+
+    @property
+    def note(self) -> str:
+        return "HPSv2.1 is 100 times the mean cosine of images and prompts by a ViT-H/14 tuned on choices."
 
     def result(self, rows: Rows) -> dict[str, float]:
         return {"hps": round(float(100 * cosines(rows).mean()), 4)}
@@ -97,7 +103,6 @@ class Aesthetic:
 
     columns: ClassVar[Mapping[str, Column]] = {"aesthetic": Column("aesthetic", ".3f")}
     lower_is_better: ClassVar[bool] = False
-    note: ClassVar[str] = "The aesthetic score is LAION's improved predictor's (sac+logos+ava1), from 1 to 10."
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
@@ -110,6 +115,10 @@ class Aesthetic:
         """Raise ModelError if there are no weights, and for keys that do not fit."""
         layers = read_layers(resources.weights.open(AESTHETIC))
         return cls(open_encoders(resources, "ViT-L/14").measure, layers)
+
+    @property
+    def note(self) -> str:
+        return "The aesthetic score is LAION's improved predictor's (sac+logos+ava1), from 1 to 10."
 
     def result(self, rows: Rows) -> dict[str, float]:
         return {"aesthetic": round(float(self.scores(rows).mean()), 5)}

@@ -6,7 +6,7 @@ XL.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -57,46 +57,30 @@ SUPPORTED = dict.fromkeys(BOILERPLATE) | {
 }
 
 
-class EncoderConfig(Protocol):
-    """The options of a transformer of pre-norm layers; those of CLIP's text encoder, of its vision tower, of DINOv2."""
-
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def hidden_act(self) -> str: ...
-    @property
-    def layer_norm_eps(self) -> float: ...
-    @property
-    def initializer_factor(self) -> float: ...
-    @property
-    def causal(self) -> bool: ...  # each token attends to those before it and itself, not to all
-    @property
-    def layer_scale(self) -> bool: ...  # the output of attention and of the MLP is multiplied by a vector of parameters
-
-
 @dataclass(frozen=True)
-class TextConfig:
-    """The options of config.json that determine the network, with the defaults of transformers."""
+class EncoderConfig:
+    """The options of a transformer of pre-norm layers, with the defaults of CLIP's text encoder in transformers."""
 
-    causal: ClassVar[bool] = True
-    layer_scale: ClassVar[bool] = False
-
-    vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    initializer_factor: float = 1.0
+    causal: bool = True  # a token attends to itself and to those before it, not to all
+    layer_scale: bool = False  # a vector of parameters multiplies what attention and MLP add
+
+
+@dataclass(frozen=True)
+class TextConfig(EncoderConfig):
+    """The options of config.json that determine the network, with the defaults of transformers."""
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
     eos_token_id: int = 49407
     projection_dim: int = 512
     initializer_range: float = 0.02
-    initializer_factor: float = 1.0
     projects: bool = False  # CLIPTextModelWithProjection: `pooled` is projected
 
 
@@ -111,7 +95,7 @@ class TextOutput(NamedTuple):
 def read_config(config: Mapping[str, Any]) -> TextConfig:
     """Read a published config.json. Raises ValueError that names the unsupported options."""
     check_config("CLIPTextModel", config, SUPPORTED)
-    own = {field.name for field in fields(TextConfig)} - {"projects"}
+    own = {field.name for field in fields(TextConfig)} & SUPPORTED.keys()
     projects = config.get("architectures") == [PROJECTING]
     options = TextConfig(**{name: value for name, value in config.items() if name in own}, projects=projects)
     if options.hidden_size % options.num_attention_heads:

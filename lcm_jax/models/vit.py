@@ -6,33 +6,24 @@ resamples its position embeddings for images of another size than it was trained
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.models.clip import Encoder, TextConfig, TextTransformer, layer_norm, normal
+from lcm_jax.models.clip import Encoder, EncoderConfig, TextConfig, TextTransformer, layer_norm, normal
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """The options of a vision transformer, with the names of transformers."""
 
-    causal: ClassVar[bool] = False
-    initializer_factor: ClassVar[float] = 1.0
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    patch_size: int
+    causal: bool = False
+    patch_size: int = 32
     image_size: int = 224  # pixels; the position embeddings are made for it
-    hidden_act: str = "gelu"  # or quick_gelu
-    layer_norm_eps: float = 1e-5
     pre_norm: bool = True  # before the first layer; then the patches have no bias
-    layer_scale: bool = False
 
     @property
     def grid(self) -> int:
@@ -48,29 +39,28 @@ class CLIPConfig:
     text: TextConfig
 
 
-def _clip(vision: tuple[int, int, int, int], patch: int, text: tuple[int, int, int], projection: int, **options):
-    """Return a CLIPConfig. vision: width, layers, heads, width of the MLP; text: width, layers, heads."""
-    act = options.pop("hidden_act", "gelu")
+def _clip(vision: tuple[int, ...], text: tuple[int, ...], projection: int, act: str, size: int = 224) -> CLIPConfig:
+    """vision: width, width of the MLP, layers, heads, pixels along a patch; text: width, layers, heads."""
+    *sizes, patch = vision
     width, layers, heads = text
-    sizes = dict(num_hidden_layers=layers, num_attention_heads=heads, projection_dim=projection, hidden_act=act)
     return CLIPConfig(
-        VisionConfig(*vision, patch_size=patch, hidden_act=act, **options),
-        TextConfig(hidden_size=width, intermediate_size=4 * width, **sizes),
+        VisionConfig(*sizes, hidden_act=act, patch_size=patch, image_size=size),
+        TextConfig(width, 4 * width, layers, heads, act, projection_dim=projection),
     )
 
 
-# The published models. The first three are OpenAI's, the others OpenCLIP's; the widths of the MLPs of g and bigG are
-# 4.3637 and 4.9231 times the model's, rounded down.
+# The published models, OpenAI's and then OpenCLIP's. The widths of the MLPs of g and bigG are 4.3637 and 4.9231 times
+# the model's, rounded down.
 CLIP_CONFIGS = {
-    "ViT-B/32": _clip((768, 12, 12, 3072), 32, (512, 12, 8), 512, hidden_act="quick_gelu"),
-    "ViT-L/14": _clip((1024, 24, 16, 4096), 14, (768, 12, 12), 768, hidden_act="quick_gelu"),
-    "ViT-L/14@336px": _clip((1024, 24, 16, 4096), 14, (768, 12, 12), 768, hidden_act="quick_gelu", image_size=336),
-    "ViT-H/14": _clip((1280, 32, 16, 5120), 14, (1024, 24, 16), 1024),
-    "ViT-g/14": _clip((1408, 40, 16, 6144), 14, (1024, 24, 16), 1024),
-    "ViT-bigG/14": _clip((1664, 48, 16, 8192), 14, (1280, 32, 20), 1280),
+    "ViT-B/32": _clip((768, 3072, 12, 12, 32), (512, 12, 8), 512, "quick_gelu"),
+    "ViT-L/14": _clip((1024, 4096, 24, 16, 14), (768, 12, 12), 768, "quick_gelu"),
+    "ViT-L/14@336px": _clip((1024, 4096, 24, 16, 14), (768, 12, 12), 768, "quick_gelu", 336),
+    "ViT-H/14": _clip((1280, 5120, 32, 16, 14), (1024, 24, 16), 1024, "gelu"),
+    "ViT-g/14": _clip((1408, 6144, 40, 16, 14), (1024, 24, 16), 1024, "gelu"),
+    "ViT-bigG/14": _clip((1664, 8192, 48, 16, 14), (1280, 32, 20), 1280, "gelu"),
 }
 DINOV2_LARGE = VisionConfig(
-    1024, 24, 16, 4096, patch_size=14, image_size=518, layer_norm_eps=1e-6, pre_norm=False, layer_scale=True
+    1024, 4096, 24, 16, "gelu", 1e-6, layer_scale=True, patch_size=14, image_size=518, pre_norm=False
 )
 
 

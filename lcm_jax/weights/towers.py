@@ -9,6 +9,7 @@ transposed projections. DINOv2 has its authors' (`blocks.0.attn.qkv.weight`) and
 import re
 from collections.abc import Iterator, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,10 +45,9 @@ def clip_params(tensors: Mapping[str, np.ndarray], config: CLIPConfig, where: st
     where: the file's name for errors. Raises ModelError that names the keys which are missing, extra, or misshapen.
     """
     size = config.vision.image_size
-    pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    abstract = abstract_network(CLIPModel(config), pixels, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    inputs = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
     items = _from_open_clip(tensors) if "visual.conv1.weight" in tensors else _used(tensors)
-    return to_params("CLIP", dict(items), abstract, where, cast=_float32)
+    return _params("CLIP", CLIPModel(config), inputs, items, where)
 
 
 def dinov2_params(tensors: Mapping[str, np.ndarray], config: VisionConfig, where: str) -> Params:
@@ -55,13 +55,18 @@ def dinov2_params(tensors: Mapping[str, np.ndarray], config: VisionConfig, where
 
     Raises ModelError as `clip_params` does.
     """
-    pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-    abstract = abstract_network(VisionTransformer(config), pixels)
-    return to_params("DINOv2", dict(_from_dinov2(tensors)), abstract, where, cast=_float32)
+    inputs = (jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32),)
+    return _params("DINOv2", VisionTransformer(config), inputs, _from_dinov2(tensors), where)
 
 
-def _float32(_: np.ndarray) -> type:
-    return np.float32
+def _params(
+    name: str,
+    network: nn.Module,
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
+    items: Iterator[tuple[str, np.ndarray]],
+    where: str,
+) -> Params:
+    return to_params(name, dict(items), abstract_network(network, *inputs), where, cast=lambda _: np.float32)
 
 
 def _used(tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
