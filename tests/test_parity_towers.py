@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_tools import reference
-from tiny_towers import randomize, small_clip, transformers_clip, write_tokenizer
+from tiny_towers import randomize, small_clip, small_dinov2, transformers_clip, write_tokenizer
 
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation import clip_inputs
 from lcm_jax.evaluation.clip_score import ClipScore
 from lcm_jax.evaluation.clip_towers import Encoders, image_encoder, text_encoder
-from lcm_jax.models.vit import CLIP_CONFIGS, CLIPModel
-from lcm_jax.weights.towers import clip_params
+from lcm_jax.models.vit import CLIP_CONFIGS, CLIPModel, VisionTransformer
+from lcm_jax.weights.towers import clip_params, dinov2_params
 
 torch = pytest.importorskip("torch")
 open_clip = reference("open_clip")
@@ -52,6 +52,20 @@ def test_clip_equals_open_clip(width, heads, ratio, act):
     ours = jax.jit(CLIPModel(config).apply)({"params": clip_params(tensors, config, "file")}, pixels, ids)
     for mine, theirs in zip(ours, expected, strict=True):
         assert np.abs(np.asarray(mine) - theirs.numpy()).max() <= 1e-5 * np.abs(theirs.numpy()).max()
+
+
+def test_dinov2_equals_timm():
+    """Its weights have the names of DINOv2's authors, who have a token for masked patches beside them."""
+    timm = reference("timm.models.vision_transformer")
+    model = randomize(timm.VisionTransformer(20, 4, num_classes=0, embed_dim=24, depth=2, num_heads=3, init_values=1.0))
+    tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()} | {"mask_token": np.zeros((1, 24))}
+    pixels = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    ours = jax.jit(VisionTransformer(small_dinov2()).apply)(
+        {"params": dinov2_params(tensors, small_dinov2(), "file")}, pixels
+    )
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", CLIP_CONFIGS)

@@ -7,7 +7,6 @@ OpenCLIP's own also straightens quotes and decodes HTML.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from lcm_jax.weights.towers import clip_params
 Rows = dict[str, np.ndarray]  # "image" float32[N, P], and of some metrics "text" float32[N, P], each of length 1
 TOKENIZER = tuple(
     Published(file, "openai/clip-vit-large-patch14", folder="clip-vit-large-patch14")
-    for file in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+    for file in ("vocab.json", "merges.txt", "tokenizer_config.json")
 )
 BY_TRANSFORMERS = ("pytorch_model.bin", "model.safetensors")
 BY_OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", *reversed(BY_TRANSFORMERS))
@@ -166,7 +165,9 @@ def open_params(tower: Tower, weights: Weights, published: Published | None = No
     return clip_params(weights.open(published), tower.config, f"{published.source}/{published.file}")
 
 
-def open_encoders(resources: Resources, name: str, published: Published | None = None, preprocess=None) -> Encoders:
+def open_encoders(
+    resources: Resources, name: str, published: Published | None = None, preprocess: Preprocess | None = None
+) -> Encoders:
     """Return the encoders of a CLIP model, the same ones for the same arguments.
 
     name: one of TOWERS. published, preprocess: of a fine-tuned model, in place of the tower's. Raises ValueError for
@@ -188,5 +189,5 @@ def open_encoders(resources: Resources, name: str, published: Published | None =
 
 def open_tokenizer(weights: Weights) -> Any:
     """Return the tokenizer of CLIP. Raises ModelError for a file that cannot be found."""
-    folders: list[Path] = [weights.find(published).parent for published in TOKENIZER]
-    return tokenizers.load(folders[0])
+    paths = [weights.find(published) for published in TOKENIZER]
+    return tokenizers.load(paths[0].parent)
