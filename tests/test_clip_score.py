@@ -99,12 +99,15 @@ def test_the_aesthetic_score_is_that_of_its_layers_in_turn():
     np.testing.assert_allclose(predict(layers, np.array([[1.0, 0.0], [0.0, 1.0]])), [6.5, 1.5])
 
 
-def test_all_scores_from_a_folder_of_weights(resources):
+def test_all_scores_from_a_folder_of_weights(resources, monkeypatch):
     """Every figure is finite, images of one tower are embedded once, and the parts of a set are those of all."""
     metrics = make_metrics(("clip_score", "aesthetic", "pick_score", "hps"), resources)
-    assert metrics["clip_score"].measure == metrics["aesthetic"].measure != metrics["pick_score"].measure
+    prepared = []
+    monkeypatch.setattr(clip_towers, "prepare", lambda *inputs: prepared.append(inputs) or prepare(*inputs))
     batches = [(images()[:1], PROMPTS[:1]), (list(images()[1:]), PROMPTS[1:])]
     rows = measure_batches(batches, metrics)
+    assert len(prepared) == 3 * len(batches)  # the aesthetic score has the embeddings of the CLIP score
+    assert rows["aesthetic"].keys() == {"image"}
     row = figures(metrics, rows)
     assert row.keys() == {*(name for metric in metrics.values() for name in metric.columns), "intervals"}
     assert "by CLIP ViT-L/14" in metrics["clip_score"].note

@@ -100,9 +100,8 @@ def test_fd_dinov2_equals_its_formula(tmp_path, monkeypatch):
         metric.result({"features": rows["features"][:1]})
 
 
-def test_a_reference_without_images_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cmmd, "open_params", lambda tower, weights: {})
-    monkeypatch.setattr(cmmd, "image_encoder", lambda *arguments: None)
+def test_a_reference_without_images_is_refused(monkeypatch):
+    monkeypatch.setattr(cmmd, "open_image_encoder", lambda *arguments, **options: None)
     with pytest.raises(ValueError, match="the reference some.npz has no images, which a metric needs; use a folder"):
         cmmd.CMMD.create(Resources(None, "some.npz"))
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from lcm_jax.evaluation.clip_towers import Rows, cosines, open_encoders
+from lcm_jax.evaluation.clip_towers import TOWERS, Rows, cosines, open_encoders
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
 
 DEFAULT = "ViT-L/14"
@@ -30,6 +30,7 @@ class ClipScore:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
 
     measure: Measure
     model: str  # of clip_towers.TOWERS
@@ -38,6 +39,8 @@ class ClipScore:
     def create(cls, resources: Resources) -> Self:
         """Raise ValueError for a `clip_model` that does not exist, and ModelError if there are no weights."""
         name = resources.settings.get("clip_model", DEFAULT)
+        if name not in TOWERS:
+            raise ValueError(f"clip_model {name!r} is not supported; choose one of {', '.join(TOWERS)}")
         return cls(open_encoders(resources, name).measure, name)
 
     @property

@@ -110,13 +110,18 @@ def image_encoder(
 ) -> Callable[[Images], np.ndarray]:
     """Return a function images -> float32[N, P], embeddings of length 1. params: of a CLIPModel.
 
-    The function raises ValueError for images that are not uint8[H, W, 3], and for embeddings that are not finite.
+    The function raises ValueError for images that are not uint8[H, W, 3], and for embeddings that are not finite. It
+    keeps the last batch: metrics that share it embed an image once.
     """
     encode = _encoder(config, params, "embed_images", ("vision_model", "visual_projection"))
     size = config.vision.image_size
+    last: list[tuple[Images, np.ndarray]] = []
 
     def embed(images: Images) -> np.ndarray:
-        return unit(check_finite(in_batches(encode, prepare(images, preprocess, size), batch_size), "image"))
+        if not last or last[0][0] is not images:
+            rows = unit(check_finite(in_batches(encode, prepare(images, preprocess, size), batch_size), "image"))
+            last[:] = [(images, rows)]
+        return last[0][1]
 
     return embed
 
@@ -156,35 +161,52 @@ def _encoder(config: CLIPConfig, params: Mapping[str, Any], method: str, parts: 
     return lambda inputs: encode(own, inputs)
 
 
-def open_params(tower: Tower, weights: Weights, published: Published | None = None) -> Mapping[str, Any]:
-    """Return the parameters of a CLIPModel, float32. published: a file of fine-tuned weights, in place of the tower's.
+def open_params(resources: Resources, name: str, published: Published | None = None) -> Mapping[str, Any]:
+    """Return the parameters of a CLIPModel, float32, the same ones for the same arguments.
 
-    Raises ModelError for a file that cannot be found, and for keys that do not fit.
+    name: one of TOWERS. published: a file of fine-tuned weights, in place of the tower's. Raises ModelError for a file
+    that cannot be found, and for keys that do not fit.
     """
-    published = published or tower.choose(weights)
-    return clip_params(weights.open(published), tower.config, f"{published.source}/{published.file}")
+
+    def make() -> Mapping[str, Any]:
+        file = published or TOWERS[name].choose(resources.weights)
+        return clip_params(resources.weights.open(file), TOWERS[name].config, f"{file.source}/{file.file}")
+
+    return resources.once(("clip", name, published), make)
+
+
+def open_image_encoder(
+    resources: Resources, name: str, published: Published | None = None, preprocess: Preprocess | None = None
+) -> Callable[[Images], np.ndarray]:
+    """Return the `image_encoder` of a CLIP model, the same one for the same arguments.
+
+    preprocess: of a fine-tuned model, in place of the tower's. Raises ModelError as `open_params` does.
+    """
+    chosen = preprocess or TOWERS[name].preprocess
+
+    def make() -> Callable[[Images], np.ndarray]:
+        params = open_params(resources, name, published)
+        return image_encoder(TOWERS[name].config, params, chosen, resources.batch_size)
+
+    return resources.once(("clip images", name, published, chosen), make)
 
 
 def open_encoders(
     resources: Resources, name: str, published: Published | None = None, preprocess: Preprocess | None = None
 ) -> Encoders:
-    """Return the encoders of a CLIP model, the same ones for the same arguments.
+    """Return both encoders of a CLIP model, the same ones for the same arguments, which are `open_image_encoder`'s.
 
-    name: one of TOWERS. published, preprocess: of a fine-tuned model, in place of the tower's. Raises ValueError for
-    another name, and ModelError as `open_params` does.
+    Raises ModelError as `open_params` and `open_tokenizer` do.
     """
-    if name not in TOWERS:
-        raise ValueError(f"clip_model {name!r} is not supported; choose one of {', '.join(TOWERS)}")
-    tower = TOWERS[name]
 
     def make() -> Encoders:
-        params = open_params(tower, resources.weights, published)
-        images = image_encoder(tower.config, params, preprocess or tower.preprocess, resources.batch_size)
-        tokenizer = resources.once("clip_tokenizer", lambda: open_tokenizer(resources.weights))
-        texts = text_encoder(tower.config, params, tokenizer, resources.batch_size)
+        images = open_image_encoder(resources, name, published, preprocess)
+        params = open_params(resources, name, published)
+        tokenizer = resources.once("clip tokenizer", lambda: open_tokenizer(resources.weights))
+        texts = text_encoder(TOWERS[name].config, params, tokenizer, resources.batch_size)
         return Encoders(images, texts, float(np.exp(params["logit_scale"])))
 
-    return resources.once(("clip", name, published, preprocess), make)
+    return resources.once(("clip pairs", name, published, preprocess), make)
 
 
 def open_tokenizer(weights: Weights) -> Any:

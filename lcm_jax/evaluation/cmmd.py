@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.evaluation.clip_inputs import for_cmmd
-from lcm_jax.evaluation.clip_towers import TOWERS, Rows, image_encoder, open_params
+from lcm_jax.evaluation.clip_towers import Rows, open_image_encoder
 from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources
 
 MODEL = "ViT-L/14@336px"
@@ -55,6 +55,7 @@ class CMMD:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 20
+    reads_prompts: ClassVar[bool] = False
 
     measure: Measure
     reference: np.ndarray  # float32[M, D]
@@ -64,9 +65,7 @@ class CMMD:
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Raise ModelError if there are no weights, and ValueError if the reference has no images."""
-        tower = TOWERS[MODEL]
-        params = open_params(tower, resources.weights)
-        embed = image_encoder(tower.config, params, for_cmmd, resources.batch_size)
+        embed = open_image_encoder(resources, MODEL, preprocess=for_cmmd)
 
         def measure(images: Images, prompts: Sequence[str]) -> Rows:
             return {"image": embed(images)}

@@ -55,6 +55,7 @@ class FDDinov2:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 20
+    reads_prompts: ClassVar[bool] = False
 
     measure: Measure
     reference: Moments

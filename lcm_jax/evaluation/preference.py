@@ -4,15 +4,15 @@ ImageReward (arXiv 2304.05977) is left out: it needs a BLIP tower and BERT's tok
 and by the papers of PickScore and of HPSv2, it agrees less with people than they do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 
 from lcm_jax.evaluation.clip_inputs import for_hps, for_transformers
-from lcm_jax.evaluation.clip_towers import Encoders, Rows, cosines, open_encoders
-from lcm_jax.evaluation.evaluate import Column, Measure, Resources
+from lcm_jax.evaluation.clip_towers import Encoders, Rows, cosines, open_encoders, open_image_encoder
+from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.published import Published
 
@@ -40,6 +40,7 @@ class PickScore:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
 
     encoders: Encoders
 
@@ -75,6 +76,7 @@ class HPS:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
 
     measure: Measure
 
@@ -106,15 +108,19 @@ class Aesthetic:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = False
 
-    measure: Measure
+    embed_images: Callable[[Images], np.ndarray]
     layers: Layers
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Raise ModelError if there are no weights, and for keys that do not fit."""
         layers = read_layers(resources.weights.open(AESTHETIC))
-        return cls(open_encoders(resources, "ViT-L/14").measure, layers)
+        return cls(open_image_encoder(resources, "ViT-L/14"), layers)
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Rows:
+        return {"image": self.embed_images(images)}
 
     @property
     def note(self) -> str:
