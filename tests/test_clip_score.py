@@ -158,7 +158,7 @@ def test_weights_of_another_model_are_named(resources, folder, monkeypatch):
         ClipScore.create(resources)
 
 
-def test_a_tokenizer_of_another_model_is_refused(resources, folder, monkeypatch):
+def test_a_tokenizer_of_another_model_is_refused(resources, folder):
     larger = replace(folder[1], text=replace(folder[1].text, vocab_size=9999))
     tokenizer = clip_towers.open_tokenizer(resources.weights)
     with pytest.raises(ValueError, match="the tokenizer has .* and the model .*'tokens': 9999.*; use the tokenizer of"):

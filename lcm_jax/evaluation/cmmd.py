@@ -73,7 +73,7 @@ class CMMD:
         reference = resources.reference_rows(measure)["image"]
         note = (
             f"CMMD is 1000 times the squared maximum mean discrepancy of embeddings by CLIP {MODEL} to those of "
-            f"{resources.reference} ({len(reference):,} images)."
+            f"{resources.reference}."
         )
         return cls(measure, reference, mean_kernel(reference, reference), note)
 

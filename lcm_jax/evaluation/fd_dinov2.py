@@ -72,8 +72,8 @@ class FDDinov2:
 
         reference = moments(resources.reference_rows(measure)["features"])
         note = (
-            f"FD-DINOv2 is the Frechet distance of features by DINOv2 ViT-L/14 to those of {resources.reference} "
-            f"({reference.count:,} images); it is biased upwards with few images."
+            f"FD-DINOv2 is the Frechet distance of features by DINOv2 ViT-L/14 to those of {resources.reference}; with "
+            "few images it is biased upwards."
         )
         return cls(measure, reference, note)
 

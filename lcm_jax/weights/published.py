@@ -49,7 +49,7 @@ class Weights(NamedTuple):
     def find(self, published: Published) -> Path:
         """Return the path of a published file. Raises ModelError if it is neither here nor can be fetched."""
         file = f"{published.folder}/{published.file}" if published.folder else published.file
-        remedy = f"put {published.file} of {published.source} at {file} in a folder, and name that by --weights_dir"
+        remedy = f"put {published.file} of {published.source} at {file} in a folder, and name it by --weights_dir"
         if self.folder is not None:
             path = self.folder / file
             if not path.is_file():
