@@ -1,0 +1,77 @@
+"""Features of Inception v3, which FID, KID, precision and recall share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcm_jax.evaluation.frechet import check_features
+from lcm_jax.evaluation.inception_inputs import FLAVOURS, check_one_size, prepare_images
+from lcm_jax.models.inception import INPUT_SIZE, InceptionV3
+from lcm_jax.models.layers import abstract_network, apply
+from lcm_jax.weights.trees import to_params
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+
+Rows = dict[str, np.ndarray]
+
+
+def read_flavour(settings: Mapping[str, Any]) -> str:
+    """Return the option `fid_flavour`. Raises ValueError for one that does not exist."""
+    flavour = settings.get("fid_flavour", "torch-fidelity")
+    if flavour not in FLAVOURS:
+        raise ValueError(f"fid_flavour {flavour!r} is not supported; choose one of {', '.join(FLAVOURS)}")
+    return flavour
+
+
+def inception_features(
+    tensors: Mapping[str, np.ndarray], batch_size: int, where: str = FILE
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function float32[N, 299, 299, 3], in [-1, 1] -> float32[N, 2048].
+
+    tensors: of the published file, by its keys. batch_size: images that one program takes. Raises ModelError for keys
+    that are missing, extra or misshapen.
+    """
+    network = InceptionV3()
+    abstract = abstract_network(network, jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), np.float32))
+    unused = ("fc.", "num_batches_tracked")  # the classifier, and a count of training steps
+    used = {key: tensors[key] for key in tensors if not key.startswith(unused[0]) and not key.endswith(unused[1])}
+    params = jax.device_put(to_params("inception", used, abstract, where))
+
+    @jax.jit
+    def encode(params, inputs):
+        with jax.default_matmul_precision("highest"):  # a GPU's TF32 changes the third digit
+            return apply(network, params, inputs)
+
+    def features(inputs: np.ndarray) -> np.ndarray:
+        starts = range(0, len(inputs), batch_size)
+        rows = [np.minimum(start + np.arange(batch_size), len(inputs) - 1) for start in starts]
+        return np.concatenate([np.asarray(encode(params, inputs[chosen])) for chosen in rows])[: len(inputs)]
+
+    return features
+
+
+def make_measure(
+    features: Callable[[np.ndarray], np.ndarray], flavour: str
+) -> Callable[[Sequence[np.ndarray], Sequence[str]], Rows]:
+    """Return a metric's `measure`: images uint8[H, W, 3] each -> {"features": float32[B, 2048], "sizes": int32[B, 2]}.
+
+    It raises ValueError for images that the flavour's tool cannot read, and for features that are not finite.
+    """
+
+    def measure(images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rows:
+        sizes = np.array([image.shape[:2] for image in images], np.int32)
+        check_one_size(sizes, flavour)
+        rows = features(prepare_images(images, flavour))
+        check_features(rows)
+        return {"features": rows, "sizes": sizes}
+
+    return measure
+
+
+def features_of(rows: Rows, flavour: str) -> np.ndarray:
+    """Return float32[N, 2048]. Raises ValueError if the sizes of the images differ and the tool cannot read that."""
+    check_one_size(rows["sizes"], flavour)
+    return rows["features"]
