@@ -6,16 +6,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcm_jax.evaluation.evaluate import Images, Measure, Resources
 from lcm_jax.evaluation.frechet import check_features
 from lcm_jax.evaluation.inception_inputs import FLAVOURS, check_one_size, prepare_images
-from lcm_jax.models.inception import INPUT_SIZE, InceptionV3
+from lcm_jax.evaluation.statistics import Statistics, read_statistics
+from lcm_jax.models.inception import FEATURES, INPUT_SIZE, InceptionV3
 from lcm_jax.models.layers import abstract_network, apply
+from lcm_jax.weights.published import Published
 from lcm_jax.weights.trees import to_params
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+PUBLISHED = Published(
+    FILE, f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}", sha256="6726825d"
+)
 
-Rows = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]  # "features" float32[N, 2048], "sizes" int32[N, 2]
 
 
 def read_flavour(settings: Mapping[str, Any]) -> str:
@@ -53,15 +58,14 @@ def inception_features(
     return features
 
 
-def make_measure(
-    features: Callable[[np.ndarray], np.ndarray], flavour: str
-) -> Callable[[Sequence[np.ndarray], Sequence[str]], Rows]:
-    """Return a metric's `measure`: images uint8[H, W, 3] each -> {"features": float32[B, 2048], "sizes": int32[B, 2]}.
+def make_measure(features: Callable[[np.ndarray], np.ndarray], flavour: str) -> Measure:
+    """Return a metric's `measure`, which returns `Rows`.
 
-    It raises ValueError for images that the flavour's tool cannot read, and for features that are not finite.
+    features: see `inception_features`. It raises ValueError for images that the flavour's tool cannot read, and for
+    features that are not finite.
     """
 
-    def measure(images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rows:
+    def measure(images: Images, prompts: Sequence[str]) -> Rows:
         sizes = np.array([image.shape[:2] for image in images], np.int32)
         check_one_size(sizes, flavour)
         rows = features(prepare_images(images, flavour))
@@ -71,7 +75,40 @@ def make_measure(
     return measure
 
 
+def inception_measure(resources: Resources, flavour: str) -> Measure:
+    """Return the `measure` that all metrics of this flavour share. Raises ModelError if there are no weights."""
+
+    def make() -> Measure:
+        tensors = resources.weights.open(PUBLISHED)
+        return make_measure(inception_features(tensors, resources.batch_size), flavour)
+
+    return resources.once(("inception", flavour), make)
+
+
 def features_of(rows: Rows, flavour: str) -> np.ndarray:
     """Return float32[N, 2048]. Raises ValueError if the sizes of the images differ and the tool cannot read that."""
     check_one_size(rows["sizes"], flavour)
     return rows["features"]
+
+
+def reference_statistics(resources: Resources, flavour: str) -> Statistics | None:
+    """Return the statistics by which the reference is given, if it is. Raises ValueError as `read_statistics` does."""
+    if (path := resources.statistics) is None:
+        return None
+    return resources.once(("statistics", path, flavour), lambda: read_statistics(path, flavour, FEATURES))
+
+
+def reference_features(resources: Resources, flavour: str) -> np.ndarray:
+    """Return float32[N, 2048] of the reference set.
+
+    Raises ValueError if its statistics do not have them, and as `features_of` does.
+    """
+    statistics = reference_statistics(resources, flavour)
+    if statistics is None:
+        return features_of(resources.reference_rows(inception_measure(resources, flavour)), flavour)
+    if statistics.features is None:
+        raise ValueError(
+            f"{resources.statistics} has the mean and the covariance of features alone, by which only FID is defined; "
+            "use a folder of images as --reference, or a file with 'feats'"
+        )
+    return statistics.features

@@ -5,10 +5,20 @@ from importlib.util import find_spec
 
 from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.evaluate import Metric, Resources
+from lcm_jax.evaluation.fid import FID
 from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.kid import KID
+from lcm_jax.evaluation.precision import Precision
 from lcm_jax.evaluation.verifier import Verifier
 
-METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance, "classifier": Classifier}
+METRICS: Mapping[str, type[Metric]] = {
+    "verifier": Verifier,
+    "frechet": FrechetDistance,
+    "classifier": Classifier,
+    "fid": FID,
+    "kid": KID,
+    "precision": Precision,
+}
 
 
 def check_metrics(names: Sequence[str], source: str | None) -> None:
