@@ -57,7 +57,7 @@ def coverage(real: np.ndarray, real_radii: np.ndarray, generated: np.ndarray) ->
 @jax.jit
 def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     products = jnp.matmul(a, b.T, precision="highest")
-    return jnp.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * products, 0)
+    return jnp.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * products, 0)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
