@@ -195,7 +195,9 @@ def test_kid_is_torch_fidelitys():
     rng = np.random.default_rng(3)
     own, other = (rng.gamma(shape, 0.4, (1200, 64)).astype(np.float32) for shape in (1.0, 1.1))
     options = {"verbose": False, "kid_subsets": 100}
-    expected = torch_fidelity.metric_kid.kid_features_to_metric(torch.from_numpy(own), torch.from_numpy(other), **options)
+    expected = torch_fidelity.metric_kid.kid_features_to_metric(
+        torch.from_numpy(own), torch.from_numpy(other), **options
+    )
     assert kernel_distance(own, other) == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
     few = torch_fidelity.metric_kid.kid_features_to_metric(
         torch.from_numpy(own[:50]), torch.from_numpy(other[:40]), **options, kid_subset_size=40

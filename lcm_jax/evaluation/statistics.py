@@ -71,7 +71,8 @@ def _read(path: Path) -> Statistics:
             "'mu' and 'sigma' with numpy.savez"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw:
+            file = np.load(raw, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             arrays = {name: file[name] for name in file.files}
