@@ -1,10 +1,8 @@
 """Weights of an Inception v3 that nobody trained, whose features differ from image to image."""
 
-import jax
 import numpy as np
 
-from lcm_jax.models.inception import INPUT_SIZE, InceptionV3
-from lcm_jax.models.layers import abstract_network
+from lcm_jax.models.inception import InceptionV3, abstract_inception
 from lcm_jax.weights.trees import from_params
 
 
@@ -29,6 +27,5 @@ def random_state_dict(abstract, seed: int = 0) -> dict[str, np.ndarray]:
 
 def random_inception() -> dict[str, np.ndarray]:
     """Return the tensors of the published file, the classifier's among them."""
-    images = jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), np.float32)
-    tensors = random_state_dict(abstract_network(InceptionV3(), images))
+    tensors = random_state_dict(abstract_inception(InceptionV3()))
     return tensors | {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}

@@ -222,7 +222,7 @@ def test_whole_tools_from_folders_to_the_number(weights, network, tmp_path, monk
     """FID of two folders of a dozen images by each tool as a user calls it: minutes, for roots of 2048 x 2048."""
     rng = np.random.default_rng(5)
     own, real = (_write(tmp_path / name, rng, [(61, 47)] * 12) for name in ("own", "real"))
-    monkeypatch.setattr(pytorch_fid, "InceptionV3", lambda *_: network)
+    monkeypatch.setattr(pytorch_fid_inception, "load_state_dict_from_url", lambda *_, **__: torch.load(weights))
     options = {"feature_extractor_weights_path": str(weights), "samples_find_ext": "png,tiff", "cache": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

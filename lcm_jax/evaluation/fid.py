@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
-from flax.core import FrozenDict
 
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
 from lcm_jax.evaluation.frechet import Distances, Gaussian, distances_to, fit_gaussian, make_gaussian
@@ -55,6 +54,10 @@ class FID:
     `fid_infinity` stands beside it for fewer than SMALL_SAMPLE images. flavour: see FLAVOURS; the option `fid_flavour`.
     """
 
+    columns: ClassVar[Mapping[str, Column]] = {
+        "fid": Column("FID", ".2f"),
+        "fid_infinity": Column("FID-infinity", ".2f"),
+    }
     lower_is_better: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
@@ -63,8 +66,7 @@ class FID:
     flavour: str
     measure: Measure
     reference: Gaussian
-    columns: Mapping[str, Column] = FrozenDict(fid=Column("FID", ".2f"), fid_infinity=Column("FID-infinity", ".2f"))
-    note: str = "FID is the Frechet distance of Inception features to those of real images."
+    note: str
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
@@ -78,13 +80,12 @@ class FID:
         else:
             reference = make_gaussian(statistics.mean, statistics.covariance)
             name, count = statistics.reference or resources.reference, statistics.count
-        columns = {key: column._replace(heading=f"{column.heading} ({flavour})") for key, column in cls.columns.items()}
         of = f" of {count:,} images" if count else ""
         note = (
             f"FID ({flavour}) is the Frechet distance of Inception features to those of {name}{of}; it is biased "
             f"upwards with few images, and FID-infinity extrapolates it to infinitely many."
         )
-        return cls(flavour, inception_measure(resources, flavour), reference, FrozenDict(columns), note)
+        return cls(flavour, inception_measure(resources, flavour), reference, note)
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two images, and as `features_of` does."""

@@ -59,17 +59,26 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2), at least 0; covariances may be singular.
+    """Return the distance of two sets by their moments, see `gaussian_distance`.
 
-    The last trace is the sum of the singular values of Ca^1/2 Cb^1/2. This way, no rounding error goes through a square
-    root: the eigenvalues of Ca^1/2 Cb Ca^1/2 that should be 0 come out near 1e-16, and their roots near 1e-8. Raises
-    ValueError for moments of different dimensions, or of fewer than two features.
+    Raises ValueError for moments of different dimensions, or of fewer than two features.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features have {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; use those of one network")
-    cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
-    shift = np.sum((a.mean - b.mean) ** 2)
-    return max(0.0, float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
+    return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def gaussian_distance(
+    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
+) -> float:
+    """|mu_a - mu_b|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2), at least 0; covariances may be singular.
+
+    The last trace is the sum of the singular values of Ca^1/2 Cb^1/2. This way, no rounding error goes through a square
+    root: the eigenvalues of Ca^1/2 Cb Ca^1/2 that should be 0 come out near 1e-16, and their roots near 1e-8.
+    """
+    cross = np.linalg.svd(_root(covariance_a) @ _root(covariance_b), compute_uv=False).sum()
+    shift = np.sum((mean_a - mean_b) ** 2)
+    return max(0.0, float(shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Images, Measure, Resources
 from lcm_jax.evaluation.frechet import check_features
 from lcm_jax.evaluation.inception_inputs import FLAVOURS, check_one_size, prepare_images
 from lcm_jax.evaluation.statistics import Statistics, read_statistics
-from lcm_jax.models.inception import FEATURES, INPUT_SIZE, InceptionV3
-from lcm_jax.models.layers import abstract_network, apply
+from lcm_jax.models.inception import FEATURES, InceptionV3, abstract_inception
+from lcm_jax.models.layers import apply
 from lcm_jax.weights.published import Published
 from lcm_jax.weights.trees import to_params
 
@@ -40,22 +41,16 @@ def inception_features(
     that are missing, extra or misshapen.
     """
     network = InceptionV3()
-    abstract = abstract_network(network, jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), np.float32))
     unused = ("fc.", "num_batches_tracked")  # the classifier, and a count of training steps
     used = {key: tensors[key] for key in tensors if not key.startswith(unused[0]) and not key.endswith(unused[1])}
-    params = jax.device_put(to_params("inception", used, abstract, where))
+    params = jax.device_put(to_params("inception", used, abstract_inception(network), where))
 
     @jax.jit
     def encode(params, inputs):
         with jax.default_matmul_precision("highest"):  # a GPU's TF32 changes the third digit
             return apply(network, params, inputs)
 
-    def features(inputs: np.ndarray) -> np.ndarray:
-        starts = range(0, len(inputs), batch_size)
-        rows = [np.minimum(start + np.arange(batch_size), len(inputs) - 1) for start in starts]
-        return np.concatenate([np.asarray(encode(params, inputs[chosen])) for chosen in rows])[: len(inputs)]
-
-    return features
+    return lambda inputs: in_batches(lambda part: encode(params, part), inputs, batch_size)
 
 
 def make_measure(features: Callable[[np.ndarray], np.ndarray], flavour: str) -> Measure:

@@ -3,13 +3,14 @@
 Tools resize differently, which changes FID by points, so a flavour is named with every figure.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from lcm_jax.evaluation.evaluate import Images
 from lcm_jax.models.inception import INPUT_SIZE
 
 GIGAGAN_SIZE = 256
@@ -29,16 +30,13 @@ class Flavour(NamedTuple):
 
 def torch_fidelity(image: np.ndarray) -> np.ndarray:
     """Resize as TensorFlow 1 did: bilinear without half-pixel centers, not antialiased."""
-    resized = _interpolate(image.astype(np.float32), lambda index, scale: index * scale)
+    resized = _interpolate(image.astype(np.float32), INPUT_SIZE, lambda index, scale: index * scale)
     return (resized - 128) / 128
 
 
 def pytorch_fid(image: np.ndarray) -> np.ndarray:
-    """Resize as PyTorch does: bilinear with half-pixel centers, not antialiased."""
-    resized = _interpolate(
-        image.astype(np.float32) / 255, lambda index, scale: np.maximum((index + np.float32(0.5)) * scale - 0.5, 0)
-    )
-    return 2 * resized - 1
+    """Resize by `pytorch_bilinear`."""
+    return 2 * pytorch_bilinear(image.astype(np.float32) / 255, INPUT_SIZE) - 1
 
 
 def clean_fid(image: np.ndarray) -> np.ndarray:
@@ -68,7 +66,7 @@ FLAVOURS: Mapping[str, Flavour] = {
 }
 
 
-def prepare_images(images: Sequence[np.ndarray], flavour: str) -> np.ndarray:
+def prepare_images(images: Images, flavour: str) -> np.ndarray:
     """images: uint8[H, W, 3] each. Return float32[B, 299, 299, 3], in [-1, 1].
 
     Raises ValueError for another shape or dtype.
@@ -92,15 +90,25 @@ def check_one_size(sizes: np.ndarray, flavour: str) -> None:
         )
 
 
-def _interpolate(image: np.ndarray, position: Callable[[np.ndarray, np.float32], np.ndarray]) -> np.ndarray:
-    """image: float32[H, W, 3]. Return [299, 299, 3], linear between two pixels along each axis.
+def pytorch_bilinear(image: np.ndarray, size: int) -> np.ndarray:
+    """image: float32[H, W, 3]. Resize as PyTorch does: bilinear with half-pixel centers, not antialiased."""
 
-    position: (indices float32[299] of the output, input size / 299) -> positions in the input.
+    def position(index: np.ndarray, scale: np.float32) -> np.ndarray:
+        at = (index.astype(np.float64) + 0.5) * float(scale) - 0.5  # rounded once, since processors fuse the two operations
+        return np.maximum(at, 0).astype(np.float32)
+
+    return _interpolate(image, size, position)
+
+
+def _interpolate(image: np.ndarray, size: int, position: Callable[[np.ndarray, np.float32], np.ndarray]) -> np.ndarray:
+    """image: float32[H, W, 3]. Return [size, size, 3], linear between two pixels along each axis.
+
+    position: (indices float32[size] of the output, input size / size) -> positions in the input.
     """
     for axis in (1, 0):
-        size = image.shape[axis]
-        at = position(np.arange(INPUT_SIZE, dtype=np.float32), np.float32(size / INPUT_SIZE))
+        length = image.shape[axis]
+        at = position(np.arange(size, dtype=np.float32), np.float32(length / size))
         low = at.astype(np.int64)
-        a, b = image.take(low, axis), image.take(np.minimum(low + 1, size - 1), axis)
+        a, b = image.take(low, axis), image.take(np.minimum(low + 1, length - 1), axis)
         image = a + (b - a) * (at - low).astype(np.float32).reshape((-1, 1) if axis else (-1, 1, 1))
     return image

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
-from flax.core import FrozenDict
 
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
 from lcm_jax.evaluation.inception import Rows, features_of, inception_measure, read_flavour, reference_features
@@ -49,6 +48,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
 class KID:
     """Metric: the kernel distance of Inception features to those of the reference; the option `fid_flavour`."""
 
+    columns: ClassVar[Mapping[str, Column]] = {"kid": Column("KID", ".5f")}
     lower_is_better: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
@@ -57,20 +57,18 @@ class KID:
     flavour: str
     measure: Measure
     reference: np.ndarray  # float32[M, 2048]
-    columns: Mapping[str, Column] = FrozenDict(kid=Column("KID", ".5f"))
-    note: str = "KID is the kernel distance of Inception features to those of real images."
+    note: str
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Raise ModelError if there are no weights, and ValueError for a reference without features."""
         flavour = read_flavour(resources.settings)
         features = reference_features(resources, flavour)
-        columns = FrozenDict(kid=Column(f"KID ({flavour})", ".5f"))
         note = (
             f"KID ({flavour}) is the squared discrepancy of Inception features, under a cubic kernel, from those of "
             f"{resources.reference} ({len(features):,} images)."
         )
-        return cls(flavour, inception_measure(resources, flavour), features, columns, note)
+        return cls(flavour, inception_measure(resources, flavour), features, note)
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two images, and as `features_of` does."""

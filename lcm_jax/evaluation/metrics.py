@@ -7,6 +7,7 @@ from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.evaluate import Metric, Resources
 from lcm_jax.evaluation.fid import FID
 from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.fvd import FVD
 from lcm_jax.evaluation.kid import KID
 from lcm_jax.evaluation.precision import Precision
 from lcm_jax.evaluation.verifier import Verifier
@@ -18,6 +19,7 @@ METRICS: Mapping[str, type[Metric]] = {
     "fid": FID,
     "kid": KID,
     "precision": Precision,
+    "fvd": FVD,
 }
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
 from lcm_jax.evaluation.inception import Rows, features_of, inception_measure, read_flavour, reference_features
@@ -72,6 +71,9 @@ def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
 class Precision:
     """Metric: precision, recall, density and coverage of Inception features; the option `fid_flavour`."""
 
+    columns: ClassVar[Mapping[str, Column]] = {
+        name: Column(name, ".3f") for name in ("precision", "recall", "density", "coverage")
+    }
     lower_is_better: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
@@ -81,13 +83,7 @@ class Precision:
     measure: Measure
     reference: np.ndarray  # float32[M, 2048]
     radii: np.ndarray  # of the reference
-    columns: Mapping[str, Column] = FrozenDict(
-        precision=Column("precision", ".3f"),
-        recall=Column("recall", ".3f"),
-        density=Column("density", ".3f"),
-        coverage=Column("coverage", ".3f"),
-    )
-    note: str = "Precision is the share of images whose Inception features are within those of real images."
+    note: str
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
@@ -101,7 +97,7 @@ class Precision:
             "outliers."
         )
         radii = neighbor_distances(features, NEIGHBORS, DENSITY_NEIGHBORS)
-        return cls(flavour, inception_measure(resources, flavour), features, radii, note=note)
+        return cls(flavour, inception_measure(resources, flavour), features, radii, note)
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for few images, and as `features_of` does."""

@@ -5,9 +5,13 @@ It differs from later Inception networks: average pooling leaves the padding out
 and there are 1008 classes. Submodule names follow the keys of the published `pt_inception-2015-12-05-6726825d.pth`.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lcm_jax.models.layers import abstract_network
 
 INPUT_SIZE = 299  # pixels
 FEATURES = 2048
@@ -147,3 +151,8 @@ class InceptionV3(nn.Module):
         x = MixedD(name="Mixed_7a")(x)
         x = MixedE(by_maximum=False, name="Mixed_7b")(x)
         return MixedE(by_maximum=True, name="Mixed_7c")(x).mean((1, 2))
+
+
+def abstract_inception(network: nn.Module) -> Any:
+    """Return the parameters of an InceptionV3 as ShapeDtypeStructs."""
+    return abstract_network(network, jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), jnp.float32))
