@@ -93,7 +93,8 @@ def test_the_network_is_torchs():
     with torch.no_grad():
         expected = reference_logits(tensors, torch.from_numpy(x.transpose(0, 4, 1, 2, 3))).numpy()
     params = to_params("i3d", tensors, abstract)
-    found = np.asarray(jax.jit(lambda params, x: apply(network, params, x))(params, x))
+    program = jax.jit(lambda params, x: apply(network, params, x)).lower(params, x)
+    found = np.asarray(program.compile({"xla_backend_optimization_level": "0"})(params, x))
     assert found.shape == (3, 50)
     spread = np.linalg.norm(expected - expected.mean(0))
     assert spread > 0.05 * np.linalg.norm(expected)

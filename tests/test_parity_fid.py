@@ -26,6 +26,7 @@ torch_fidelity = reference("torch_fidelity")
 pytorch_fid_inception = reference("pytorch_fid.inception")
 pytorch_fid = reference("pytorch_fid.fid_score")
 cleanfid = reference("cleanfid.fid")
+torchvision = reference("torchvision.transforms.functional")
 torch = pytest.importorskip("torch")
 
 BATCH = 8
@@ -132,10 +133,8 @@ def test_features_are_clean_fids(flavour, features, odd, network):
     """GigaGAN's evaluation gives clean-fid a function that crops and resizes."""
 
     def crop(image):
-        from torchvision.transforms.functional import center_crop
-
-        square = center_crop(Image.fromarray(image), min(image.shape[:2]))
-        return np.array(square.resize((256, 256), Image.LANCZOS))
+        square = torchvision.center_crop(Image.fromarray(image), min(image.shape[:2]))
+        return np.array(square.resize((256, 256), Image.Resampling.LANCZOS))
 
     chosen = sorted(odd.iterdir())[:: 1 if flavour == "clean-fid" else 3]
     with warnings.catch_warnings():

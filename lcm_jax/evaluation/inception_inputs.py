@@ -94,8 +94,8 @@ def pytorch_bilinear(image: np.ndarray, size: int) -> np.ndarray:
     """image: float32[H, W, 3]. Resize as PyTorch does: bilinear with half-pixel centers, not antialiased."""
 
     def position(index: np.ndarray, scale: np.float32) -> np.ndarray:
-        at = (index.astype(np.float64) + 0.5) * float(scale) - 0.5  # rounded once, since processors fuse the two operations
-        return np.maximum(at, 0).astype(np.float32)
+        at = (index.astype(np.float64) + 0.5) * float(scale) - 0.5
+        return np.maximum(at, 0).astype(np.float32)  # rounded once, since processors fuse the two operations
 
     return _interpolate(image, size, position)
 
