@@ -270,7 +270,7 @@ def test_metrics_with_statistics_as_the_reference(recorded, tmp_path, monkeypatc
     write_statistics(path, recorded)
     resources = make_resources(make_images(8), "clean-fid", statistics=path)
     metric = FID.create(resources)
-    assert "those of val2014 of 20 images" in metric.note
+    assert "those of 20 images of val2014;" in metric.note
     rows = metric.measure(make_images(9), [""] * 9)
     own = moments(rows["features"])
     given = Gaussian(recorded.mean, np.linalg.cholesky(recorded.covariance).T)

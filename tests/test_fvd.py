@@ -11,7 +11,8 @@ from random_inception import random_state_dict
 from lcm_jax.evaluation.evaluate import Resources
 from lcm_jax.evaluation.frechet import moments
 from lcm_jax.evaluation.fvd import FVD, fvd, i3d_features, make_measure, prepare_clips, video_distance
-from lcm_jax.evaluation.videos import clip_batches, list_videos, read_clips
+from lcm_jax.evaluation.metrics import check_metrics
+from lcm_jax.evaluation.videos import open_videos
 from lcm_jax.models.i3d import I3D, INPUT_SIZE, abstract_i3d
 from lcm_jax.models.layers import apply
 from lcm_jax.weights.errors import ModelError
@@ -119,6 +120,7 @@ def test_other_weights_are_an_error_that_names_the_keys(tmp_path):
     with pytest.raises(ModelError, match=r"i3d of i3d_pretrained_400\.pt: .*287 keys missing"):
         i3d_features({})
     with pytest.raises(ModelError, match=r"i3d_pretrained_400\.pt does not exist; get .* from https://"):
+        write_video(tmp_path / "a", numbered(16))
         fvd(tmp_path, tmp_path, Weights(tmp_path))
 
 
@@ -142,14 +144,17 @@ def test_from_folders_to_the_number(tmp_path):
         write_video(tmp_path / "real" / f"{i}", numbered(20, value=10 * i))
         write_video(tmp_path / "own" / f"{i}", numbered(16, value=10 * i + 50))
 
+    def batches(folder: str, random: bool) -> list:
+        return [(clips, paths) for clips, paths in open_videos(tmp_path / folder, "--images", random).batches(2)]
+
     def resources(folder: str) -> Resources:
-        made = Resources(lambda: clip_batches(tmp_path / folder, True, 2), reference=folder)
+        made = Resources(lambda: batches(folder, True), reference=folder)
         made.once("i3d", lambda: make_measure(project))
         return made
 
     metric = FVD.create(resources("real"))
-    assert "random clips of real (5 clips" in metric.note
-    rows = np.concatenate([metric.measure(*batch) for batch in clip_batches(tmp_path / "own", False, 2)])
+    assert "random clips of real" in metric.note
+    rows = np.concatenate([metric.measure(*batch) for batch in batches("own", False)])
     assert rows.shape == (5, 4) and metric.result(rows)["fvd"] > 0.01 and metric.scores(rows) is None
     assert FVD.create(resources("own")).result(rows)["fvd"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="needs 2 or more images, got 1"):
@@ -159,6 +164,13 @@ def test_from_folders_to_the_number(tmp_path):
 def test_images_are_an_error():
     with pytest.raises(ValueError, match=r"a clip is uint8\[8, 8, 3\], not uint8\[16, H, W, 3\]; FVD compares videos"):
         make_measure(project)(np.zeros((2, 8, 8, 3), np.uint8), ["", ""])
+
+
+@pytest.mark.parametrize(("names", "source"), [(["fvd"], "shapes"), (["fid", "fvd"], None)])
+def test_it_is_measured_alone_and_on_videos_that_are_there(names, source):
+    check_metrics(["fvd"], None)
+    with pytest.raises(ValueError, match="metrics 'fvd' measures videos, not images; use it alone"):
+        check_metrics(names, source)
 
 
 # ---- videos ---------------------------------------------------------------------------------------------------------
@@ -171,22 +183,28 @@ def test_clips_of_folders_and_animations(tmp_path):
     frames[0].save(tmp_path / "animation.webp", save_all=True, append_images=frames[1:], lossless=True)
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "dataset.json").write_text("{}")
-    assert [path.name for path in list_videos(tmp_path)] == ["animation.webp", "folder"]
-    first = {path.name: clip[:, 0, 0, 0].tolist() for path, clip in read_clips(tmp_path, random=False)}
-    assert first == {"animation.webp": list(range(0, 160, 10)), "folder": list(range(16))}
-    drawn = [clip[:, 0, 0, 0].tolist() for _, clip in read_clips(tmp_path, random=True)]
-    assert drawn == [clip[:, 0, 0, 0].tolist() for _, clip in read_clips(tmp_path, random=True)]
-    assert drawn[1] != list(range(16)) and drawn[1] == list(range(drawn[1][0], drawn[1][0] + 16))
+
+    def read(random: bool) -> dict[str, list[int]]:
+        ((clips, paths),) = open_videos(tmp_path, "--images", random).batches(3)
+        return {path.name: clip[:, 0, 0, 0].tolist() for clip, path in zip(clips, paths, strict=True)}
+
+    assert read(random=False) == {"animation.webp": list(range(0, 160, 10)), "folder": list(range(16))}
+    drawn = read(random=True)
+    assert drawn == read(random=True) != read(random=False)
+    assert drawn["folder"] == list(range(drawn["folder"][0], drawn["folder"][0] + 16))
 
 
 def test_short_videos_are_an_error_or_left_out(tmp_path):
     write_video(tmp_path / "long", numbered(16))
     write_video(tmp_path / "short", numbered(3))
-    with pytest.raises(ValueError, match="short has 3 frames, and a clip has 16; remove it"):
-        list(read_clips(tmp_path, random=False))
-    assert [path.name for path, _ in read_clips(tmp_path, random=False, skip_short=True)] == ["long"]
-    with pytest.raises(ValueError, match="has no video of 40 frames or more"):
-        list(read_clips(tmp_path, random=False, frames=40, skip_short=True))
+    with pytest.raises(ValueError, match="short has 3 frames, and a clip has 16; remove it, or use --skip_bad"):
+        open_videos(tmp_path, "--images", random=False)
+    lines = []
+    found = open_videos(tmp_path, "--images", random=False, skip_bad=True, log=lines.append)
+    assert [path.name for path in found.paths] == ["long"] and len(lines) == 1 and "3 frames" in lines[0]
+    (tmp_path / "long" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"--images=.* has no video of 16 frames or more"):
+        open_videos(tmp_path, "--images", random=False, skip_bad=True, log=lines.append)
 
 
 def _bad(name: str, folder) -> None:
@@ -223,5 +241,5 @@ def test_folders_that_cannot_be_read_are_an_error(name, message, tmp_path):
     if name != "missing":
         _bad(name, folder)
     with pytest.raises(ValueError, match=re.compile(message)) as caught:
-        list(read_clips(folder, random=False))
+        list(open_videos(folder, "--images", random=False).batches(1))
     assert "\n" not in str(caught.value)

@@ -18,6 +18,7 @@ from lcm_jax.evaluation.inception import (
     reference_statistics,
 )
 from lcm_jax.evaluation.inception_inputs import FLAVOURS
+from lcm_jax.evaluation.statistics import Statistics
 
 SMALL_SAMPLE = 10_000  # images: with fewer, FID is biased by points
 POINTS = 5  # of the extrapolation
@@ -47,6 +48,12 @@ def extrapolate(distances: Distances) -> float:
     return float(np.polyfit(1 / counts, values, 1)[1]) if len(counts) > 1 else values[0]
 
 
+def describe(statistics: Statistics) -> str:
+    """Return the reference set as its file names it, or "" if it does not."""
+    count = f"{statistics.count:,} images of " if statistics.count and statistics.reference else ""
+    return f"{count}{statistics.reference or ''}"
+
+
 @dataclass(frozen=True, eq=False)
 class FID:
     """Metric: the Frechet distance of Inception features to those of the reference, in a tool's flavour.
@@ -62,6 +69,7 @@ class FID:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 20
+    reads_prompts: ClassVar[bool] = False
 
     flavour: str
     measure: Measure
@@ -76,14 +84,12 @@ class FID:
         if statistics is None:
             features = reference_features(resources, flavour)
             reference, name = fit_gaussian(features, FLAVOURS[flavour].mean), resources.reference
-            count = len(features)
         else:
             reference = make_gaussian(statistics.mean, statistics.covariance)
-            name, count = statistics.reference or resources.reference, statistics.count
-        of = f" of {count:,} images" if count else ""
+            name = describe(statistics) or resources.reference
         note = (
-            f"FID ({flavour}) is the Frechet distance of Inception features to those of {name}{of}; it is biased "
-            f"upwards with few images, and FID-infinity extrapolates it to infinitely many."
+            f"FID ({flavour}) is the Frechet distance of Inception features to those of {name}; it is biased upwards "
+            "with few images, and FID-infinity extrapolates it to infinitely many."
         )
         return cls(flavour, inception_measure(resources, flavour), reference, note)
 

@@ -18,7 +18,7 @@ from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, concatenate
 from lcm_jax.evaluation.frechet import Moments, check_features, gaussian_distance, moments
 from lcm_jax.evaluation.inception_inputs import pytorch_bilinear
-from lcm_jax.evaluation.videos import CLIP_FRAMES, clip_batches
+from lcm_jax.evaluation.videos import CLIP_FRAMES, open_videos
 from lcm_jax.models.i3d import I3D, INPUT_SIZE, abstract_i3d
 from lcm_jax.models.layers import apply
 from lcm_jax.weights.published import Published, Weights
@@ -93,13 +93,14 @@ def video_distance(own: Moments, reference: Moments) -> float:
 
 @dataclass(frozen=True, eq=False)
 class FVD:
-    """Metric of clips: `measure` takes uint8[16, H, W, 3] each, as `videos.clip_batches` reads them."""
+    """Metric of clips: `measure` takes uint8[16, H, W, 3] each, as `videos.open_videos` reads them."""
 
     columns: ClassVar[Mapping[str, Column]] = {"fvd": Column("FVD", ".1f")}
     lower_is_better: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 50
+    reads_prompts: ClassVar[bool] = False
 
     measure: Measure
     reference: Moments
@@ -111,8 +112,8 @@ class FVD:
         measure = resources.once("i3d", lambda: make_measure(i3d_features(resources.weights.open(PUBLISHED))))
         reference = moments(resources.reference_rows(measure))
         note = (
-            f"FVD compares the I3D logits of the first {CLIP_FRAMES} frames of videos with those of random clips of "
-            f"{resources.reference} ({reference.count:,} clips; published figures have 2,048 on both sides)."
+            f"FVD is the Frechet distance of I3D's logits of the first {CLIP_FRAMES} frames of videos to those of "
+            f"random clips of {resources.reference}; published figures have 2,048 clips on both sides."
         )
         return cls(measure, reference, note)
 
@@ -124,13 +125,15 @@ class FVD:
         return None
 
 
-def fvd(images: Path, reference: Path, weights: Weights, skip_short: bool = False) -> float:
+def fvd(images: Path, reference: Path, weights: Weights, skip_bad: bool = False) -> float:
     """Return the FVD of a folder of generated videos to a folder of real ones.
 
-    skip_short: leave out videos of fewer than 16 frames, as StyleGAN-V does. Raises ValueError for folders that cannot
-    be read, ModelError for weights.
+    skip_bad: leave out videos that cannot be read or are short, as StyleGAN-V does. Raises ValueError for folders that
+    cannot be read, ModelError for weights.
     """
-    read = lambda folder, random: clip_batches(folder, random, CLIPS_AT_ONCE, skip_short)  # noqa: E731
-    metric = FVD.create(Resources(lambda: read(reference, True), reference=str(reference), weights=weights))
-    parts = [metric.measure(clips, names) for clips, names in read(images, False)]
+    real = open_videos(reference, "reference", random=True, skip_bad=skip_bad)
+    made = open_videos(images, "images", random=False, skip_bad=skip_bad)
+    batches = lambda: ((clips, [""] * len(clips)) for clips, _ in real.batches(CLIPS_AT_ONCE))  # noqa: E731
+    metric = FVD.create(Resources(batches, f"{len(real.paths)} videos of {reference}", weights=weights))
+    parts = [metric.measure(clips, [""] * len(clips)) for clips, _ in made.batches(CLIPS_AT_ONCE)]
     return metric.result(concatenate(parts))["fvd"]

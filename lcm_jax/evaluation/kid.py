@@ -53,6 +53,7 @@ class KID:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 20
+    reads_prompts: ClassVar[bool] = False
 
     flavour: str
     measure: Measure
@@ -66,7 +67,7 @@ class KID:
         features = reference_features(resources, flavour)
         note = (
             f"KID ({flavour}) is the squared discrepancy of Inception features, under a cubic kernel, from those of "
-            f"{resources.reference} ({len(features):,} images)."
+            f"{resources.reference}."
         )
         return cls(flavour, inception_measure(resources, flavour), features, note)
 

@@ -25,7 +25,7 @@ METRICS: Mapping[str, type[Metric]] = {
 
 def check_metrics(names: Sequence[str], source: str | None) -> None:
     """Raise ValueError for a metric that does not exist, comes twice, cannot judge captions of the data source, or
-    requires a package that is not installed.
+    requires a package that is not installed, and for one of videos beside metrics of images.
 
     source: None if it is not known.
     """
@@ -36,6 +36,11 @@ def check_metrics(names: Sequence[str], source: str | None) -> None:
             raise ValueError(f"metrics {name!r} is not supported; use {' or '.join(METRICS)}")
         if name in names[:i]:
             raise ValueError(f"metrics {tuple(names)!r} has {name!r} twice; use it once")
+        if name == "fvd" and (source is not None or len(names) > 1):
+            raise ValueError(
+                "metrics 'fvd' measures videos, not images; use it alone, with folders of videos as --images and "
+                "--reference"
+            )
         sources = METRICS[name].sources
         if sources is not None and source is not None and source not in sources:
             raise ValueError(

@@ -78,6 +78,7 @@ class Precision:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 20
+    reads_prompts: ClassVar[bool] = False
 
     flavour: str
     measure: Measure
@@ -92,8 +93,7 @@ class Precision:
         features = reference_features(resources, flavour).astype(np.float32, copy=False)
         note = (
             f"Precision ({flavour}) is the share of images among the {NEIGHBORS} nearest neighbors of Inception "
-            f"features of {resources.reference} ({len(features):,} images), recall the share of those among the "
-            f"neighbors of images; density and coverage are the same with {DENSITY_NEIGHBORS} neighbors, robust to "
+            f"features of {resources.reference}, recall the share of those among the neighbors of images; density and coverage are the same with {DENSITY_NEIGHBORS} neighbors, robust to "
             "outliers."
         )
         radii = neighbor_distances(features, NEIGHBORS, DENSITY_NEIGHBORS)

@@ -1,7 +1,8 @@
 """Clips of videos in a folder: folders of numbered frames, or animations that Pillow decodes (GIF, WebP, APNG)."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,46 @@ ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 NOT_DECODED = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg")
 
 
-def list_videos(folder: Path) -> list[Path]:
-    """Return the videos in a folder, sorted by name: its subfolders and its animations.
+@dataclass(frozen=True)
+class VideoFolder:
+    """The videos of a folder, each of which has a clip, by the order of their names.
 
-    Raises ValueError if there are none, and for a video that must be decoded by another program.
+    random: a clip begins at a random frame, the same at each call, or at the first one.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; use a folder of videos")
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+    root: Path
+    paths: tuple[Path, ...]
+    random: bool
+
+    def batches(self, size: int, paths: Sequence[Path] | None = None) -> Iterator[tuple[list[np.ndarray], list[Path]]]:
+        """Yield batches of `size` clips, uint8[CLIP_FRAMES, H, W, 3] each, and the paths of their videos.
+
+        paths: some of the folder's videos; all by default. Raises ValueError as `read_frames` does.
+        """
+        chosen = self.paths if paths is None else paths
+        for first in range(0, len(chosen), size):
+            some = list(chosen[first : first + size])
+            yield [read_frames(path, self._first_frame(path), CLIP_FRAMES) for path in some], some
+
+    def _first_frame(self, path: Path) -> int:
+        if not self.random:
+            return 0
+        rng = np.random.default_rng((SEED, self.paths.index(path)))
+        return int(rng.integers(count_frames(path) - CLIP_FRAMES + 1))
+
+
+def open_videos(
+    root: Path, flag: str, random: bool, skip_bad: bool = False, log: Callable[[str], None] = print
+) -> VideoFolder:
+    """List the videos in a folder: its subfolders, and its animations. Their frames are counted, not decoded.
+
+    flag: that named the folder. random: see `VideoFolder`. skip_bad: leave out those that cannot be opened or have
+    fewer frames than a clip; each is logged. Raises ValueError for one of these otherwise, for a video that another
+    program must decode, and if there is none.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{flag}={root} is not a folder; use a folder of videos")
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     for path in entries:
         if path.suffix.lower() in NOT_DECODED:
             raise ValueError(
@@ -30,47 +63,21 @@ def list_videos(folder: Path) -> list[Path]:
             )
     videos = [path for path in entries if path.is_dir() or path.suffix.lower() in ANIMATIONS]
     if not videos:
-        raise ValueError(f"{folder} has no videos; use a folder whose subfolders hold the frames of a video each")
-    return videos
-
-
-def read_clips(
-    folder: Path, random: bool, frames: int = CLIP_FRAMES, skip_short: bool = False
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yield (video, its clip uint8[frames, H, W, 3]) of the videos in a folder, in order.
-
-    random: begin at a random frame, which is the same at each call, or at the first. skip_short: leave out videos of
-    fewer frames. Raises ValueError for such a video otherwise, and as `list_videos` and `read_frames` do.
-    """
-    count = 0
-    for number, path in enumerate(list_videos(folder)):
-        available = count_frames(path)
-        if available < frames:
-            if skip_short:
-                continue
-            raise ValueError(
-                f"{path} has {available} frames, and a clip has {frames}; remove it, or leave short videos out"
-            )
-        count += 1
-        rng = np.random.default_rng((SEED, number))
-        yield path, read_frames(path, int(rng.integers(available - frames + 1)) if random else 0, frames)
-    if not count:
-        raise ValueError(f"{folder} has no video of {frames} frames or more; use longer videos")
-
-
-def clip_batches(
-    folder: Path, random: bool, batch_size: int, skip_short: bool = False
-) -> Iterator[tuple[Sequence[np.ndarray], list[str]]]:
-    """Yield batches (clips, their videos' names): what a metric of videos measures in place of images and prompts."""
-    clips, names = [], []
-    for path, clip in read_clips(folder, random, skip_short=skip_short):
-        clips.append(clip)
-        names.append(path.name)
-        if len(clips) == batch_size:
-            yield clips, names
-            clips, names = [], []
-    if clips:
-        yield clips, names
+        raise ValueError(f"{flag}={root} has no videos; use a folder whose subfolders have the frames of a video each")
+    usable = []
+    for path in videos:
+        try:
+            if (count := count_frames(path)) < CLIP_FRAMES:
+                raise ValueError(f"{path} has {count} frames, and a clip has {CLIP_FRAMES}")
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{error}; remove it, or use --skip_bad") from None
+            log(f"{error}: it is left out")
+        else:
+            usable.append(path)
+    if not usable:
+        raise ValueError(f"{flag}={root} has no video of {CLIP_FRAMES} frames or more; use longer videos")
+    return VideoFolder(root, tuple(usable), random)
 
 
 def count_frames(path: Path) -> int:
@@ -123,11 +130,11 @@ def _decode(path: Path) -> np.ndarray:
         try:
             return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} cannot be decoded ({error}); replace it, or remove its video") from None
+            raise ValueError(f"{path} cannot be decoded ({error}); remove its video") from None
 
 
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be opened ({error}); replace it, or remove its video") from None
+        raise ValueError(f"{path} cannot be opened ({error})") from None
