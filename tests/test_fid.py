@@ -10,7 +10,7 @@ from random_inception import random_inception
 
 from lcm_jax.evaluation import inception
 from lcm_jax.evaluation.evaluate import Resources, concatenate
-from lcm_jax.evaluation.fid import FID, SMALL_SAMPLE, extrapolate, small_sample_warning
+from lcm_jax.evaluation.fid import FID, SMALL_SAMPLE, extrapolate, save_reference, small_sample_warning
 from lcm_jax.evaluation.frechet import Gaussian, distances_to, fit_gaussian, frechet_distance, make_gaussian, moments
 from lcm_jax.evaluation.inception import inception_features, make_measure, read_flavour
 from lcm_jax.evaluation.inception_inputs import (
@@ -270,7 +270,7 @@ def test_metrics_with_statistics_as_the_reference(recorded, tmp_path, monkeypatc
     write_statistics(path, recorded)
     resources = make_resources(make_images(8), "clean-fid", statistics=path)
     metric = FID.create(resources)
-    assert "those of 20 images of val2014;" in metric.note
+    assert "those of val2014;" in metric.note
     rows = metric.measure(make_images(9), [""] * 9)
     own = moments(rows["features"])
     given = Gaussian(recorded.mean, np.linalg.cholesky(recorded.covariance).T)
@@ -283,6 +283,23 @@ def test_metrics_with_statistics_as_the_reference(recorded, tmp_path, monkeypatc
         ValueError, match="of flavour 'clean-fid', which cannot be compared with 'gigagan'; use --fid_fl"
     ):
         FID.create(make_resources(make_images(8), "gigagan", statistics=path))
+
+
+def test_the_statistics_of_a_reference_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "FEATURES", 8)
+    path = tmp_path / "val2014.npz"
+    resources = make_resources(make_images(30))
+    save_reference(resources, path)
+    found = read_statistics(path, "torch-fidelity", 8)
+    assert (found.flavour, found.count, found.reference) == ("torch-fidelity", 30, "val2014")
+    saved = Resources(None, str(path), statistics=path)
+    saved.once(("inception", "torch-fidelity"), lambda: make_measure(project, "torch-fidelity"))
+    by_images, by_statistics = FID.create(resources), FID.create(saved)
+    rows = by_images.measure(make_images(12, seed=1), [""] * 12)
+    assert by_images.result(rows) == pytest.approx(by_statistics.result(rows), abs=1e-4)
+    assert by_images.note == by_statistics.note
+    with pytest.raises(ValueError, match="has no images, whose statistics could be saved"):
+        save_reference(saved, path)
 
 
 def _broken(name: str, path, recorded) -> None:

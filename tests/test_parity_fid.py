@@ -15,11 +15,12 @@ from reference_tools import reference
 
 from lcm_jax.evaluation.evaluate import Resources
 from lcm_jax.evaluation.fid import FID
-from lcm_jax.evaluation.frechet import distances_to, fit_gaussian, make_gaussian
+from lcm_jax.evaluation.frechet import distances_to, fit_gaussian, make_gaussian, moments
 from lcm_jax.evaluation.inception import FILE, inception_features, make_measure
 from lcm_jax.evaluation.inception_inputs import FLAVOURS
 from lcm_jax.evaluation.kid import kernel_distance
 from lcm_jax.evaluation.precision import DENSITY_NEIGHBORS, NEIGHBORS, coverage, neighbor_distances
+from lcm_jax.evaluation.statistics import Statistics, write_statistics
 from lcm_jax.weights.published import Weights
 
 torch_fidelity = reference("torch_fidelity")
@@ -187,6 +188,15 @@ def test_distances_are_the_tools(count, dimensions):
         assert distances_to(fit_gaussian(other, mean), own, mean).of() == pytest.approx(expected, rel=1e-3), tool
         recorded = make_gaussian(other.mean(0, mean), np.cov(other.astype(np.float64), rowvar=False))
         assert distances_to(recorded, own, mean).of() == pytest.approx(expected, rel=1e-3), tool
+
+
+def test_pytorch_fid_reads_our_statistics(tmp_path):
+    features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    path = tmp_path / "real.npz"
+    write_statistics(path, Statistics(features.mean(0), moments(features).covariance, "pytorch-fid", 20, "real"))
+    mean, covariance = pytorch_fid.compute_statistics_of_path(str(path), None, 1, 8, "cpu")
+    np.testing.assert_allclose(mean, features.mean(0))
+    np.testing.assert_allclose(covariance, np.cov(features, rowvar=False), rtol=1e-5)
 
 
 def test_kid_is_torch_fidelitys():

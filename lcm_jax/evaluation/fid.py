@@ -1,14 +1,19 @@
 """The Frechet Inception distance (arXiv 1706.08500), equal to the tools that publish it, and its limit for infinitely
-many images (arXiv 1911.07023)."""
+many images (arXiv 1911.07023).
+
+torch-fidelity takes the roots of eigenvalues of a product of covariances, pytorch-fid and clean-fid SciPy's root of it;
+`frechet.Distances` has the same trace by singular values, which are fast and keep their digits if it is singular.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
 
 from lcm_jax.evaluation.evaluate import Column, Measure, Resources
-from lcm_jax.evaluation.frechet import Distances, Gaussian, distances_to, fit_gaussian, make_gaussian
+from lcm_jax.evaluation.frechet import Distances, Gaussian, distances_to, fit_gaussian, make_gaussian, moments
 from lcm_jax.evaluation.inception import (
     Rows,
     features_of,
@@ -18,7 +23,7 @@ from lcm_jax.evaluation.inception import (
     reference_statistics,
 )
 from lcm_jax.evaluation.inception_inputs import FLAVOURS
-from lcm_jax.evaluation.statistics import Statistics
+from lcm_jax.evaluation.statistics import Statistics, write_statistics
 
 SMALL_SAMPLE = 10_000  # images: with fewer, FID is biased by points
 POINTS = 5  # of the extrapolation
@@ -48,10 +53,18 @@ def extrapolate(distances: Distances) -> float:
     return float(np.polyfit(1 / counts, values, 1)[1]) if len(counts) > 1 else values[0]
 
 
-def describe(statistics: Statistics) -> str:
-    """Return the reference set as its file names it, or "" if it does not."""
-    count = f"{statistics.count:,} images of " if statistics.count and statistics.reference else ""
-    return f"{count}{statistics.reference or ''}"
+def save_reference(resources: Resources, path: Path) -> None:
+    """Write the statistics of the reference set to a .npz file, which takes the place of its images from then on.
+
+    Raises ValueError if the reference is given by statistics, and as `write_statistics` does.
+    """
+    if resources.real_images is None:
+        raise ValueError(f"the reference {resources.reference} has no images, whose statistics could be saved")
+    flavour = read_flavour(resources.settings)
+    features = reference_features(resources, flavour)
+    mean = features.mean(0, FLAVOURS[flavour].mean)
+    covariance = moments(features).covariance
+    write_statistics(path, Statistics(mean, covariance, flavour, len(features), resources.reference))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +99,7 @@ class FID:
             reference, name = fit_gaussian(features, FLAVOURS[flavour].mean), resources.reference
         else:
             reference = make_gaussian(statistics.mean, statistics.covariance)
-            name = describe(statistics) or resources.reference
+            name = statistics.reference or resources.reference
         note = (
             f"FID ({flavour}) is the Frechet distance of Inception features to those of {name}; it is biased upwards "
             "with few images, and FID-infinity extrapolates it to infinitely many."

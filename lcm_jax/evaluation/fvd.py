@@ -27,7 +27,7 @@ from lcm_jax.weights.trees import to_params
 CLIPS_AT_ONCE = 4  # of 16 frames, which take 0.2 GiB in the first layer
 FILE = "i3d_pretrained_400.pt"
 # A state dict under pytorch-i3d's keys of the network that TensorFlow Hub published (deepmind/i3d-kinetics-400), by
-# which FVD is defined, as VideoGPT converted it. StyleGAN-V's i3d_torchscript.pt is a program, which only torch can run.
+# which FVD is defined, as VideoGPT converted it. StyleGAN-V's i3d_torchscript.pt is a program, which needs torch.
 PUBLISHED = Published(
     FILE,
     "https://huggingface.co/spaces/LanguageBind/Open-Sora-Plan-v1.0.0/resolve/"

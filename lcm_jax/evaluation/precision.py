@@ -92,9 +92,9 @@ class Precision:
         flavour = read_flavour(resources.settings)
         features = reference_features(resources, flavour).astype(np.float32, copy=False)
         note = (
-            f"Precision ({flavour}) is the share of images among the {NEIGHBORS} nearest neighbors of Inception "
-            f"features of {resources.reference}, recall the share of those among the neighbors of images; density and coverage are the same with {DENSITY_NEIGHBORS} neighbors, robust to "
-            "outliers."
+            f"Precision ({flavour}) is the share of images that are among the {NEIGHBORS} nearest neighbors of "
+            f"{resources.reference} by Inception features, recall the share of these among the neighbors of images; "
+            f"density and coverage are the same with {DENSITY_NEIGHBORS} neighbors, robust to outliers."
         )
         radii = neighbor_distances(features, NEIGHBORS, DENSITY_NEIGHBORS)
         return cls(flavour, inception_measure(resources, flavour), features, radii, note)

@@ -18,6 +18,7 @@ from lcm_jax.errors import RunError
 from lcm_jax.evaluation import figures as drawings
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.evaluate import Metric, Resources, Rows, figures, measure_batches, speed
+from lcm_jax.evaluation.fid import save_reference, small_sample_warning
 from lcm_jax.evaluation.frechet import encoder_features
 from lcm_jax.evaluation.image_folder import ImageFolder, open_folder, read_image, read_prompts
 from lcm_jax.evaluation.made_images import MadeImages
@@ -258,6 +259,8 @@ def compare_models(
     """
     began, done_here = time.monotonic(), 0
     metrics = make_metrics(config.metrics, make_resources(config, prompts, weights))
+    if "fid" in metrics and (warning := small_sample_warning(len(prompts.prompts))):
+        log(warning)
     told = report.describe(metrics)
     columns = report.columns_of(told)
     todo = [Row(each, sampler, n) for each in candidates for sampler, numbers in each.plan.items() for n in numbers]
@@ -321,12 +324,15 @@ def score_images(
     skip_bad: bool,
     batch_size: int,
     update: Callable[[int], None],
+    save_statistics: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Return the report of images that are there already: {column: value} at its top, with all that tells its meaning.
 
     folder: of the images; for the metric fvd, of videos. reference: the same of what is real, or a .npz file of
     statistics. prompts_file: see
     `read_prompts`; prompts are read only if a metric judges them. update(images): is called after each batch.
+    save_statistics: a .npz file to write, of the reference's Inception features.
     """
     began = time.monotonic()
     videos = "fvd" in metrics_names
@@ -338,6 +344,10 @@ def score_images(
         prompts = read_prompts(images, prompts_file)
     resources = reference_resources(reference, settings, weights, skip_bad, batch_size, videos)
     metrics = make_metrics(metrics_names, resources)
+    if "fid" in metrics and (warning := small_sample_warning(len(images.paths))):
+        log(warning)
+    if save_statistics is not None:
+        save_reference(resources, save_statistics)
 
     def batches():
         numbers = distributed.part_of(len(images.paths))
@@ -366,7 +376,7 @@ def reference_resources(
     batch_size: int,
     videos: bool = False,
 ) -> Resources:
-    """Return the resources of a reference that is a folder of images or videos, a .npz file of statistics, or absent."""
+    """Return the resources of a reference: a folder of images or videos, a .npz file of statistics, or none."""
     shared = {"weights": weights, "settings": settings, "batch_size": batch_size, "gather": distributed.gather_rows}
     if reference is None:
         return Resources(None, "none", **shared)
