@@ -67,7 +67,7 @@ def weights(tensors, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def features(tensors):
-    return inception_features(tensors, BATCH)
+    return inception_features(tensors, BATCH // 2)
 
 
 @pytest.fixture(scope="module")

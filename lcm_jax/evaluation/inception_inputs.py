@@ -83,7 +83,7 @@ def check_one_size(sizes: np.ndarray, flavour: str) -> None:
     different = np.unique(sizes, axis=0)
     if FLAVOURS[flavour].one_size and len(different) > 1:
         (height, width), (other_height, other_width) = different[:2].tolist()
-        free = ", ".join(name for name, each in FLAVOURS.items() if not each.one_size)
+        free = " or ".join(name for name, each in FLAVOURS.items() if not each.one_size)
         raise ValueError(
             f"images of one set have {len(different)} sizes, such as {width} x {height} and {other_width} x "
             f"{other_height}, which {flavour} does not support; resize them, or use --fid_flavour={free}"
