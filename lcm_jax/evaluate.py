@@ -48,6 +48,9 @@ IMAGES = flags.DEFINE_string("images", None, "A folder of images to measure, in 
 REFERENCE = flags.DEFINE_string(
     "reference", None, "Of --images: the folder of real images, or a .npz of their statistics.", **OWN
 )
+SAVE_STATISTICS = flags.DEFINE_string(
+    "save_statistics", None, "Of --reference: a .npz file to write, which later takes the place of its images.", **OWN
+)
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "Of --images: a text file with a line for each image; else NAME.txt beside NAME.png.", **OWN
 )
@@ -243,6 +246,7 @@ def evaluate_images(config, folder: Path, weights) -> None:
             SKIP_BAD.value,
             config.report.batch_size,
             lambda done: update("images", done),
+            None if SAVE_STATISTICS.value is None else Path(SAVE_STATISTICS.value),
         )
     if distributed.is_main():
         report.show(result)
@@ -268,7 +272,7 @@ def evaluate() -> None:
         with distributed.ending_together():
             evaluate_images(config, Path(images), weights)
         return
-    for flag in (REFERENCE, PROMPTS, DETECTIONS):
+    for flag in (REFERENCE, SAVE_STATISTICS, PROMPTS, DETECTIONS):
         if flag.value is not None:
             raise ValueError(f"--{flag.name} is of --images, which is not given; add it, or remove --{flag.name}")
     config = ConfigDict(config.to_dict() | {"settings": read_settings(config)})

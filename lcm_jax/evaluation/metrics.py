@@ -8,7 +8,11 @@ from lcm_jax.evaluation.clip_score import ClipScore
 from lcm_jax.evaluation.cmmd import CMMD
 from lcm_jax.evaluation.evaluate import Metric, Resources
 from lcm_jax.evaluation.fd_dinov2 import FDDinov2
+from lcm_jax.evaluation.fid import FID
 from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.fvd import FVD
+from lcm_jax.evaluation.kid import KID
+from lcm_jax.evaluation.precision import Precision
 from lcm_jax.evaluation.preference import HPS, Aesthetic, PickScore
 from lcm_jax.evaluation.verifier import Verifier
 
@@ -22,12 +26,16 @@ METRICS: Mapping[str, type[Metric]] = {
     "aesthetic": Aesthetic,
     "cmmd": CMMD,
     "fd_dinov2": FDDinov2,
+    "fid": FID,
+    "kid": KID,
+    "precision": Precision,
+    "fvd": FVD,
 }
 
 
 def check_metrics(names: Sequence[str], source: str | None) -> None:
     """Raise ValueError for a metric that does not exist, comes twice, cannot judge captions of the data source, or
-    requires a package that is not installed.
+    requires a package that is not installed, and for one of videos beside metrics of images.
 
     source: None if it is not known.
     """
@@ -38,6 +46,11 @@ def check_metrics(names: Sequence[str], source: str | None) -> None:
             raise ValueError(f"metrics {name!r} is not supported; use {' or '.join(METRICS)}")
         if name in names[:i]:
             raise ValueError(f"metrics {tuple(names)!r} has {name!r} twice; use it once")
+        if name == "fvd" and (source is not None or len(names) > 1):
+            raise ValueError(
+                "metrics 'fvd' measures videos, not images; use it alone, with folders of videos as --images and "
+                "--reference"
+            )
         sources = METRICS[name].sources
         if sources is not None and source is not None and source not in sources:
             raise ValueError(

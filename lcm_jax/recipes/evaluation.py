@@ -18,11 +18,13 @@ from lcm_jax.errors import RunError
 from lcm_jax.evaluation import figures as drawings
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.evaluate import Metric, Resources, Rows, figures, measure_batches, speed
+from lcm_jax.evaluation.fid import save_reference, small_sample_warning
 from lcm_jax.evaluation.frechet import encoder_features
-from lcm_jax.evaluation.image_folder import open_folder, read_image, read_prompts
+from lcm_jax.evaluation.image_folder import ImageFolder, open_folder, read_image, read_prompts
 from lcm_jax.evaluation.made_images import MadeImages
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.evaluation.prompt_sets import PromptSet
+from lcm_jax.evaluation.videos import open_videos
 from lcm_jax.files import remove, write_text
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.pipeline import Pipeline
@@ -257,6 +259,8 @@ def compare_models(
     """
     began, done_here = time.monotonic(), 0
     metrics = make_metrics(config.metrics, make_resources(config, prompts, weights))
+    if "fid" in metrics and (warning := small_sample_warning(len(prompts.prompts))):
+        log(warning)
     told = report.describe(metrics)
     columns = report.columns_of(told)
     todo = [Row(each, sampler, n) for each in candidates for sampler, numbers in each.plan.items() for n in numbers]
@@ -320,19 +324,30 @@ def score_images(
     skip_bad: bool,
     batch_size: int,
     update: Callable[[int], None],
+    save_statistics: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Return the report of images that are there already: {column: value} at its top, with all that tells its meaning.
 
-    folder: of the images. reference: a folder of images, or a .npz file of their statistics. prompts_file: see
+    folder: of the images; for the metric fvd, of videos. reference: the same of what is real, or a .npz file of
+    statistics. prompts_file: see
     `read_prompts`; prompts are read only if a metric judges them. update(images): is called after each batch.
+    save_statistics: a .npz file to write, of the reference's Inception features.
     """
     began = time.monotonic()
-    images = open_folder(folder, "--images", skip_bad)
+    videos = "fvd" in metrics_names
+    images = open_videos(folder, "--images", False, skip_bad) if videos else open_folder(folder, "--images", skip_bad)
     prompts = [""] * len(images.paths)
-    if prompts_file is not None or any(METRICS[name].reads_prompts for name in metrics_names):
+    if isinstance(images, ImageFolder) and (
+        prompts_file is not None or any(METRICS[name].reads_prompts for name in metrics_names)
+    ):
         prompts = read_prompts(images, prompts_file)
-    resources = reference_resources(reference, settings, weights, skip_bad, batch_size)
+    resources = reference_resources(reference, settings, weights, skip_bad, batch_size, videos)
     metrics = make_metrics(metrics_names, resources)
+    if "fid" in metrics and (warning := small_sample_warning(len(images.paths))):
+        log(warning)
+    if save_statistics is not None:
+        save_reference(resources, save_statistics)
 
     def batches():
         numbers = distributed.part_of(len(images.paths))
@@ -354,9 +369,14 @@ def score_images(
 
 
 def reference_resources(
-    reference: Path | None, settings: Mapping[str, Any], weights: Weights, skip_bad: bool, batch_size: int
+    reference: Path | None,
+    settings: Mapping[str, Any],
+    weights: Weights,
+    skip_bad: bool,
+    batch_size: int,
+    videos: bool = False,
 ) -> Resources:
-    """Return the resources of a reference that is a folder of images, a .npz file of statistics, or absent."""
+    """Return the resources of a reference: a folder of images or videos, a .npz file of statistics, or none."""
     shared = {"weights": weights, "settings": settings, "batch_size": batch_size, "gather": distributed.gather_rows}
     if reference is None:
         return Resources(None, "none", **shared)
@@ -364,11 +384,12 @@ def reference_resources(
         if not reference.is_file():
             raise ValueError(f"--reference={reference} is not a file; use a .npz of statistics, or a folder of images")
         return Resources(None, str(reference), statistics=reference, **shared)
-    folder = open_folder(reference, "--reference", skip_bad)
+    flag, kind = "--reference", "videos" if videos else "images"
+    folder = open_videos(reference, flag, True, skip_bad) if videos else open_folder(reference, flag, skip_bad)
 
     def real_images() -> Iterator[tuple[Any, list[str]]]:
         numbers = distributed.part_of(len(folder.paths))
         for some, paths in folder.batches(batch_size, folder.paths[numbers.start : numbers.stop]):
             yield some, [""] * len(paths)
 
-    return Resources(real_images, f"{len(folder.paths)} images of {reference}", **shared)
+    return Resources(real_images, f"{len(folder.paths)} {kind} of {reference}", **shared)

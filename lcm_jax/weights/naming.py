@@ -1,7 +1,8 @@
 """The one naming rule between PyTorch's keys and parameter trees, for every network of diffusers and transformers here.
 
-1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (4-D, 2-D), `scale` (1-D) or `embedding` (2-D tables).
-3. Kernels are transposed: OIHW -> HWIO, OI -> IO. Before these, `modern_key` for what was published under other names.
+1. `a.0.b` <-> a_0/b. 2. The leaf `weight` becomes `kernel` (2-D, 4-D, 5-D), `scale` (1-D) or `embedding` (tables).
+3. Kernels are transposed: OIHW -> HWIO, OI -> IO, OITHW -> THWIO. Before these, `modern_key` for what was published
+under other names.
 """
 
 import re
@@ -9,7 +10,7 @@ import re
 import numpy as np
 
 # Names that end in a number of their own, which is not a list index.
-NUMBERED = re.compile(r"linear_\d+")
+NUMBERED = re.compile(r"linear_\d+|branch\w+_\d+")
 INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -59,18 +60,18 @@ def tensor_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> list[int]:
     """Return the shape of one of our arrays in PyTorch's layout."""
     if path[-1] != "kernel":
         return list(shape)
-    return [shape[i] for i in (3, 2, 0, 1)] if len(shape) == 4 else list(reversed(shape))
+    return [shape[-1], shape[-2], *shape[:-2]]
 
 
 def to_array(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
     """Return a tensor in our layout, a view."""
     if path[-1] != "kernel":
         return tensor
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+    return tensor.transpose(*range(2, tensor.ndim), 1, 0)
 
 
 def to_tensor(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """Return an array in PyTorch's layout, contiguous."""
     if path[-1] == "kernel":
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        array = array.transpose(-1, -2, *range(array.ndim - 2))
     return np.asarray(array, order="C")
