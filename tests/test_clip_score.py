@@ -8,9 +8,10 @@ import pytest
 import tiny_towers
 
 from lcm_jax.evaluation import clip_towers, preference
+from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.clip_inputs import for_hps, for_transformers
 from lcm_jax.evaluation.clip_score import ClipScore
-from lcm_jax.evaluation.clip_towers import cosines, in_batches, open_encoders, prepare
+from lcm_jax.evaluation.clip_towers import cosines, open_encoders, prepare
 from lcm_jax.evaluation.evaluate import Resources, figures, measure_batches
 from lcm_jax.evaluation.metrics import make_metrics
 from lcm_jax.evaluation.preference import HPS, Aesthetic, PickScore, predict, read_layers

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lcm_jax.data import tokenizer as tokenizers
+from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.clip_inputs import Preprocess, for_open_clip
 from lcm_jax.evaluation.evaluate import Images, Resources
 from lcm_jax.models.layers import apply
@@ -52,13 +53,6 @@ TOWERS = {
     "ViT-g/14": Tower(CLIP_CONFIGS["ViT-g/14"], "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", BY_OPEN_CLIP),
     "ViT-bigG/14": Tower(CLIP_CONFIGS["ViT-bigG/14"], "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", BY_OPEN_CLIP),
 }
-
-
-def in_batches(encode: Callable[[np.ndarray], jax.Array], inputs: np.ndarray, batch_size: int) -> np.ndarray:
-    """Return encode(inputs), float[N, D], by one program that takes `batch_size` rows; the last ones are repeated."""
-    starts = range(0, len(inputs), batch_size)
-    rows = [np.minimum(start + np.arange(batch_size), len(inputs) - 1) for start in starts]
-    return np.concatenate([np.asarray(encode(inputs[chosen])) for chosen in rows])[: len(inputs)]
 
 
 def prepare(images: Images, preprocess: Preprocess, size: int) -> np.ndarray:

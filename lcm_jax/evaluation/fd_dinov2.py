@@ -10,7 +10,7 @@ import numpy as np
 from lcm_jax.evaluation.clip_inputs import for_dinov2
 from lcm_jax.evaluation.clip_towers import check_finite, in_batches, prepare
 from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources
-from lcm_jax.evaluation.frechet import Moments, frechet_distance, moments
+from lcm_jax.evaluation.frechet import Gaussian, distances_to, fit_gaussian
 from lcm_jax.models.layers import apply
 from lcm_jax.models.vit import DINOV2_LARGE, VisionConfig, VisionTransformer
 from lcm_jax.weights.published import Published
@@ -58,7 +58,7 @@ class FDDinov2:
     reads_prompts: ClassVar[bool] = False
 
     measure: Measure
-    reference: Moments
+    reference: Gaussian
     note: str
 
     @classmethod
@@ -70,7 +70,7 @@ class FDDinov2:
         def measure(images: Images, prompts: Sequence[str]) -> Rows:
             return {"features": features(images)}
 
-        reference = moments(resources.reference_rows(measure)["features"])
+        reference = fit_gaussian(resources.reference_rows(measure)["features"])
         note = (
             f"FD-DINOv2 is the Frechet distance of features by DINOv2 ViT-L/14 to those of {resources.reference}; with "
             "few images it is biased upwards."
@@ -79,7 +79,7 @@ class FDDinov2:
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two images."""
-        return {"fd_dinov2": round(frechet_distance(moments(rows["features"]), self.reference), 4)}
+        return {"fd_dinov2": round(distances_to(self.reference, rows["features"]).of(), 4)}
 
     def scores(self, rows: Rows) -> None:
         return None

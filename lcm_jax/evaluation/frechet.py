@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
 
 from lcm_jax.diffusion.pixels import to_float
+from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Column, Images, Resources
 from lcm_jax.models.layers import apply
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -181,10 +183,7 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
     params = jax.device_put(vae_params)
 
     def features(images: Images) -> np.ndarray:
-        stacked = np.asarray(images)
-        starts = range(0, len(images), batch_size)
-        rows = [np.minimum(start + np.arange(batch_size), len(images) - 1) for start in starts]
-        return np.concatenate([np.asarray(encode(params, stacked[chosen])) for chosen in rows])[: len(images)]
+        return in_batches(partial(encode, params), np.asarray(images), batch_size)
 
     return features
 
@@ -201,14 +200,14 @@ class FrechetDistance:
     reads_prompts: ClassVar[bool] = False
 
     features: Callable[[Images], np.ndarray]
-    reference: Moments
+    reference: Gaussian
 
     @classmethod
     def create(cls, resources: Resources) -> Self:
         """Raise ValueError if there is no autoencoder."""
         if (features := resources.features) is None:
             raise ValueError("metrics 'frechet' needs an autoencoder's features; remove it from the metrics")
-        return cls(features, moments(resources.reference_rows(lambda images, _: features(images))))
+        return cls(features, fit_gaussian(resources.reference_rows(lambda images, _: features(images))))
 
     def measure(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
         return self.features(images)
@@ -221,7 +220,7 @@ class FrechetDistance:
         )
 
     def result(self, rows: np.ndarray) -> dict[str, float]:
-        return {"frechet": round(frechet_distance(moments(rows), self.reference), 4)}
+        return {"frechet": round(max(0.0, distances_to(self.reference, rows).of()), 4)}
 
     def scores(self, rows: np.ndarray) -> None:
         return None
