@@ -10,9 +10,14 @@ import numpy as np
 
 # Names that end in a number of their own, which is not a list index.
 NUMBERED = re.compile(r"linear_\d+")
+NUMBERED_LISTS = ("adapter_1", "layer_1")  # such a name that is a list: Mask2Former's layer_1.0
 INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# Weights of the loss, indices that follow from the window's size, and a norm after the last stage of the backbone, which
+# has norms of its own.
+NOT_IN_MASK2FORMER = re.compile(r"^criterion\.|\.relative_position_index$|\.encoder\.(swin\.)?layernorm\.")
 
 
 def modern_key(name: str, key: str) -> str | None:
@@ -21,6 +26,8 @@ def modern_key(name: str, key: str) -> str | None:
         if key.endswith("position_ids"):
             return None
         return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+    if name == "mask2former" and NOT_IN_MASK2FORMER.search(key):
+        return None
     if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
         block, layer, leaf = match.groups()
         return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
@@ -48,8 +55,13 @@ def to_key(path: tuple[str, ...]) -> str:
     """Return the PyTorch key of a path, the inverse of `to_path`."""
     parts: list[str] = []
     for name in path[:-1]:
-        match = INDEXED.fullmatch(name)
-        parts += match.groups() if match and not NUMBERED.fullmatch(name) else [name]
+        indices: list[str] = []
+        while (match := INDEXED.fullmatch(name)) and not NUMBERED.fullmatch(name):
+            if indices and name in NUMBERED_LISTS:
+                break
+            name, index = match.groups()
+            indices.insert(0, index)
+        parts += [name, *indices]
     leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
     return ".".join([*parts, leaf])
 
