@@ -131,7 +131,7 @@ def test_the_published_network_has_its_keys_and_shapes():
     params = flatten_dict(abstract_network(network, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)))
     own = {name: p for name, p in theirs.named_parameters() if ".swin.layernorm." not in name}
     assert len(params) == len(own)
-    assert sum(leaf.size for leaf in params.values()) == sum(p.numel() for p in own.values()) == 68_711_627
+    assert sum(leaf.size for leaf in params.values()) == sum(p.numel() for p in own.values()) == 68_739_547
 
 
 def test_every_key_comes_back(converted):
@@ -168,6 +168,7 @@ def test_weights_of_another_network_are_an_error(converted):
     [
         ({"pre_norm": True}, "pre_norm=True"),
         ({"backbone_config": None}, "backbone_config=None is not supported"),
+        ({"id2label": "person"}, "id2label='person' is not supported"),
         ({"hidden_dim": 6}, "hidden_dim=6 is not a multiple of 4"),
         ({"feature_size": 48}, "feature_size=48 is not a multiple of 32"),
         ({"mystery": 1}, r"mystery=1 \(unknown option\)"),

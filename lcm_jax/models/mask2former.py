@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lcm_jax.models.attention import attention
 from lcm_jax.models.clip import BOILERPLATE
-from lcm_jax.models.layers import COUNT, SIZE, Between, check_config
+from lcm_jax.models.layers import COUNT, SIZE, Between, check_config, freeze
 from lcm_jax.models.pixel_decoder import GROUPS, LEVELS, PixelDecoder, resize, sine_positions
 from lcm_jax.models.swin import SwinBackbone, SwinConfig, layer_norm
 
@@ -124,6 +124,8 @@ def read_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
         raise ValueError(f"{name} config: backbone_config={inner!r} is not supported; it needs the options of a Swin")
     check_config(f"{name} backbone", inner, BACKBONE)
     labels = config.get("id2label", config.get("num_labels", Mask2FormerConfig.num_labels))
+    if not isinstance(labels, Mapping | int) or not labels:
+        raise ValueError(f"{name} config: id2label={labels!r} is not supported; it needs the names of the classes")
     own = {field.name for field in fields(Mask2FormerConfig)} - {"backbone", "num_labels"}
     listed = {key: value for key, value in config.items() if key in own}
     count = len(labels) if isinstance(labels, Mapping) else labels
@@ -137,7 +139,7 @@ def read_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
 
 def _read_backbone(name: str, config: Mapping[str, Any]) -> SwinConfig:
     own = {field.name for field in fields(SwinConfig)}
-    options = SwinConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own})
+    options = SwinConfig(**{k: freeze(v) for k, v in config.items() if k in own})
     widths = [options.embed_dim * 2**i for i in range(STAGES)]
     if len(options.depths) != STAGES or len(options.num_heads) != STAGES:
         raise ValueError(
@@ -198,9 +200,8 @@ class MaskedAttention(nn.Module):
         bias = self.param("in_proj_bias", nn.initializers.zeros, (3 * width,))
 
         def project(x, w, b):
-            return (x @ w.T.astype(self.dtype) + b.astype(self.dtype).reshape(1, 1, -1)).reshape(
-                *x.shape[:2], self.heads, -1
-            )
+            y = x @ w.T.astype(self.dtype) + b.astype(self.dtype).reshape(1, 1, -1)
+            return y.reshape(*x.shape[:2], self.heads, -1)
 
         inputs = (queries, keys, values)
         q, k, v = map(project, inputs, jnp.split(weight, 3), jnp.split(bias, 3))
@@ -294,10 +295,10 @@ class TransformerModule(nn.Module):
         queries = Table(c.num_queries, c.hidden_dim, name="queries_features")().astype(self.dtype)
         features, positions, sizes = [], [], []
         for i, x in enumerate(scales):
-            sizes.append((x.shape[1], x.shape[2]))
-            positions.append(
-                jnp.asarray(sine_positions(*sizes[-1], c.hidden_dim), self.dtype).reshape(1, -1, c.hidden_dim)
-            )
+            height, width = x.shape[1:3]
+            sizes.append((height, width))
+            position = sine_positions(height, width, c.hidden_dim).reshape(1, -1, c.hidden_dim)
+            positions.append(jnp.asarray(position, self.dtype))
             if c.feature_size != c.hidden_dim or c.enforce_input_projection:
                 x = nn.Conv(c.hidden_dim, (1, 1), dtype=self.dtype, name=f"input_projections_{i}")(x)
             features.append(x.reshape(x.shape[0], -1, c.hidden_dim) + levels[i].reshape(1, 1, -1))

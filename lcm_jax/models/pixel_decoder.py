@@ -94,13 +94,12 @@ class DeformableAttention(nn.Module):
         logits = dense(queries, self.heads * len(sizes) * POINTS, "attention_weights").astype(jnp.float32)
         weights = jax.nn.softmax(logits.reshape(batch, length, self.heads, -1)).reshape(shape).astype(self.dtype)
         values = dense(x, width, "value_proj").reshape(batch, length, self.heads, -1).swapaxes(1, 2)
-        centers, start, output = reference_points(sizes), 0, jnp.zeros((), self.dtype)
+        centers, start, output = jnp.asarray(reference_points(sizes)), 0, jnp.zeros((), self.dtype)
         for level, (rows, columns) in enumerate(sizes):
             value = values[:, :, start : start + rows * columns].reshape(batch * self.heads, rows, columns, -1)
             start += rows * columns
-            shift = offsets[:, :, :, level].astype(jnp.float32) / np.array([columns, rows], np.float32).reshape(
-                1, 1, 1, 1, 2
-            )
+            extent = jnp.array([columns, rows], jnp.float32).reshape(1, 1, 1, 1, 2)
+            shift = offsets[:, :, :, level].astype(jnp.float32) / extent
             points = (centers[None, :, None, None] + shift).swapaxes(1, 2).reshape(batch * self.heads, -1, 2)
             sampled = sample_bilinear(value, points).reshape(batch, self.heads, length, POINTS, -1)
             output = output + jnp.einsum("bhnpd,bnhp->bnhd", sampled, weights[:, :, :, level])

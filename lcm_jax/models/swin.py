@@ -225,9 +225,10 @@ class StageNorms(nn.Module):
 
 
 class SwinBackbone(nn.Module):
-    """Swin Transformer: images [B, H, W, 3] -> the normed features of all stages, [B, H / 4 / 2^i, W / 4 / 2^i, C 2^i].
+    """Swin Transformer: images [B, H, W, 3] -> the normed features of all stages, [B, H / s, W / s, C].
 
-    H and W are multiples of PATCH. Parameters, softmax and norm statistics are float32; the rest is computed in `dtype`.
+    The strides s are 4, 8, 16 and 32; H and W are multiples of PATCH. Parameters, softmax and norm statistics are
+    float32; the rest is computed in `dtype`.
     """
 
     config: SwinConfig

@@ -15,8 +15,8 @@ INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Weights of the loss, indices that follow from the window's size, and a norm after the last stage of the backbone, which
-# has norms of its own.
+# Weights of the loss, indices that follow from the window's size, and a norm after the last stage of the backbone, in
+# place of which the norms of the stages are used.
 NOT_IN_MASK2FORMER = re.compile(r"^criterion\.|\.relative_position_index$|\.encoder\.(swin\.)?layernorm\.")
 
 
