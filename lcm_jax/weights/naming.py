@@ -15,10 +15,6 @@ INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Weights of the loss, indices that follow from the window's size, and a norm after the last stage of the backbone, in
-# place of which the norms of the stages are used.
-NOT_IN_MASK2FORMER = re.compile(r"^criterion\.|\.relative_position_index$|\.encoder\.(swin\.)?layernorm\.")
-
 
 def modern_key(name: str, key: str) -> str | None:
     """Return the present name of a published key, or None for what is not a parameter."""
@@ -26,8 +22,7 @@ def modern_key(name: str, key: str) -> str | None:
         if key.endswith("position_ids"):
             return None
         return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
-    if name == "mask2former" and NOT_IN_MASK2FORMER.search(key):
-        return None
+
     if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
         block, layer, leaf = match.groups()
         return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
