@@ -143,6 +143,6 @@ def open_detector(weights: Weights) -> Detect:
         raise ModelError(f"{path}: {error}") from None
     if config.num_labels != len(NAMES):
         raise ModelError(f"{path} has {config.num_labels} classes; use {SOURCE}, which has the {len(NAMES)} of COCO")
-    found = [file for file in FILES if inside.folder is not None and (inside.folder / file).is_file()]
-    path = inside.find(Published(found[0] if found else FILES[0], SOURCE))
+    there = (file for file in FILES if inside.folder and (inside.folder / file).is_file())
+    path = inside.find(Published(next(there, FILES[0]), SOURCE))
     return make_detector(Mask2Former(config), mask2former_params(open_file(path)[0], config, str(path)))

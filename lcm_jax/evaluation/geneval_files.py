@@ -1,7 +1,7 @@
 """GenEval's files: the prompts with what they require, the folder of images by prompt, and another detector's objects.
 
-The folder is the one that GenEval's own evaluation reads: `00000/metadata.jsonl` has the first line of the prompts' file,
-and `00000/samples/0000.png` is the first image of that prompt.
+The folder is the one that GenEval's own evaluation reads: `00000/metadata.jsonl` has the first line of the file of
+prompts, and `00000/samples/0000.png` is the first image of that prompt.
 """
 
 import hashlib

@@ -24,7 +24,7 @@ def abstract_params(config: Mask2FormerConfig) -> Params:
 def mask2former_params(tensors: Mapping[str, np.ndarray], config: Mask2FormerConfig, where: str) -> Params:
     """Return the float32 parameters of a Mask2Former from the tensors of a file.
 
-    where: names the file in errors. Raises ModelError that names the keys which are missing, extra, or of another shape.
+    where: names the file in errors. Raises ModelError that names the keys that are missing, extra or misshapen.
     """
     used = {key: tensors[key] for key in tensors if not UNUSED.search(key)}
     return to_params("Mask2Former", used, abstract_params(config), where, cast=lambda _: np.float32)
