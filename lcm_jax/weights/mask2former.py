@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,8 @@ UNUSED = re.compile(r"^criterion\.|\.relative_position_index$|\.encoder\.(swin\.
 
 def abstract_params(config: Mask2FormerConfig) -> Params:
     """Return the parameters of the network as ShapeDtypeStructs."""
-    return abstract_network(Mask2Former(config), jax.ShapeDtypeStruct((1, STRIDE, STRIDE, 3), jnp.float32))
+    network: nn.Module = Mask2Former(config)
+    return abstract_network(network, jax.ShapeDtypeStruct((1, STRIDE, STRIDE, 3), jnp.float32))
 
 
 def mask2former_params(tensors: Mapping[str, np.ndarray], config: Mask2FormerConfig, where: str) -> Params:
