@@ -16,12 +16,13 @@ from lcm_jax.evaluation.geneval_files import (
     TASKS,
     Prompt,
     Requirement,
+    find_prompt,
     image_path,
     list_images,
     make_folders,
     missing_images,
     read_detections,
-    read_prompts,
+    read_metadata,
 )
 
 
@@ -88,7 +89,9 @@ def test_overlap_covers_the_last_pixels():
     box = np.array([0, 0, 9, 9], np.float32)
     assert overlap(box, box) == 1
     assert overlap(box, np.array([5, 0, 14, 9], np.float32)) == pytest.approx(50 / 150)
-    assert overlap(box, np.array([9, 9, 18, 18], np.float32)) == 1 / 199, "corners that touch share a pixel"
+    assert overlap(box, np.array([9, 9, 18, 18], np.float32)) == pytest.approx(1 / 199), (
+        "corners that touch share a pixel"
+    )
     assert overlap(box, np.array([10, 0, 19, 9], np.float32)) == 0
     assert overlap(np.array([5, 5, 3, 3], np.float32), np.array([9, 9, 7, 7], np.float32)) == 0
 
@@ -284,7 +287,7 @@ def metadata(tmp_path):
 
 
 def test_prompts_are_read_with_what_they_require(metadata):
-    prompts = read_prompts(metadata)
+    prompts = read_metadata(metadata)
     assert [each.text for each in prompts] == [line["prompt"] for line in LINES]
     assert prompts[1].include == (Requirement("dog", 2),) and prompts[1].exclude == (Requirement("dog", 3),)
     assert prompts[2].include[1] == Requirement("dog", 1, None, ("left of", 0))
@@ -332,31 +335,33 @@ def test_metadata_that_is_not_genevals_is_one_line(tmp_path, line, message):
     path = tmp_path / "metadata.jsonl"
     path.write_text(f"{json.dumps(LINES[0])}\n{line}\n")
     with pytest.raises(ValueError, match=message) as caught:
-        read_prompts(path)
+        read_metadata(path)
     assert str(caught.value).startswith(str(path)) and len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
 
 
 def test_missing_and_empty_metadata(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\); use an existing file"):
-        read_prompts(tmp_path / "none.jsonl")
+        read_metadata(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_metadata(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(tmp_path / "empty.jsonl")
+        read_metadata(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(LINES[0]).encode() + b"\xe9")
     with pytest.raises(ValueError, match="is not UTF-8"):
-        read_prompts(tmp_path / "latin.jsonl")
+        read_metadata(tmp_path / "latin.jsonl")
 
 
 def test_one_text_with_two_requirements_is_an_error(metadata):
     other = {"tag": "single_object", "include": [{"class": "bed", "count": 1}], "prompt": "a photo of a bench"}
     metadata.write_text(metadata.read_text() + json.dumps(other) + "\n" + json.dumps(LINES[1]))
     with pytest.raises(ValueError, match=r"'a photo of a bench' is in lines 1 and 5 .* different requirements"):
-        geneval.index_prompts(read_prompts(metadata))
+        geneval.index_prompts(read_metadata(metadata))
 
 
 def test_the_folder_is_genevals_and_resumes(tmp_path, metadata):
-    prompts, folder = read_prompts(metadata), tmp_path / "images"
+    prompts, folder = read_metadata(metadata), tmp_path / "images"
     images = list_images(prompts)
     assert len(images) == 16 and images[5] == ("a photo of two dogs", 5)
     assert image_path(folder, 0) == folder / "00000" / "samples" / "0000.png"
@@ -368,6 +373,8 @@ def test_the_folder_is_genevals_and_resumes(tmp_path, metadata):
         Image.new("RGB", (4, 4)).save(image_path(folder, number))
     make_folders(folder, prompts)
     assert missing_images(folder, prompts) == [2, 3, 4, 5, *range(7, 16)]
+    assert read_metadata(folder) == prompts and find_prompt(image_path(folder, 6)) == "a photo of two dogs"
+    assert find_prompt(folder / "00000" / "grid.png") is None and find_prompt(tmp_path / "samples" / "0.png") is None
     with pytest.raises(ValueError, match=r"00000/metadata\.jsonl belongs to another prompt than 'a photo of two dogs'"):
         make_folders(folder, prompts[1:])
 

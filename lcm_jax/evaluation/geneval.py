@@ -14,7 +14,7 @@ from PIL import Image
 
 from lcm_jax.evaluation.detector import MIN_SCORE, SOURCE, Detect, Objects, open_detector
 from lcm_jax.evaluation.evaluate import Column, Images, Resources
-from lcm_jax.evaluation.geneval_files import COLORS, TASKS, Prompt, Requirement, read_detections, read_prompts
+from lcm_jax.evaluation.geneval_files import COLORS, TASKS, Prompt, Requirement, read_detections, read_metadata
 
 COUNTING_SCORE = 0.9  # in place of MIN_SCORE for the task "counting"
 MAX_OF_A_CLASS = 16  # objects, the most confident ones
@@ -232,7 +232,7 @@ class GenEval:
         "geneval_errors": Column("", ".0%"),
     }
     lower_is_better: ClassVar[bool] = False
-    sources: ClassVar[tuple[str, ...] | None] = None
+    sources: ClassVar[tuple[str, ...] | None] = ("geneval",)
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
 
@@ -256,7 +256,7 @@ class GenEval:
         max_overlap = settings.get("max_overlap", MAX_OVERLAP)
         if not isinstance(max_overlap, int | float) or not 0 < max_overlap <= 1:
             raise ValueError(f"settings.max_overlap {max_overlap!r} is not supported; use a number in (0, 1]")
-        prompts = index_prompts(read_prompts(Path(settings["metadata"])))
+        prompts = index_prompts(read_metadata(Path(settings["metadata"])))
         if not (file := settings.get("detections")):
             return cls(prompts, open_detector(resources.weights), open_classifier(resources), max_overlap)
         # Detections may have all colors, so that no classifier is needed.

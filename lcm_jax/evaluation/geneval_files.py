@@ -48,12 +48,22 @@ class Prompt(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """Read GenEval's evaluation_metadata.jsonl. Raises ValueError that names the file, the line and the remedy."""
-    prompts = tuple(_read_prompt(fields, where) for fields, where in _objects(path))
+def read_metadata(path: Path) -> tuple[Prompt, ...]:
+    """Read GenEval's evaluation_metadata.jsonl, or the metadata.jsonl of all prompts in a folder of its images.
+
+    Raises ValueError that names the file, the line and the remedy.
+    """
+    files = sorted(path.glob("*/metadata.jsonl")) if path.is_dir() else [path]
+    prompts = tuple(_read_prompt(fields, where) for file in files for fields, where in _objects(file))
     if not prompts:
         raise ValueError(f"{path} has no prompts; use GenEval's evaluation_metadata.jsonl")
     return prompts
+
+
+def find_prompt(image: Path) -> str | None:
+    """Return the prompt of an image in GenEval's folder, or None for an image elsewhere. Raises ValueError likewise."""
+    file = image.parent.parent / "metadata.jsonl"
+    return read_metadata(file)[0].text if image.parent.name == "samples" and file.is_file() else None
 
 
 def _objects(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -6,9 +6,15 @@ from importlib.util import find_spec
 from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.evaluate import Metric, Resources
 from lcm_jax.evaluation.frechet import FrechetDistance
+from lcm_jax.evaluation.geneval import GenEval
 from lcm_jax.evaluation.verifier import Verifier
 
-METRICS: Mapping[str, type[Metric]] = {"verifier": Verifier, "frechet": FrechetDistance, "classifier": Classifier}
+METRICS: Mapping[str, type[Metric]] = {
+    "verifier": Verifier,
+    "frechet": FrechetDistance,
+    "classifier": Classifier,
+    "geneval": GenEval,
+}
 
 
 def check_metrics(names: Sequence[str], source: str | None) -> None:
