@@ -27,7 +27,7 @@ from lcm_jax.evaluation.geneval_files import (
 
 
 def spots(*objects: tuple) -> Objects:
-    """Objects (class, score) or (class, score, left, top, right, bottom), 10 pixels wide where not told."""
+    """Objects (class, score) or (class, score, left, top, right, bottom), 10 pixels wide by default."""
     boxes = [each[2:] or (0, 0, 10, 10) for each in objects]
     scores = np.array([each[1] for each in objects], np.float32)
     return Objects(np.array(boxes, np.float32).reshape(-1, 4), scores, tuple(each[0] for each in objects))

@@ -47,7 +47,7 @@ class Objects(NamedTuple):
     scores: np.ndarray  # float32[N], in [0, 1]
     names: tuple[str, ...]  # of NAMES
     masks: np.ndarray | None = None  # bool[N, H, W], True inside the object
-    colors: tuple[str | None, ...] | None = None  # where the detector tells them
+    colors: tuple[str | None, ...] | None = None  # None for colors that are not known
 
 
 Detect = Callable[[np.ndarray], Objects]  # of uint8[H, W, 3]

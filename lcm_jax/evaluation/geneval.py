@@ -94,11 +94,11 @@ def crop_object(image: np.ndarray, box: np.ndarray, mask: np.ndarray | None) -> 
 
     Corners are rounded to whole pixels; what lies outside of the image is black.
     """
-    picture = Image.fromarray(image)
+    pixels = Image.fromarray(image)
     if mask is not None:
-        picture = Image.composite(picture, Image.new("RGB", picture.size, GRAY), Image.fromarray(mask))
+        pixels = Image.composite(pixels, Image.new("RGB", pixels.size, GRAY), Image.fromarray(mask))
     left, top, right, bottom = (float(side) for side in box)
-    return np.asarray(picture.crop((left, top, right, bottom)))  # pyright: ignore[reportArgumentType]
+    return np.asarray(pixels.crop((left, top, right, bottom)))  # pyright: ignore[reportArgumentType]
 
 
 def color_texts(name: str) -> list[str]:
@@ -222,7 +222,7 @@ def open_classifier(resources: Resources) -> ColorClassifier:
 class GenEval:
     """Metric: the share of images that show what their prompts name, as a mean over the six tasks.
 
-    prompts: those that it can judge, by their texts. classify(image, objects) -> Classify.
+    prompts: those that it can judge, by their texts. colors(crops uint8[h, w, 3], class) -> the color of each.
     """
 
     columns: ClassVar[Mapping[str, Column]] = {
@@ -259,8 +259,11 @@ class GenEval:
         prompts = index_prompts(read_metadata(Path(settings["metadata"])))
         if not (file := settings.get("detections")):
             return cls(prompts, open_detector(resources.weights), open_classifier(resources), max_overlap)
-        # Detections may have all colors, so that no classifier is needed.
-        colors = lambda crops, name: open_classifier(resources)(crops, name)  # noqa: E731
+
+        def colors(crops: list[np.ndarray], name: str) -> list[str]:
+            # Opened when it is used: detections may have all colors themselves.
+            return open_classifier(resources)(crops, name)
+
         return cls(prompts, read_detections(Path(file)), colors, max_overlap, NOTE.format(file))
 
     def measure(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -285,12 +288,12 @@ class GenEval:
 
     def _classify(self, image: np.ndarray, objects: Objects) -> Classify:
         def classify(name: str, numbers: Sequence[int]) -> list[str]:
-            told = [None if objects.colors is None else objects.colors[i] for i in numbers]
-            missing = [i for i, color in zip(numbers, told, strict=True) if color is None]
+            known = [None if objects.colors is None else objects.colors[i] for i in numbers]
+            missing = [i for i, color in zip(numbers, known, strict=True) if color is None]
             masks = [None if objects.masks is None else objects.masks[i] for i in missing]
             crops = [crop_object(image, objects.boxes[i], mask) for i, mask in zip(missing, masks, strict=True)]
             classified = iter(self.colors(crops, name) if crops else ())
-            return [next(classified) if color is None else color for color in told]
+            return [next(classified) if color is None else color for color in known]
 
         return classify
 
