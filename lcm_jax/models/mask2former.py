@@ -22,7 +22,13 @@ STRIDE = 32  # of the backbone; heights and widths of images are multiples of it
 STAGES = 4
 
 # Supported values of every option in the published config.json files (see `supports` in layers.py).
-SUPPORTED = dict.fromkeys(BOILERPLATE) | {
+BASE = dict.fromkeys(BOILERPLATE) | {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+}
+SUPPORTED = BASE | {
     "activation_function": ("relu",),
     "architectures": (None, ["Mask2FormerForUniversalSegmentation"]),
     "backbone": (None,),
@@ -61,7 +67,7 @@ SUPPORTED = dict.fromkeys(BOILERPLATE) | {
     "use_pretrained_backbone": None,
     "use_timm_backbone": (False,),
 }
-BACKBONE = dict.fromkeys(BOILERPLATE) | {
+BACKBONE = BASE | {
     "architectures": None,
     "attention_probs_dropout_prob": None,
     "depths": ([COUNT],),
