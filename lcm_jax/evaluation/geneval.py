@@ -235,6 +235,7 @@ class GenEval:
     sources: ClassVar[tuple[str, ...] | None] = ("geneval",)
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 200
+    reads_prompts: ClassVar[bool] = True
 
     prompts: Mapping[str, tuple[int, Prompt]]
     detect: Detect

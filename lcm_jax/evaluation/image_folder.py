@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.evaluation.evaluate import Images
+from lcm_jax.evaluation.geneval_files import find_prompt
 from lcm_jax.files import decode
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -58,7 +59,9 @@ def open_folder(root: Path, flag: str, skip_bad: bool = False, log: Callable[[st
     """
     if not root.is_dir():
         raise ValueError(f"{flag}={root} is not a folder; use a folder of images")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    found = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    # GenEval's own script writes a grid of the images of each prompt beside them.
+    paths = sorted(path for path in found if path.name != "grid.png" or not (path.parent / "metadata.jsonl").exists())
     if not paths:
         raise ValueError(f"{flag}={root} has no images ({', '.join(EXTENSIONS)}); use another folder")
     bad = [path for path in paths if not _readable(path)]
@@ -82,7 +85,8 @@ def _readable(path: Path) -> bool:
 
 
 def read_prompts(folder: ImageFolder, file: Path | None) -> list[str]:
-    """Return the prompt of each image: a line of `file` for each, or the text of NAME.txt beside NAME.png.
+    """Return the prompt of each image: a line of `file` for each, or in GenEval's layout that of its metadata.jsonl, or
+    the text of NAME.txt beside NAME.png.
 
     Raises ValueError if they do not pair.
     """
@@ -95,6 +99,8 @@ def read_prompts(folder: ImageFolder, file: Path | None) -> list[str]:
                 f"--prompts={file} has {len(prompts)} lines, and {folder.root} has {len(folder.paths)} images; use a "
                 "line for each, in the order of the images' names"
             )
+    elif (metadata := [find_prompt(path) for path in folder.paths]) and None not in metadata:
+        prompts = [prompt for prompt in metadata if prompt is not None]
     else:
         beside = [path.with_suffix(".txt") for path in folder.paths]
         if missing := [path for path in beside if not path.is_file()]:
