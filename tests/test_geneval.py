@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lcm_jax import config_files
 from lcm_jax.evaluation import geneval
 from lcm_jax.evaluation.detector import Objects
 from lcm_jax.evaluation.evaluate import Resources
@@ -20,10 +21,12 @@ from lcm_jax.evaluation.geneval_files import (
     image_path,
     list_images,
     make_folders,
-    missing_images,
     read_detections,
     read_metadata,
 )
+from lcm_jax.evaluation.prompt_sets import open_geneval
+from lcm_jax.recipes.evaluation import score_images
+from lcm_jax.weights.published import Weights
 
 
 def spots(*objects: tuple) -> Objects:
@@ -360,7 +363,7 @@ def test_one_text_with_two_requirements_is_an_error(metadata):
         geneval.index_prompts(read_metadata(metadata))
 
 
-def test_the_folder_is_genevals_and_resumes(tmp_path, metadata):
+def test_the_folder_is_genevals_and_is_made_once(tmp_path, metadata):
     prompts, folder = read_metadata(metadata), tmp_path / "images"
     images = list_images(prompts)
     assert len(images) == 16 and images[5] == ("a photo of two dogs", 5)
@@ -368,11 +371,7 @@ def test_the_folder_is_genevals_and_resumes(tmp_path, metadata):
     assert image_path(folder, 7) == folder / "00001" / "samples" / "0003.png"
     make_folders(folder, prompts)
     assert json.loads((folder / "00002" / "metadata.jsonl").read_text()) == LINES[2]
-    assert missing_images(folder, prompts) == list(range(16))
-    for number in (0, 1, 6):
-        Image.new("RGB", (4, 4)).save(image_path(folder, number))
     make_folders(folder, prompts)
-    assert missing_images(folder, prompts) == [2, 3, 4, 5, *range(7, 16)]
     assert read_metadata(folder) == prompts and find_prompt(image_path(folder, 6)) == "a photo of two dogs"
     assert find_prompt(folder / "00000" / "grid.png") is None and find_prompt(tmp_path / "samples" / "0.png") is None
     with pytest.raises(ValueError, match=r"00000/metadata\.jsonl belongs to another prompt than 'a photo of two dogs'"):
@@ -482,3 +481,63 @@ def test_detections_that_do_not_fit_are_one_line(tmp_path, images, line, message
 def test_options_of_the_metric_are_checked(metadata, settings, message):
     with pytest.raises(ValueError, match=message):
         GenEval.create(Resources(None, "none", settings={"metadata": str(metadata)} | settings if settings else {}))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(metadata):
+    config = config_files.load("eval/geneval")
+    config.settings.metadata, config.report.prompts = str(metadata), len(LINES)
+    return config
+
+
+def test_a_model_draws_all_images_of_all_prompts_into_genevals_folder(config, tmp_path):
+    prompts = open_geneval(config, range, tmp_path)
+    assert prompts.prompts == [line["prompt"] for line in LINES for _ in range(4)]
+    assert [str(path) for path in prompts.paths[3:5]] == ["00000/samples/0003.png", "00001/samples/0000.png"]
+    prompts.prepare(tmp_path / "row")
+    assert json.loads((tmp_path / "row" / "00003" / "metadata.jsonl").read_text()) == LINES[3]
+    config.report.prompts, config.data.images_per_prompt = 2, 1
+    assert open_geneval(config, range, tmp_path).prompts == [line["prompt"] for line in LINES[:2]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "settings.metadata",
+            "",
+            "data.source 'geneval' requires its evaluation_metadata.jsonl; set --config.settings",
+        ),
+        ("settings.metadata", "none.jsonl", "none.jsonl cannot be read"),
+        ("report.prompts", 5, "report.prompts 5 is more than the 4 of .*; lower it"),
+        ("data.images_per_prompt", 0, "data.images_per_prompt 0 is not supported; use an integer in 1..9999"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(config, tmp_path, key, value, message):
+    group, name = key.split(".")
+    config[group][name] = value
+    with pytest.raises(ValueError, match=message):
+        open_geneval(config, range, tmp_path)
+
+
+def test_a_folder_of_genevals_is_measured_without_any_list_of_prompts(metadata, tmp_path):
+    """As GenEval's own generation leaves it, with a grid beside the images of a prompt; in it, half is right."""
+    folder = tmp_path / "images"
+    prompts = read_metadata(metadata)
+    make_folders(folder, prompts)
+    lines = []
+    for number in range(16):
+        Image.fromarray(noise(number)).save(image_path(folder, number))
+        objects = [found("bench", 0.5)] if number < 2 else [found("dog", 0.95), found("dog", 0.95)]
+        lines.append({"image": str(image_path(folder, number).relative_to(folder)), "objects": objects})
+    Image.new("RGB", (8, 8)).save(folder / "00000" / "grid.png")
+    write_detections(folder, *lines)
+    settings = {"metadata": str(folder), "detections": str(folder / "detections.jsonl")}
+    update = lambda count: None  # noqa: E731
+    report = score_images(folder, None, None, ["geneval"], settings, Weights(None), False, 5, update)
+    assert report["images"]["count"] == 16
+    assert report["geneval_tasks"] == {"single_object": 0.5, "counting": 1.0, "colors": 0.0, "position": 0.0}
+    assert report["geneval"] == 0.375 and report["geneval_prompts"] == 0.5

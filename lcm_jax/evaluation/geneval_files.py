@@ -157,12 +157,6 @@ def image_path(folder: Path, number: int, images_per_prompt: int = IMAGES_PER_PR
     return folder / f"{prompt:05d}" / "samples" / f"{sample:04d}.png"
 
 
-def missing_images(folder: Path, prompts: Sequence[Prompt], images_per_prompt: int = IMAGES_PER_PROMPT) -> list[int]:
-    """Return the numbers of the images that are not in the folder yet, to resume an interrupted generation."""
-    numbers = [number for _, number in list_images(prompts, images_per_prompt)]
-    return [number for number in numbers if not image_path(folder, number, images_per_prompt).is_file()]
-
-
 def make_folders(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Make the folder of each prompt with its metadata.jsonl, unless it is there.
 

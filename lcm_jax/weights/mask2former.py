@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ UNUSED = re.compile(r"^criterion\.|\.relative_position_index$|\.encoder\.(swin\.
 
 def abstract_params(config: Mask2FormerConfig) -> Params:
     """Return the parameters of the network as ShapeDtypeStructs."""
-    network: nn.Module = Mask2Former(config)
+    network = cast(nn.Module, Mask2Former(config))
     return abstract_network(network, jax.ShapeDtypeStruct((1, STRIDE, STRIDE, 3), jnp.float32))
 
 
