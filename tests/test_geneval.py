@@ -325,6 +325,7 @@ def require(**fields) -> str:
         (require(**{"class": "unicorn"}), r"include\[1\]\.class is 'unicorn'.* one of GenEval's 80 classes"),
         (require(**{"class": "mouse"}), "class is 'mouse'"),
         (require(count=0), r"include\[1\]\.count is 0, which is not supported; use an integer in 1\.\.100"),
+        (require(count=10**4000), r"include\[1\]\.count is 1000.*000, which is not supported"),
         (require(count=True), r"include\[1\]\.count is True"),
         (require(count=1e400), r"include\[1\]\.count is inf"),
         (require(color="teal"), r"include\[1\]\.color is 'teal', .* use one of red, orange"),

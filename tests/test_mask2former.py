@@ -74,17 +74,6 @@ def test_predictions_equal_transformers(reference, converted):
     np.testing.assert_allclose(ours.masks, masks, atol=1e-4)
 
 
-def test_a_batch_does_not_mix_images(converted):
-    """One image alone has the same predictions; every mask depends on its own image only."""
-    network, params, _ = converted
-    backbone = swin.SwinBackbone(network.config.backbone)
-    inner = params["model"]["pixel_level_module"]["encoder"]
-    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    run = jax.jit(lambda images: backbone.apply({"params": inner}, images))
-    for both, alone in zip(run(images), run(np.stack([images[1], images[1]])), strict=True):
-        np.testing.assert_allclose(both[1], alone[0], atol=1e-5)
-
-
 def test_sampling_equals_grid_sample():
     rng = np.random.default_rng(0)
     values, points = rng.normal(size=(2, 5, 7, 3)), rng.uniform(-0.3, 1.3, size=(2, 50, 2))
@@ -242,6 +231,15 @@ def test_masks_of_padded_images_are_those_of_the_image():
     assert 0.97 < scores[0] < 1.0
     assert detector.mask_boxes(np.asarray(inside)).tolist() == [[0, 0, 32, 24]] * 2
     assert detector.mask_boxes(np.zeros((1, 3, 3), bool)).tolist() == [[0, 0, 0, 0]]
+
+
+def test_objects_have_a_score_above_genevals():
+    scores, masks = np.array([0.3, 0.31, 0.9], np.float32), np.ones((3, 4, 5), bool)
+    kept = detector.keep_objects(scores, np.array([0, 1, 1]), masks, ("person", "bicycle"))
+    assert kept.names == ("bicycle", "bicycle") and kept.scores.tolist() == scores[1:].tolist()
+    assert kept.boxes.tolist() == [[0, 0, 5, 4]] * 2 and kept.masks.shape == (2, 4, 5)
+    with pytest.raises(ValueError, match="the detector's scores are not finite; check the weights of facebook/mask2"):
+        detector.keep_objects(np.array([0.9, np.nan, 0.1]), np.array([0, 1, 1]), masks, ("person", "bicycle"))
 
 
 @pytest.mark.parametrize(

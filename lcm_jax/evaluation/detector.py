@@ -103,10 +103,18 @@ def mask_boxes(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
+def keep_objects(scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, names: tuple[str, ...]) -> Objects:
+    """Return the instances of `find_instances` with a score above MIN_SCORE. Raises ValueError for NaN."""
+    if not np.isfinite(scores).all():
+        raise ValueError(f"the detector's scores are not finite; check the weights of {SOURCE}")
+    kept = np.flatnonzero(scores > MIN_SCORE)
+    return Objects(mask_boxes(masks[kept]), scores[kept], tuple(names[i] for i in labels[kept]), masks[kept])
+
+
 def make_detector(network: Mask2Former, params: dict, names: tuple[str, ...] = NAMES) -> Detect:
     """Return a function uint8[H, W, 3] -> Objects; each size of image compiles one program.
 
-    names: of the labels, in their order. It raises ValueError for predictions that are not finite.
+    names: of the labels, in their order. It raises ValueError as `keep_objects` does.
     """
     params = jax.device_put(params)
 
@@ -118,12 +126,7 @@ def make_detector(network: Mask2Former, params: dict, names: tuple[str, ...] = N
 
     def detect(image: np.ndarray) -> Objects:
         scores, labels, masks = run(params, image, image.shape[:2])
-        scores = np.asarray(scores)
-        if not np.isfinite(scores).all():
-            raise ValueError(f"the detector's scores are not finite; check the weights of {SOURCE}")
-        kept = np.flatnonzero(scores > MIN_SCORE)
-        masks = np.asarray(masks)[kept]
-        return Objects(mask_boxes(masks), scores[kept], tuple(names[i] for i in np.asarray(labels)[kept]), masks)
+        return keep_objects(np.asarray(scores), np.asarray(labels), np.asarray(masks), names)
 
     return detect
 

@@ -127,7 +127,9 @@ def _read_requirement(value: Any, number: int, where: str, optional: Sequence[st
     name = _choose(value["class"], NAMES, f"{where}.class", "one of GenEval's 80 classes, such as 'tv remote'")
     count = _check(value["count"], int, f"{where}.count", f"an integer in 1..{MAX_COUNT}")
     if not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"{where}.count is {count}, which is not supported; use an integer in 1..{MAX_COUNT}")
+        raise ValueError(
+            f"{where}.count is {SHORT.repr(count)}, which is not supported; use an integer in 1..{MAX_COUNT}"
+        )
     color = value.get("color")
     if color is not None:
         _choose(color, COLORS, f"{where}.color", f"one of {', '.join(COLORS)}")
@@ -224,7 +226,7 @@ def _read_object(value: Any, where: str) -> tuple[list[float], float, str, str |
     name = _choose(value["class"], NAMES, f"{where}.class", "one of GenEval's 80 classes, such as 'tv remote'")
     score = _check(value["score"], (int, float), f"{where}.score", "a number in [0, 1]")
     if not 0 <= score <= 1:
-        raise ValueError(f"{where}.score is {score!r}, which is not supported; use a number in [0, 1]")
+        raise ValueError(f"{where}.score is {SHORT.repr(score)}, which is not supported; use a number in [0, 1]")
     box = value["box"]
     numbers = isinstance(box, list) and len(box) == 4 and all(type(each) in (int, float) for each in box)
     if not numbers or not all(-1e6 < each < 1e6 for each in box) or box[0] >= box[2] or box[1] >= box[3]:

@@ -99,16 +99,17 @@ def read_prompts(folder: ImageFolder, file: Path | None) -> list[str]:
                 f"--prompts={file} has {len(prompts)} lines, and {folder.root} has {len(folder.paths)} images; use a "
                 "line for each, in the order of the images' names"
             )
-    elif (metadata := [find_prompt(path) for path in folder.paths]) and None not in metadata:
-        prompts = [prompt for prompt in metadata if prompt is not None]
     else:
         beside = [path.with_suffix(".txt") for path in folder.paths]
-        if missing := [path for path in beside if not path.is_file()]:
+        missing = [path for path in beside if not path.is_file()]
+        listed = [find_prompt(path) for path in folder.paths] if len(missing) == len(beside) else [None]
+        prompts = [prompt for prompt in listed if prompt is not None]
+        if missing and len(prompts) < len(beside):
             raise ValueError(
                 f"{len(missing)} of {len(beside)} images in {folder.root} have no prompt, first {missing[0].name}; add "
                 "these files, or use --prompts"
             )
-        prompts = [decode(path.read_bytes(), str(path)).strip() for path in beside]
+        prompts = prompts or [decode(path.read_bytes(), str(path)).strip() for path in beside]
     if empty := [path for path, prompt in zip(folder.paths, prompts, strict=True) if not prompt.strip()]:
         raise ValueError(f"the prompt of {empty[0]} is empty; write one")
     return prompts

@@ -22,7 +22,6 @@ def modern_key(name: str, key: str) -> str | None:
         if key.endswith("position_ids"):
             return None
         return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
-
     if name == "vae" and (match := re.fullmatch(r"(.*mid_block\.attentions\.0)\.(\w+)\.(weight|bias)", key)):
         block, layer, leaf = match.groups()
         return f"{block}.{OLD_VAE_NAMES.get(layer, layer)}.{leaf}"
