@@ -475,7 +475,7 @@ def test_detections_that_do_not_fit_are_one_line(tmp_path, images, line, message
     [
         ({}, "requires GenEval's evaluation_metadata.jsonl; set settings.metadata"),
         ({"metadata": "none.jsonl"}, "none.jsonl cannot be read"),
-        ({"max_overlap": 2.0}, r"max_overlap 2\.0 is not supported; use a number in \(0, 1\]"),
+        ({"max_overlap": 2.0}, r"max_overlap 2\.0 is not supported; use a number in \[0, 1\]"),
         ({"detections": "none.jsonl"}, "none.jsonl cannot be read"),
     ],
 )
@@ -514,7 +514,6 @@ def test_a_model_draws_all_images_of_all_prompts_into_genevals_folder(config, tm
         ),
         ("settings.metadata", "none.jsonl", "none.jsonl cannot be read"),
         ("report.prompts", 5, "report.prompts 5 is more than the 4 of .*; lower it"),
-        ("data.images_per_prompt", 0, "data.images_per_prompt 0 is not supported; use an integer in 1..9999"),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line(config, tmp_path, key, value, message):

@@ -255,8 +255,8 @@ class GenEval:
         if not settings.get("metadata"):
             raise ValueError("metrics 'geneval' requires GenEval's evaluation_metadata.jsonl; set settings.metadata")
         max_overlap = settings.get("max_overlap", MAX_OVERLAP)
-        if not isinstance(max_overlap, int | float) or not 0 < max_overlap <= 1:
-            raise ValueError(f"settings.max_overlap {max_overlap!r} is not supported; use a number in (0, 1]")
+        if not isinstance(max_overlap, int | float) or not 0 <= max_overlap <= 1:
+            raise ValueError(f"settings.max_overlap {max_overlap!r} is not supported; use a number in [0, 1]")
         prompts = index_prompts(read_metadata(Path(settings["metadata"])))
         if not (file := settings.get("detections")):
             return cls(prompts, open_detector(resources.weights), open_classifier(resources), max_overlap)

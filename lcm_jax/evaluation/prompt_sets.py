@@ -80,8 +80,7 @@ def open_geneval(config, part: Part, folder: Path) -> PromptSet:
     """Raise ValueError for a file that is not GenEval's metadata, and if it has fewer prompts."""
     data, report = config.data, config.report
     per_prompt, path = data.images_per_prompt, config.get("settings", {}).get("metadata")
-    if type(per_prompt) is not int or not 1 <= per_prompt <= 9999:
-        raise ValueError(f"data.images_per_prompt {per_prompt!r} is not supported; use an integer in 1..9999")
+
     if not path:
         raise ValueError("data.source 'geneval' requires its evaluation_metadata.jsonl; set --config.settings.metadata")
     prompts = read_metadata(Path(path))
