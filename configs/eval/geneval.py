@@ -16,32 +16,15 @@ Mask2Former, and the detector here has those of the network's authors: always pu
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config_groups
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.metrics = ("geneval",)
-    config.settings = ConfigDict(
-        {
-            "metadata": "",  # GenEval's evaluation_metadata.jsonl
-            "max_overlap": 1.0,  # of two objects of a class; 1 keeps all, as the published evaluation does
-        }
+    data = ConfigDict({"source": "geneval", "size": 512, "images_per_prompt": 4})
+    return config_groups.full_size_evaluation(
+        data,
+        ("geneval",),
+        prompts=553,  # of the metadata, the first ones
+        metadata="",  # GenEval's evaluation_metadata.jsonl
+        max_overlap=1.0,  # of two objects of a class; 1 keeps all, as the published evaluation does
     )
-    config.autoencoder = "shapes"  # of the metric frechet alone
-    config.data = ConfigDict(
-        {
-            "source": "geneval",
-            "size": 512,  # pixels of the images that are made
-            "images_per_prompt": 4,
-        }
-    )
-    config.plan = ConfigDict({"lcm": (1, 2, 4, 8), "ddim": (50,), "dpmsolver++": (4, 8)})
-    config.report = ConfigDict(
-        {
-            "prompts": 553,  # of the metadata, the first ones
-            "batch_size": 16,
-            "reference": 2,  # of other sources; there are no real images
-            "guidance_scale": 0.0,  # of all models; 0 is that of each model's preset
-            "seed": 0,  # of the noise
-        }
-    )
-    return config
