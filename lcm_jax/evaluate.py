@@ -157,9 +157,15 @@ def open_models(names: Sequence[str], plan: Plan, size: int) -> list:
 
 
 def read_settings(config) -> dict[str, Any]:
-    """Return the settings of metrics: those of the config, and flags that are given."""
+    """Return the settings of metrics: those of the config, and flags that are given.
+
+    A folder of images in GenEval's layout has its metadata, where no file is given.
+    """
     given = {"fid_flavour": FID_FLAVOUR, "clip_model": CLIP_MODEL, "detections": DETECTIONS}
-    return dict(config.get("settings", {})) | {name: flag.value for name, flag in given.items() if flag.value}
+    settings = dict(config.get("settings", {})) | {name: flag.value for name, flag in given.items() if flag.value}
+    if IMAGES.value is not None and "geneval" in (METRICS.value or ()) and not settings.get("metadata"):
+        settings["metadata"] = IMAGES.value
+    return settings
 
 
 def check_config(config) -> None:

@@ -52,6 +52,7 @@ def test_every_config_is_listed_with_its_arguments(capsys, monkeypatch):
         "shapes_teacher",
         "shapes_vae",
         "eval/shapes",
+        "eval/geneval",
     ):
         assert [line for line in lines if line.startswith(f"{name} ") and len(line) > len(name) + 20], name
 

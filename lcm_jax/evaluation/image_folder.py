@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.evaluation.evaluate import Images
+from lcm_jax.evaluation.geneval_files import find_prompt
 from lcm_jax.files import decode
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -58,7 +59,9 @@ def open_folder(root: Path, flag: str, skip_bad: bool = False, log: Callable[[st
     """
     if not root.is_dir():
         raise ValueError(f"{flag}={root} is not a folder; use a folder of images")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    found = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    # GenEval's own script writes a grid of the images of each prompt beside them.
+    paths = sorted(path for path in found if path.name != "grid.png" or not (path.parent / "metadata.jsonl").exists())
     if not paths:
         raise ValueError(f"{flag}={root} has no images ({', '.join(EXTENSIONS)}); use another folder")
     bad = [path for path in paths if not _readable(path)]
@@ -82,7 +85,8 @@ def _readable(path: Path) -> bool:
 
 
 def read_prompts(folder: ImageFolder, file: Path | None) -> list[str]:
-    """Return the prompt of each image: a line of `file` for each, or the text of NAME.txt beside NAME.png.
+    """Return the prompt of each image: a line of `file` for each, or in GenEval's layout that of its metadata.jsonl, or
+    the text of NAME.txt beside NAME.png.
 
     Raises ValueError if they do not pair.
     """
@@ -97,12 +101,15 @@ def read_prompts(folder: ImageFolder, file: Path | None) -> list[str]:
             )
     else:
         beside = [path.with_suffix(".txt") for path in folder.paths]
-        if missing := [path for path in beside if not path.is_file()]:
+        missing = [path for path in beside if not path.is_file()]
+        listed = [find_prompt(path) for path in folder.paths] if len(missing) == len(beside) else [None]
+        prompts = [prompt for prompt in listed if prompt is not None]
+        if missing and len(prompts) < len(beside):
             raise ValueError(
                 f"{len(missing)} of {len(beside)} images in {folder.root} have no prompt, first {missing[0].name}; add "
                 "these files, or use --prompts"
             )
-        prompts = [decode(path.read_bytes(), str(path)).strip() for path in beside]
+        prompts = prompts or [decode(path.read_bytes(), str(path)).strip() for path in beside]
     if empty := [path for path, prompt in zip(folder.paths, prompts, strict=True) if not prompt.strip()]:
         raise ValueError(f"the prompt of {empty[0]} is empty; write one")
     return prompts

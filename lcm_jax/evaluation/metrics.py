@@ -11,6 +11,7 @@ from lcm_jax.evaluation.fd_dinov2 import FDDinov2
 from lcm_jax.evaluation.fid import FID
 from lcm_jax.evaluation.frechet import FrechetDistance
 from lcm_jax.evaluation.fvd import FVD
+from lcm_jax.evaluation.geneval import GenEval
 from lcm_jax.evaluation.kid import KID
 from lcm_jax.evaluation.precision import Precision
 from lcm_jax.evaluation.preference import HPS, Aesthetic, PickScore
@@ -30,6 +31,7 @@ METRICS: Mapping[str, type[Metric]] = {
     "kid": KID,
     "precision": Precision,
     "fvd": FVD,
+    "geneval": GenEval,
 }
 
 

@@ -13,6 +13,7 @@ from lcm_jax.data.images import crop
 from lcm_jax.data.shapes import Shapes, evaluation_prompts
 from lcm_jax.data.sources import SOURCES
 from lcm_jax.evaluation.evaluate import MAX_TRAIN_IMAGES, Batches, read_batches
+from lcm_jax.evaluation.geneval_files import image_path, list_images, make_folders, read_metadata
 from lcm_jax.evaluation.image_folder import read_image, stack
 
 Part = Callable[[int], range]  # the numbers, of so many, that are this process's
@@ -20,13 +21,15 @@ Part = Callable[[int], range]  # the numbers, of so many, that are this process'
 
 class PromptSet(NamedTuple):
     """prompts: one for each image that is made. real_images, reference, train_images: see `Resources`; None where there
-    are none. paths: of the images that are made, within a folder; None for their numbers."""
+    are none. paths: of the images that are made, within a folder; None for their numbers. prepare(folder): writes what
+    such a folder has beside its images."""
 
     prompts: list[str]
     reference: str
     real_images: Callable[[], Batches] | None = None
     train_images: Callable[[], Batches] | None = None
     paths: Sequence[Path] | None = None
+    prepare: Callable[[Path], None] = lambda folder: None
 
 
 def open_shapes(config, part: Part, folder: Path) -> PromptSet:
@@ -73,6 +76,26 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return image if not size else crop(Image.fromarray(image), size, size)[0]
 
 
+def open_geneval(config, part: Part, folder: Path) -> PromptSet:
+    """Raise ValueError for a file that is not GenEval's metadata, and if it has fewer prompts."""
+    data, report = config.data, config.report
+    per_prompt, path = data.images_per_prompt, config.get("settings", {}).get("metadata")
+
+    if not path:
+        raise ValueError("data.source 'geneval' requires its evaluation_metadata.jsonl; set --config.settings.metadata")
+    prompts = read_metadata(Path(path))
+    if report.prompts > len(prompts):
+        raise ValueError(f"report.prompts {report.prompts} is more than the {len(prompts)} of {path}; lower it")
+    prompts = prompts[: report.prompts]
+    images = list_images(prompts, per_prompt)
+    return PromptSet(
+        [text for text, _ in images],
+        "the requirements of the prompts",
+        paths=[image_path(Path(), number, per_prompt) for _, number in images],
+        prepare=lambda folder: make_folders(folder, prompts),
+    )
+
+
 def open_source(config, part: Part, folder: Path) -> PromptSet:
     """Raise ValueError as the source does."""
     data, report = config.data, config.report
@@ -95,4 +118,5 @@ PROMPT_SETS: Mapping[str, Callable[..., PromptSet]] = {
     **dict.fromkeys(SOURCES, open_source),
     "shapes": open_shapes,
     "coco": open_coco,
+    "geneval": open_geneval,
 }

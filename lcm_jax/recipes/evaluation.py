@@ -292,6 +292,7 @@ def compare_models(
         if output is not None:
             made = MadeImages(output / "images" / row.folder, prompts.paths, jax.process_index())
             made.folder.mkdir(parents=True, exist_ok=True)
+            prompts.prepare(made.folder)
         found = measure_row(row, drawing, prompts.prompts, metrics, output, made, update)
         if not distributed.is_main():
             continue

@@ -34,6 +34,7 @@ RANGES: Mapping[str, Range] = {
     "data.length": POSITIVE,
     "data.held_out": POSITIVE,
     "data.repeats": POSITIVE,
+    "data.images_per_prompt": Range(1, 9999),
     "data.buckets": Range(8, many=True),
     "data.max_skipped": FRACTION,
     "data.workers": Range(0, 256),
@@ -70,6 +71,7 @@ RANGES: Mapping[str, Range] = {
     "report.reference": Range(2),
     "report.guidance_scale": replace(GUIDANCE, also=0),  # 0, in an evaluation: of each model's preset
     "report.seed": Range(0, 2**31 - 1),
+    "settings.max_overlap": FRACTION,
     **{f"report.{who}.*": MANY_STEPS for who in MODELS},
     "unet.block_out_channels": MANY,
     "unet.layers_per_block": MANY,

@@ -11,6 +11,7 @@ import numpy as np
 
 # Names that end in a number of their own, which is not a list index.
 NUMBERED = re.compile(r"linear_\d+|branch\w+_\d+")
+NUMBERED_LISTS = ("adapter_1", "layer_1")  # such a name that is a list: Mask2Former's layer_1.0
 INDEXED = re.compile(r"(.+)_(\d+)")
 # The attention of the autoencoder had other names when Stable Diffusion 1.x was published.
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -50,8 +51,13 @@ def to_key(path: tuple[str, ...]) -> str:
     """Return the PyTorch key of a path, the inverse of `to_path`."""
     parts: list[str] = []
     for name in path[:-1]:
-        match = INDEXED.fullmatch(name)
-        parts += match.groups() if match and not NUMBERED.fullmatch(name) else [name]
+        indices: list[str] = []
+        while (match := INDEXED.fullmatch(name)) and not NUMBERED.fullmatch(name):
+            if indices and name in NUMBERED_LISTS:
+                break
+            name, index = match.groups()
+            indices.insert(0, index)
+        parts += [name, *indices]
     leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
     return ".".join([*parts, leaf])
 
