@@ -136,8 +136,7 @@ def open_detector(weights: Weights) -> Detect:
 
     Raises ModelError for files that are neither there nor can be fetched, that are damaged, or are another network's.
     """
-    inside = weights if weights.folder is None else Weights(weights.folder / FOLDER)
-    path = inside.find(Published("config.json", SOURCE))
+    path = weights.find(Published("config.json", SOURCE, folder=FOLDER))
     try:
         config = read_config(read_json(path, {}))
     except ModelError:
@@ -146,6 +145,6 @@ def open_detector(weights: Weights) -> Detect:
         raise ModelError(f"{path}: {error}") from None
     if config.num_labels != len(NAMES):
         raise ModelError(f"{path} has {config.num_labels} classes; use {SOURCE}, which has the {len(NAMES)} of COCO")
-    there = (file for file in FILES if inside.folder and (inside.folder / file).is_file())
-    path = inside.find(Published(next(there, FILES[0]), SOURCE))
+    there = (file for file in FILES if weights.folder and (weights.folder / FOLDER / file).is_file())
+    path = weights.find(Published(next(there, FILES[0]), SOURCE, folder=FOLDER))
     return make_detector(Mask2Former(config), mask2former_params(open_file(path)[0], config, str(path)))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from lcm_jax.evaluation.clip_towers import open_encoders
 from lcm_jax.evaluation.detector import MIN_SCORE, SOURCE, Detect, Objects, open_detector
 from lcm_jax.evaluation.evaluate import Column, Images, Resources
 from lcm_jax.evaluation.geneval_files import COLORS, TASKS, Prompt, Requirement, read_detections, read_metadata
@@ -210,8 +211,6 @@ def open_classifier(resources: Resources) -> ColorClassifier:
     """Return the classifier of colors of the published evaluation. Raises ModelError if its weights are missing."""
 
     def make() -> ColorClassifier:
-        from lcm_jax.evaluation.clip_towers import open_encoders
-
         encoders = open_encoders(resources, CLIP)
         return ColorClassifier(encoders.embed_images, encoders.embed_texts)
 
