@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
         {
             "train": {"steps": 150, "batch_size": 8},
             "objective": {
+                "num_ddim_steps": 50,
+                "w_min": 3.0,
+                "w_max": 7.0,
                 "weighting": "uniform",
                 "backward_simulation": 0.0,
                 "guidance_schedule": (),
@@ -37,7 +40,6 @@ def get_config() -> ConfigDict:
         {"objective": {"solver": ("ddim", "dpm", "dpm++"), "num_ddim_steps": (1000, 200, 100, 50, 20)}}
     )
     config.design = "product"  # every combination; or one_at_a_time: the first value of all keys but one
-    config.sampling = ConfigDict({"guidance_scales": ()})  # () for the figures of each run's own report
     config.figure = ConfigDict(
         {
             "x": "skipping_step",  # a key of the grid, or run, steps, guidance_scale, skipping_step

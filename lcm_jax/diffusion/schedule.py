@@ -79,10 +79,12 @@ def make_schedule(config: Config) -> Schedule:
 
 
 def log_snr(schedule: Schedule) -> np.ndarray:
-    """Return lambda = log(alpha / sigma) of every training step, falling float32[T]; -inf at a zero terminal SNR."""
-    bar = schedule.alphas_cumprod.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        return (0.5 * (np.log(bar) - np.log1p(-bar))).astype(np.float32)
+    """Return lambda = log(alpha / sigma) of every training step, falling float32[T].
+
+    A zero-SNR schedule ends in alpha = 0, where it is infinite: alpha^2 = 2^-24 replaces it, as in diffusers' samplers.
+    """
+    bar = np.maximum(schedule.alphas_cumprod.astype(np.float64), 2.0**-24)
+    return (0.5 * (np.log(bar) - np.log1p(-bar))).astype(np.float32)
 
 
 def timestep_at(schedule: Schedule, log_snr_at: jax.Array) -> jax.Array:

@@ -27,24 +27,6 @@ def dpm_solver_pp_2m_step(z, x0, x0_before, ratio, first, second) -> jax.Array:
     return ratio * z + first * x0 + second * (x0 - x0_before)
 
 
-def dpm_solver_step(z: jax.Array, noise: jax.Array, ratio: jax.Array, sigma: jax.Array, h: jax.Array) -> jax.Array:
-    """Return the exponential step of DPM-Solver for a constant noise, float32[B, h, w, c] (arXiv 2206.00927, eq. 3.7).
-
-    z <- ratio z - sigma (e^h - 1) e. z, noise: float32[B, h, w, c]. ratio: alpha at the end by that at the start;
-    sigma: at the end; h: the step in lambda = log(alpha / sigma), at least 0; float32[B] each.
-    """
-    return like(ratio, z) * z - like(sigma * jnp.expm1(h), z) * noise
-
-
-def dpm_solver_pp_step(z: jax.Array, x0: jax.Array, ratio: jax.Array, alpha: jax.Array, h: jax.Array) -> jax.Array:
-    """Return the exponential step of DPM-Solver++ for a constant x0, float32[B, h, w, c] (arXiv 2211.01095, eq. 9).
-
-    z <- ratio z - alpha (e^-h - 1) x0. z, x0: float32[B, h, w, c]. ratio: sigma at the end by that at the start; alpha:
-    at the end; h: see `dpm_solver_step`.
-    """
-    return like(ratio, z) * z - like(alpha * jnp.expm1(-h), z) * x0
-
-
 def solve_ddim(estimate: Estimate, schedule: Schedule, z: jax.Array, s: jax.Array, t: jax.Array) -> jax.Array:
     """Return z_t from z_s by a step of DDIM, of first order; see `solve`."""
     return ddim_step(*estimate(z, s), *alpha_sigma(schedule, t))
@@ -53,29 +35,33 @@ def solve_ddim(estimate: Estimate, schedule: Schedule, z: jax.Array, s: jax.Arra
 def solve_dpm(estimate: Estimate, schedule: Schedule, z: jax.Array, s: jax.Array, t: jax.Array) -> jax.Array:
     """Return z_t from z_s by a step of DPM-Solver-2 (arXiv 2206.00927, algorithm 1); see `solve`.
 
-    A step of first order to the midpoint in lambda, then one over the whole way with the noise that is estimated there.
+    The published (alpha_t / alpha_s) z - sigma_t (e^h - 1) e_m, with e_m the noise at the midpoint, is DDIM's step plus
+    sigma_t (e^h - 1) (e - e_m): this form loses no digits where alpha_s is near 0.
     """
-    middle, h = _midpoint(schedule, s, t)
-    (alpha_s, _), (alpha_m, sigma_m), (alpha_t, sigma_t) = (alpha_sigma(schedule, each) for each in (s, middle, t))
-    z_m = dpm_solver_step(z, estimate(z, s)[1], alpha_m / alpha_s, sigma_m, h / 2)
-    return dpm_solver_step(z, estimate(z_m, middle)[1], alpha_t / alpha_s, sigma_t, h)
+    (x0, noise), (_, noise_middle), h = _estimate_twice(estimate, schedule, z, s, t)
+    alpha, sigma = alpha_sigma(schedule, t)
+    return ddim_step(x0, noise, alpha, sigma) + like(sigma * jnp.expm1(h), z) * (noise - noise_middle)
 
 
 def solve_dpm_pp(estimate: Estimate, schedule: Schedule, z: jax.Array, s: jax.Array, t: jax.Array) -> jax.Array:
     """Return z_t from z_s by a step of DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1); see `solve`.
 
-    The midpoint of `solve_dpm`, with x0 in place of the noise.
+    The published (sigma_t / sigma_s) z - alpha_t (e^-h - 1) x0_m is DDIM's step plus alpha_t (1 - e^-h) (x0_m - x0).
     """
-    middle, h = _midpoint(schedule, s, t)
-    (_, sigma_s), (alpha_m, sigma_m), (alpha_t, sigma_t) = (alpha_sigma(schedule, each) for each in (s, middle, t))
-    z_m = dpm_solver_pp_step(z, estimate(z, s)[0], sigma_m / sigma_s, alpha_m, h / 2)
-    return dpm_solver_pp_step(z, estimate(z_m, middle)[0], sigma_t / sigma_s, alpha_t, h)
+    (x0, noise), (x0_middle, _), h = _estimate_twice(estimate, schedule, z, s, t)
+    alpha, sigma = alpha_sigma(schedule, t)
+    return ddim_step(x0, noise, alpha, sigma) - like(alpha * jnp.expm1(-h), z) * (x0_middle - x0)
 
 
-def _midpoint(schedule: Schedule, s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the timestep midway between s and t in lambda, and the step in lambda, float32[B]."""
+def _estimate_twice(estimate: Estimate, schedule: Schedule, z: jax.Array, s: jax.Array, t: jax.Array):
+    """Return the estimates at s and midway to t in lambda, and h, the step from s to t in lambda, float32[B].
+
+    DDIM leads to the midpoint: it is the step of first order of both solvers.
+    """
     table = jnp.asarray(log_snr(schedule))
-    return timestep_at(schedule, (table[s] + table[t]) / 2), table[t] - table[s]
+    middle = timestep_at(schedule, (table[s] + table[t]) / 2)
+    first = estimate(z, s)
+    return first, estimate(ddim_step(*first, *alpha_sigma(schedule, middle)), middle), table[t] - table[s]
 
 
 SOLVERS: Mapping[str, Callable[[Estimate, Schedule, jax.Array, jax.Array, jax.Array], jax.Array]] = {
@@ -92,12 +78,3 @@ def solve(solver: str, estimate: Estimate, schedule: Schedule, z: jax.Array, s: 
     s, t: int32[B], s >= t.
     """
     return SOLVERS[solver](estimate, schedule, z, s, t)
-
-
-def check_solver(key: str, solver: str, schedule: Schedule) -> None:
-    """Raise ValueError, naming `key`, if a schedule has no lambda at its end for a solver that steps in it."""
-    if solver != "ddim" and schedule.alphas_cumprod[-1] <= 0:
-        raise ValueError(
-            f"{key} {solver!r} is not supported for a schedule with zero terminal SNR (rescale_betas_zero_snr), where "
-            "log(alpha / sigma) is infinite; use ddim"
-        )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.diffusion.guidance import check_guidance_schedule
-from lcm_jax.diffusion.solvers import check_solver
 from lcm_jax.objectives.backward_simulation import BackwardSimulation
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.ranges import from_settings
@@ -41,6 +40,5 @@ def lcd_task(config, workdir: Path, open_model: OpenModel = open_complete) -> Tr
     models = open_models(config, "teacher", make_configs, open_model)
     last = len(models.student.schedule.alphas_cumprod) - 1
     check_guidance_schedule("objective.guidance_schedule", lcd.guidance_schedule, last)
-    check_solver("objective.solver", lcd.solver, models.student.schedule)
     objective = BackwardSimulation(lcd, fraction) if fraction else lcd
     return make_task(config, workdir, models, objective, make_trained(config, models), teaches=True)

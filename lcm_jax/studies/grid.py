@@ -13,7 +13,6 @@ from lcm_jax import config_files
 from lcm_jax.recipes.settings import leaves
 
 DESIGNS = ("product", "one_at_a_time")
-KEYS = ("base", "overrides", "grid", "design", "sampling", "figure")  # of the config of a study
 
 
 class Run(NamedTuple):
