@@ -22,7 +22,5 @@ def get_config() -> ConfigDict:
         }
     )
     config.design = "one_at_a_time"
-    config.figure = ConfigDict(
-        {"x": "run", "lines": "steps", "metrics": ("verifier", "frechet"), "steps": (1, 2, 4)}
-    )
+    config.figure = ConfigDict({"x": "run", "lines": "steps", "metrics": ("verifier", "frechet"), "steps": (1, 2, 4)})
     return config

@@ -29,11 +29,6 @@ def get_config() -> ConfigDict:
         }
     )
     config.figure = ConfigDict(
-        {
-            "x": "guidance_scale",
-            "lines": "steps",
-            "metrics": ("verifier", "frechet", "diversity"),
-            "steps": (2, 4, 8),
-        }
+        {"x": "guidance_scale", "lines": "steps", "metrics": ("verifier", "frechet", "diversity"), "steps": (2, 4, 8)}
     )
     return config

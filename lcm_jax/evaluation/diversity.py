@@ -43,7 +43,10 @@ class Diversity:
 
     def measure(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         digests = [hashlib.sha256(prompt.encode()).digest()[:8] for prompt in prompts]
-        return {"features": self.features(images), "caption": np.array([int.from_bytes(d, "big") >> 1 for d in digests])}
+        return {
+            "features": self.features(images),
+            "caption": np.array([int.from_bytes(d, "big") >> 1 for d in digests]),
+        }
 
     def result(self, rows: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Raise ValueError if no caption has two images."""

@@ -48,11 +48,11 @@ def run_rows(run: Run, config: ConfigDict, folder: Path) -> list[dict[str, Any]]
     return [described | own | {name: value for name, value in row.items() if name != "model"} for row in rows]
 
 
-def teacher_rows(config: ConfigDict, folder: Path) -> list[dict[str, Any]]:
+def teacher_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of the models that a run's report compares with the student."""
     stored = read_report(folder)
     own = {"guidance_scale": stored["guidance_scale"]}
-    return [own | dict(row) | {"run": row["model"]} for row in report.rows_of(stored) if row["model"] != "student"]
+    return [{"run": row["model"]} | own | dict(row) for row in report.rows_of(stored) if row["model"] != "student"]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -154,8 +154,12 @@ def _place(axes, positions: Sequence[Any], numeric: bool) -> None:
 
 def write(study: ConfigDict, title: str, rows: Sequence[Mapping[str, Any]], conditions: Mapping, folder: Path) -> None:
     """Write figure.png, report.md and report.json of the rows so far, each whole or not at all."""
-    notes = [conditions["text"], *(KNOWN[name].__doc__.split("\n")[0] for name in ())]
-    students = [row for row in rows if row.get("model") is None]
-    draw(students, study.figure, title, folder / "figure.png")
-    write_text(folder / "report.md", markdown(title, rows, notes))
+    complete, all_runs = conditions["runs"]
+    note = (
+        f"{complete} of {all_runs} runs of base {conditions['base']}, {conditions['updates']} updates of "
+        f"{conditions['batch_size']} images each; {conditions['training_seconds']:.0f} s of training in all on "
+        f"{conditions['device']}. {conditions['captions']} held-out captions, the same noise for all."
+    )
+    draw([row for row in rows if "model" not in row], study.figure, title, folder / "figure.png")
+    write_text(folder / "report.md", markdown(title, rows, [note]))
     write_text(folder / "report.json", json.dumps({"rows": list(rows)} | dict(conditions), indent=1) + "\n")
