@@ -1,7 +1,6 @@
 """The grid of a study: the runs that it consists of, and the config of each."""
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -45,14 +44,14 @@ def name_run(settings: Mapping[str, Any], grid: Mapping[str, Any]) -> Run:
     """
     ends = [key.rpartition(".")[2] for key in grid]
     short = lambda key: end if ends.count(end := key.rpartition(".")[2]) == 1 else key  # noqa: E731
-    parts = (f"{short(key)}={format_value(value)}" for key, value in settings.items())
+    safe = lambda text: "".join(letter if letter.isalnum() or letter in "+-._" else "_" for letter in text)  # noqa: E731
+    parts = (f"{short(key)}={safe(format_value(value))}" for key, value in settings.items())
     return Run(",".join(parts) or "run", settings)
 
 
 def format_value(value: Any) -> str:
-    """Return a setting as the text of a folder's name."""
-    text = f"{value:g}" if isinstance(value, float) and math.isclose(value, float(f"{value:g}")) else str(value)
-    return "".join(letter if letter.isalnum() or letter in "+-._" else "_" for letter in text)
+    """Return a setting as text, a number without digits that it does not need."""
+    return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
 
 
 def read_grid(study: ConfigDict) -> dict[str, tuple]:
@@ -101,9 +100,9 @@ def apply_settings(config: ConfigDict, settings: Mapping[str, Any], group: str, 
 
 def run_configs(study: ConfigDict, workdir: Path) -> Iterator[tuple[Run, ConfigDict]]:
     """Yield every run of a study with its config, whose data cache is shared in the workdir of the study."""
-    grid = read_grid(study)
+    grid, base = read_grid(study), base_config(study)
     for run in make_runs(grid, study.design):
-        config = base_config(study)
+        config = base.copy_and_resolve_references()
         apply_settings(config, run.settings, "grid", study.base)
         if config.data.get("encode") == "cache" and not config.data.get("cache"):
             config.data.cache = str(workdir / "latents")

@@ -60,10 +60,9 @@ def teacher_rows(folder: Path) -> list[dict[str, Any]]:
 
 def markdown(title: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     """Return the rows as a table of markdown with 95% intervals, below a title and above notes."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if "." in key))
-    labels = ["run", *keys, *(name for name in OWN if any(name in row for row in rows))]
+    labels = ["run", *(name for name in OWN if any(name in row for row in rows))]
     figures = [name for name in COLUMNS if any(isinstance(row.get(name), int | float) for row in rows)]
-    headings = [key.rpartition(".")[2].replace("_", " ") for key in labels]
+    headings = [label.replace("_", " ") for label in labels]
     lines = [[*headings, *(COLUMNS[name].heading for name in figures)]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
