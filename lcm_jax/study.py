@@ -42,7 +42,7 @@ def study() -> None:
     keep_interrupts()
     command.configure_jax()
     check_devices()
-    workdir = Path(WORKDIR.value)
+    workdir = Path(WORKDIR.value or "")
     chosen = plan.make_plan(CONFIG.value, workdir)
     done = [each.run.name for each in chosen.runs if plan.is_complete(each)]
     if DRY_RUN.value:

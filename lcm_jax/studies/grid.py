@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
 
 from lcm_jax import config_files
 from lcm_jax.recipes.settings import leaves
@@ -54,7 +53,7 @@ def format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
 
 
-def read_grid(study: ConfigDict) -> dict[str, tuple]:
+def read_grid(study) -> dict[str, tuple]:
     """Return {dotted key: its values} of a study. Raises ValueError for a key with no or equal values."""
     grid = {}
     for key, values in leaves(study.grid.to_dict()):
@@ -66,14 +65,14 @@ def read_grid(study: ConfigDict) -> dict[str, tuple]:
     return grid
 
 
-def base_config(study: ConfigDict) -> ConfigDict:
+def base_config(study) -> Any:
     """Return the base config of a study with its overrides. Raises ValueError for a base or a key that is not there."""
     base = load_base(study.base)
     apply_settings(base, dict(leaves(study.overrides.to_dict())), "overrides", study.base)
     return base
 
 
-def load_base(name: str) -> ConfigDict:
+def load_base(name: str) -> Any:
     """Return a bundled config, or that of a file, with an argument after a colon. Raises ValueError of one line."""
     try:
         return config_files.load_file(config_files.locate(name))
@@ -81,7 +80,7 @@ def load_base(name: str) -> ConfigDict:
         raise ValueError(config_files.explain(error, []).replace("--config=", "base ", 1)) from error
 
 
-def apply_settings(config: ConfigDict, settings: Mapping[str, Any], group: str, base: str) -> None:
+def apply_settings(config, settings: Mapping[str, Any], group: str, base: str) -> None:
     """Set dotted keys of a config. Raises ValueError that names a key which `base` lacks, and a wrong type."""
     known = [key for key, _ in leaves(config.to_dict())]
     for key, value in settings.items():
@@ -98,7 +97,7 @@ def apply_settings(config: ConfigDict, settings: Mapping[str, Any], group: str, 
             ) from None
 
 
-def run_configs(study: ConfigDict, workdir: Path) -> Iterator[tuple[Run, ConfigDict]]:
+def run_configs(study, workdir: Path) -> Iterator[tuple[Run, Any]]:
     """Yield every run of a study with its config, whose data cache is shared in the workdir of the study."""
     grid, base = read_grid(study), base_config(study)
     for run in make_runs(grid, study.design):

@@ -27,7 +27,7 @@ class Planned(NamedTuple):
     """A run, its config and its folder."""
 
     run: Run
-    config: ConfigDict
+    config: Any
     folder: Path
 
 
@@ -35,7 +35,7 @@ class Planned(NamedTuple):
 class Plan:
     """A study in a folder. study: its config. sampling: of each run, or None for the figures of its own report."""
 
-    study: ConfigDict
+    study: Any
     workdir: Path
     runs: tuple[Planned, ...]
     sampling: Sampling | None
@@ -106,7 +106,7 @@ def is_complete(planned: Planned) -> bool:
     return (planned.folder / "report.json").exists() and (planned.folder / "export").exists()
 
 
-def make_plan(study: ConfigDict, workdir: Path) -> Plan:
+def make_plan(study, workdir: Path) -> Plan:
     """Return the plan of a study's config in a folder; nothing is written.
 
     Raises ValueError for settings that are not supported, of the study or of one of its runs, which is named; RunError
@@ -134,7 +134,7 @@ def make_plan(study: ConfigDict, workdir: Path) -> Plan:
     return plan
 
 
-def _check_figure(study: ConfigDict, runs: Sequence[Planned], sampling: Sampling | None) -> None:
+def _check_figure(study, runs: Sequence[Planned], sampling: Sampling | None) -> None:
     figure, config = study.figure, runs[0].config
     allowed = ("run", *read_grid(study), *results.OWN)
     for name in ("x", "lines"):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.diversity import Diversity
@@ -29,7 +28,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return read_object(folder / "report.json", "delete it, and the same command makes it again")
 
 
-def describe_run(run: Run, config: ConfigDict, folder: Path) -> dict[str, Any]:
+def describe_run(run: Run, config, folder: Path) -> dict[str, Any]:
     """Return {"run", a value of every key of the grid, "skipping_step" if the run has one} of a complete run."""
     steps = config.objective.get("num_ddim_steps")
     scheduler = folder / "export" / "scheduler" / "scheduler_config.json"
@@ -40,7 +39,7 @@ def describe_run(run: Run, config: ConfigDict, folder: Path) -> dict[str, Any]:
     return {"run": run.name} | dict(run.settings) | skipping
 
 
-def run_rows(run: Run, config: ConfigDict, folder: Path) -> list[dict[str, Any]]:
+def run_rows(run: Run, config, folder: Path) -> list[dict[str, Any]]:
     """Return a row for each figure of the student in the report of a complete run."""
     described, stored = describe_run(run, config, folder), read_report(folder)
     rows = [row for row in report.rows_of(stored) if row["model"] == "student"]
@@ -82,7 +81,7 @@ def _figure(row: Mapping[str, Any], name: str) -> str:
 # ---- the figure -----------------------------------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Mapping[str, Any]], figure: ConfigDict, title: str, path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], figure, title: str, path: Path) -> None:
     """Write a PNG with a panel for each metric, and in it a line for each value of `figure.lines`, with intervals.
 
     figure: x and lines name what a row has; metrics; steps: of the sampler, a row of panels for each unless the lines
@@ -151,7 +150,7 @@ def _place(axes, positions: Sequence[Any], numeric: bool) -> None:
     axes.set_xticks(sorted(positions), [format_value(value) for value in sorted(positions)])
 
 
-def write(study: ConfigDict, title: str, rows: Sequence[Mapping[str, Any]], conditions: Mapping, folder: Path) -> None:
+def write(study, title: str, rows: Sequence[Mapping[str, Any]], conditions: Mapping, folder: Path) -> None:
     """Write figure.png, report.md and report.json of the rows so far, each whole or not at all."""
     complete, all_runs = conditions["runs"]
     note = (

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.evaluation.diversity import Diversity
 from lcm_jax.evaluation.evaluate import evaluate, make_resources
@@ -46,7 +44,7 @@ class Sampling:
             if not getattr(self, name):
                 raise ValueError(f"sampling.{name} is empty; use a tuple of numbers, such as (2, 4, 8)")
 
-    def check(self, config: ConfigDict) -> None:
+    def check(self, config) -> None:
         """Raise ValueError if a run of `config` cannot be sampled so."""
         check_metrics(self.metrics, config.data.source)
         if config.objective.name != "lcd" or "lora" in config:
@@ -59,7 +57,7 @@ class Sampling:
 
 
 def sample_scales(
-    sampling: Sampling, config: ConfigDict, folder: Path, log: Callable[[str], None] = print
+    sampling: Sampling, config, folder: Path, log: Callable[[str], None] = print
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each guidance scale: {"guidance_scale", and what `evaluate` yields} for each number of steps.
 
@@ -84,7 +82,7 @@ def sample_scales(
         yield rows
 
 
-def _make_measure(sampling: Sampling, config: ConfigDict, folder: Path) -> Callable[[float], Iterator[dict[str, Any]]]:
+def _make_measure(sampling: Sampling, config, folder: Path) -> Callable[[float], Iterator[dict[str, Any]]]:
     pipe = Pipeline(open_model(folder / "export"))
     dataset = load_dataset(config, folder)
     prompts = [prompt for prompt in dataset.prompts(sampling.captions) for _ in range(sampling.images_per_caption)]
