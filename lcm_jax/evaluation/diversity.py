@@ -25,6 +25,7 @@ class Diversity:
     sources: ClassVar[tuple[str, ...] | None] = None
     packages: ClassVar[Mapping[str, str]] = {}
     resamplings: ClassVar[int] = 50
+    reads_prompts: ClassVar[bool] = True
 
     features: Callable[[Images], np.ndarray]
 

@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from lcm_jax import config_files
 from lcm_jax.recipes.settings import leaves
 
