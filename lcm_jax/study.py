@@ -51,6 +51,8 @@ def study() -> None:
         return
     chosen.claim()
     print(f"{len(chosen.runs)} runs, {len(done)} of them complete, in {workdir}")
+    if done:
+        chosen.write(done)  # a table of what is there, whatever becomes of the other runs
     spent: list[float] = []
     for each in chosen.runs:
         if each.run.name in done:
@@ -64,8 +66,6 @@ def study() -> None:
         chosen.write(done)
         left = (len(chosen.runs) - len(done)) * sum(spent) / len(spent)
         print(f"{len(done)} of {len(chosen.runs)} runs complete; about {left // 60:.0f}:{left % 60:02.0f} left")
-    if not spent:
-        chosen.write(done)
     print(f"table in {workdir / 'report.md'} and {workdir / 'report.json'}, figure in {workdir / 'figure.png'}")
 
 

@@ -205,6 +205,7 @@ def load(file: str, **changes) -> ConfigDict:
     ("changes", "message"),
     [
         ({"base": "shape"}, "^base shape is neither a file nor a bundled config; use one of .*shapes"),
+        ({"base": "shapes_vae", "overrides": {}, "grid": {}}, "^run run: base shapes_vae has no report of a student; "),
         ({"base": "lcd:sd3"}, "^the model is 'sd3'; choose one of sd15"),
         (
             {"grid": {"train": {"ema_rat": (0.5,)}}},

@@ -42,10 +42,12 @@ class Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What makes a folder that of this study: all but the values of the grid, which may grow, and the figure."""
+        """What makes a folder that of this study: all but the figure, and the values of the grid and of the guidance
+        scales, to which more may be added."""
         names = [name for name in (*GROUPS, *OPTIONAL) if name in self.study and name not in ("grid", "figure")]
         settings = {name: self.study[name] for name in names}
         plain = {name: each.to_dict() if isinstance(each, ConfigDict) else each for name, each in settings.items()}
+        plain.get("sampling", {}).pop("guidance_scales", None)
         return json.loads(json.dumps(plain | {"grid": [key for key, _ in leaves(self.study.grid.to_dict())]}))
 
     def check(self) -> None:
@@ -123,6 +125,8 @@ def make_plan(study, workdir: Path) -> Plan:
     for run, config in run_configs(study, workdir.resolve()):
         try:
             check_config(config)
+            if "student" not in config.get("report", {}):
+                raise ValueError(f"base {study.base} has no report of a student; use a base of LCD, LCF or fine-tuning")
             if sampling is not None:
                 sampling.check(config)
         except ValueError as error:

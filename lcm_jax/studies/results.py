@@ -9,7 +9,6 @@ import numpy as np
 
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.diversity import Diversity
-from lcm_jax.evaluation.evaluate import Column
 from lcm_jax.evaluation.metrics import METRICS
 from lcm_jax.files import write_text
 from lcm_jax.studies.grid import Run, format_value
@@ -21,6 +20,11 @@ OWN = ("skipping_step", "guidance_scale", "sampler", "steps")  # what a row has 
 PANEL, LEGEND = (4.4, 3.4), 1.6  # inches
 SPREAD = 10.0  # a larger ratio of values has a logarithmic axis
 NUM_TRAIN_TIMESTEPS = 1000  # unless a scheduler has others
+
+
+def leading_column(metric: str) -> str:
+    """Return the column of a metric by which models are compared."""
+    return next(iter(KNOWN[metric].columns))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -120,9 +124,9 @@ def draw(rows: Sequence[Mapping[str, Any]], figure, title: str, path: Path) -> N
 
 
 def _line(axes, at: Sequence[float], rows: Sequence[Mapping[str, Any]], metric: str, color, joined: bool):
-    order = np.argsort(at)
-    values = np.array([rows[i][metric] for i in order], float)
-    bounds = [rows[i].get(report.RANGES, {}).get(metric, (rows[i][metric],) * 2) for i in order]
+    order, column = np.argsort(at), leading_column(metric)
+    values = np.array([rows[i][column] for i in order], float)
+    bounds = [rows[i].get(report.RANGES, {}).get(column, (rows[i][column],) * 2) for i in order]
     errors = np.abs(np.array(bounds, float).T - values)
     style = {"color": color, "marker": "o", "markersize": 3.5, "capsize": 2, "linestyle": "-" if joined else "none"}
     return axes.errorbar(np.array(at)[order], values, yerr=errors, elinewidth=0.8, **style)
@@ -131,9 +135,9 @@ def _line(axes, at: Sequence[float], rows: Sequence[Mapping[str, Any]], metric: 
 def _label(axes, x: str, metric: str, title: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    column: Column = COLUMNS[metric]
-    lower = KNOWN[metric].lower_is_better if metric in KNOWN else False
-    better = "" if metric == "diversity" else f" ({'lower' if lower else 'higher'} is better)"
+    column = COLUMNS[leading_column(metric)]
+    # More diversity is not better by itself: noise has the most.
+    better = "" if metric == "diversity" else f" ({'lower' if KNOWN[metric].lower_is_better else 'higher'} is better)"
     axes.set(xlabel=x.rpartition(".")[2].replace("_", " "), ylabel=column.heading + better, title=title)
     if column.format.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
