@@ -39,6 +39,7 @@ def get_config(model: str = "sd15") -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lcd",
+            "solver": "ddim",  # published; as well dpm and dpm++, which take two evaluations of the teacher
             "num_ddim_steps": 50,  # published: a skipping step of 20
             "w_min": published["w"][0],
             "w_max": published["w"][1],
@@ -50,7 +51,12 @@ def get_config(model: str = "sd15") -> ConfigDict:
             "prompt_dropout": 0.0,  # published by the scripts; the paper does not say
         }
     )
-    config.student = ConfigDict({"guidance_embedding_dim": 256})  # published
+    config.student = ConfigDict(
+        {
+            "guidance_embedding_dim": 256,  # published
+            "guidance_embedding_init": "zero",  # published in the paper; "normal" has the spread of the scripts'
+        }
+    )
     config.data = config_groups.data(
         source="tar",
         length=100_000,

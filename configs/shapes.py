@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lcd",
+            "solver": "ddim",  # of the teacher's step; dpm and dpm++ take two evaluations of the teacher
             "num_ddim_steps": 8,  # a skipping step of 1000 / 8 = 125, published: 20
             "w_min": 3.0,
             "w_max": 7.0,
@@ -34,7 +35,8 @@ def get_config() -> ConfigDict:
             "prompt_dropout": 0.0,
         }
     )
-    config.student = ConfigDict({"guidance_embedding_dim": 256})
+    # The projection of w's embedding begins at zero, as the paper's, or normal, with the spread of the public scripts'.
+    config.student = ConfigDict({"guidance_embedding_dim": 256, "guidance_embedding_init": "zero"})
     config.data = config_groups.data(source="shapes", length=5000, size=64, held_out=1024, encode="cache")
     config.train = ConfigDict(
         {

@@ -30,7 +30,13 @@ def bundled() -> Iterator[tuple[str, str]]:
 def load(name: str) -> Any:
     """Return a bundled config by a name of `bundled`, a ConfigDict. Raises what the config raises for its argument."""
     name, colon, argument = name.partition(":")
-    return _import(folder() / f"{name}.py").get_config(*([argument] if colon else []))
+    return load_file(f"{folder() / name}.py{colon}{argument}")
+
+
+def load_file(config: str) -> Any:
+    """Return the config of a file, PATH or PATH:ARGUMENT. Raises what the file raises, which is code."""
+    path, colon, argument = config.partition(":")
+    return _import(Path(path)).get_config(*([argument] if colon else []))
 
 
 def _import(path: Path) -> ModuleType:

@@ -179,7 +179,7 @@ def without_adapters(config) -> ConfigDict:
         del config.lora
         config.train.ema_rate = config.train.ema_rate or FULL_EMA_RATE
         if config.objective.name == "lcd":
-            config.student = ConfigDict({"guidance_embedding_dim": 256})
+            config.student = ConfigDict({"guidance_embedding_dim": 256, "guidance_embedding_init": "zero"})
     return config
 
 

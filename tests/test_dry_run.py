@@ -136,6 +136,13 @@ def test_accumulation_halves_activations_and_doubles_gradients(teacher):
     np.testing.assert_allclose(parts["flops"], whole["flops"], rtol=0.02)
 
 
+def test_a_solver_of_second_order_adds_a_guided_pass_of_the_teacher(teacher):
+    """Passes of one network for each example: 3 of the student, 1 of the target and 2 or 4 of the teacher."""
+    more = {"mesh.data": 1, "objective.backward_simulation": 0.0}
+    ddim, dpm = (dry_run.estimate(small(teacher, **more, **{"objective.solver": each})) for each in ("ddim", "dpm"))
+    np.testing.assert_allclose(dpm["flops"] / ddim["flops"], 8 / 6, rtol=0.03)
+
+
 def test_every_objective_is_estimated():
     vae = dry_run.estimate(load_config("shapes_vae"))
     assert vae["title"] == "autoencoder from scratch" and vae["trained"].keys() == {"autoencoder"} and vae["flops"] > 0

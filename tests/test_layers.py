@@ -35,6 +35,7 @@ ROOMS = (
     "page",
     "command",
     "benchmarks",
+    "studies",
     "commands",
 )
 FILES = {

@@ -219,11 +219,12 @@ def analytic(schedule, seen=None, dtype=jnp.float32):
     return network("student"), network("teacher")
 
 
-def analytic_loss(frozen, batch, draws, prediction_type="epsilon", *, target=0.8, dtype=jnp.float32):
+def analytic_loss(frozen, batch, draws, prediction_type="epsilon", *, target=0.8, dtype=jnp.float32, solver="ddim"):
     """loss, and what the networks saw."""
     seen: dict = {}
     plan = schedule(prediction_type)
-    loss = make_loss(LCD(distance="l2"), bind_to(*analytic(plan, seen, dtype), plan), PREPARE)
+    objective = LCD(distance="l2", solver=solver)
+    loss = make_loss(objective, bind_to(*analytic(plan, seen, dtype), plan), PREPARE)
     target = {"unet": jnp.float32(target)}
     total, _ = loss({"unet": jnp.float32(0.9)}, target, frozen | {"unet": jnp.float32(0.7)}, batch, draws)
     return total, seen
@@ -305,6 +306,20 @@ def test_the_teachers_two_passes_are_one_batch():
     assert len(seen["teacher"]) == 1
     z, t, context, _ = seen["teacher"][0]
     assert z.shape == (2 * B, H, W, C) and t.shape == (2 * B,) and context.shape == (2 * B, L, 12)
+
+
+@pytest.mark.parametrize("solver", ["dpm", "dpm++"])
+def test_a_solver_of_second_order_asks_the_guided_teacher_again_midway(solver):
+    frozen, batch, draws = example()
+    results = [analytic_loss(frozen, batch, draws, kind, solver=solver) for kind in PREDICTION_TYPES]
+    np.testing.assert_allclose([total for total, _ in results], results[0][0], rtol=1e-3)
+    seen = results[0][1]
+    (_, s, context, _), (z, middle, again, _) = seen["teacher"]
+    t = jnp.repeat(seen["student"][1][1], 2)
+    assert z.shape == (2 * B, H, W, C) and ((t < middle) & (middle < s)).all()
+    np.testing.assert_array_equal(context, again)
+    z_t, of_ddim = seen["student"][1][0], analytic_loss(frozen, batch, draws)[1]["student"][1][0]
+    assert z_t.dtype == jnp.float32 and np.abs(z_t - of_ddim).max() > 1e-2
 
 
 def test_the_start_lies_on_the_trajectory_of_the_latent_and_the_noise():

@@ -217,6 +217,18 @@ def test_the_width_of_the_guidance_input_is_free(teacher, tmp_path):
     assert jax.eval_shape(loss, task.params, task.params, task.frozen, task.batch, draws)[0].shape == ()
 
 
+def test_the_guidance_input_begins_at_zero_or_with_the_spread_of_the_public_scripts(teacher, tmp_path):
+    def load(**more) -> np.ndarray:
+        task = RECIPES["lcd"](shrunk_lcd(teacher, **more), tmp_path / "run")
+        return np.asarray(task.load_params()["unet"]["time_embedding"]["cond_proj"]["kernel"])
+
+    normal = {"student.guidance_embedding_init": "normal"}
+    assert not load().any()
+    np.testing.assert_allclose(load(**normal).std(), (3 * 256) ** -0.5, rtol=0.05)
+    np.testing.assert_array_equal(load(**normal), load(**normal))
+    assert (load(**normal) != load(**normal, **{"train.seed": 1})).any()
+
+
 def test_what_cannot_be_a_teacher_is_refused(tmp_path):
     config = load_config("shapes")
     config.teacher = "shapes-lcm"

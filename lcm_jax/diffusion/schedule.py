@@ -78,8 +78,30 @@ def make_schedule(config: Config) -> Schedule:
     return Schedule(alphas_cumprod, config.get("prediction_type", "epsilon"))
 
 
+def log_snr(schedule: Schedule) -> np.ndarray:
+    """Return lambda = log(alpha / sigma) of every training step, falling float32[T].
+
+    A zero-SNR schedule ends in alpha = 0, where it is infinite: alpha^2 = 2^-24 replaces it, as in diffusers' samplers.
+    """
+    bar = np.maximum(schedule.alphas_cumprod.astype(np.float64), 2.0**-24)
+    return (0.5 * (np.log(bar) - np.log1p(-bar))).astype(np.float32)
+
+
+def timestep_at(schedule: Schedule, log_snr_at: jax.Array) -> jax.Array:
+    """Return t, float32[...] between training steps, with this lambda, float32[...], that is linear in t there."""
+    table = log_snr(schedule)
+    return jnp.interp(log_snr_at, table[::-1], np.arange(len(table), dtype=np.float32)[::-1])
+
+
 def alpha_sigma(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (alpha_t, sigma_t), float32[...], for t: int32[...]."""
+    """Return (alpha_t, sigma_t), float32[...], for t: int32[...], or float32[...] between training steps.
+
+    Between them lambda is linear in t, see `timestep_at`.
+    """
+    if jnp.issubdtype(jnp.result_type(t), jnp.floating):
+        table = log_snr(schedule)
+        twice = 2.0 * jnp.interp(t, np.arange(len(table), dtype=np.float32), table)
+        return jnp.sqrt(jax.nn.sigmoid(twice)), jnp.sqrt(jax.nn.sigmoid(-twice))
     bar = jnp.asarray(schedule.alphas_cumprod)[t]
     return jnp.sqrt(bar), jnp.sqrt(1.0 - bar)
 

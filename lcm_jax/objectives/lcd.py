@@ -6,8 +6,8 @@ import jax
 
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.guidance import check_guidance_schedule, classifier_free, scheduled_guidance
-from lcm_jax.diffusion.schedule import add_noise, alpha_sigma, predict_noise, predict_x0, skipping_steps
-from lcm_jax.diffusion.solvers import ddim_step
+from lcm_jax.diffusion.schedule import add_noise, predict_noise, predict_x0, skipping_steps
+from lcm_jax.diffusion.solvers import SOLVERS, solve
 from lcm_jax.models.conditioning import deinterleave, interleave
 from lcm_jax.objectives.consistency import Consistency, Draws
 from lcm_jax.objectives.networks import Examples, Metrics, Networks
@@ -18,10 +18,12 @@ from lcm_jax.ranges import Range, setting
 class LCD(Consistency):
     """Latent consistency distillation.
 
-    guidance_schedule: the part of w that guides the teacher at each t, see `scheduled_guidance`; the student has all of
-    w as its input (published: all of w).
+    solver: of the teacher's step, see `solvers.solve` (published: ddim, dpm and dpm++, of which the second and the
+    third take two evaluations of the guided teacher). guidance_schedule: the part of w that guides the teacher at each
+    t, see `scheduled_guidance`; the student has all of w as its input (published: all of w).
     """
 
+    solver: str = setting("ddim", tuple(SOLVERS))
     guidance_schedule: tuple = setting((), Range(0, real=True, many=True, infinite=True))
 
     def __post_init__(self):
@@ -40,17 +42,20 @@ class LCD(Consistency):
         # 2. The student's prediction of the trajectory's origin.
         prediction = consistency_function(schedule, networks.student(z_s, s, guided), z_s, s)
 
-        # 3. One guided solver step by the teacher, its two passes as one batch of 2B: z_t.
-        assert networks.teacher is not None and networks.target is not None
-        z_2, s_2 = interleave((z_s, s), (z_s, s))
-        output = networks.teacher(z_2, s_2, interleave(prompt, empty))
-        x0_cond, x0_empty = deinterleave(predict_x0(schedule, output, z_2, s_2))
-        noise_cond, noise_empty = deinterleave(predict_noise(schedule, output, z_2, s_2))
-        w = scheduled_guidance(draws.w, s, self.guidance_schedule)[:, None, None, None]
-        x0, noise = classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
-        z_t = jax.lax.stop_gradient(ddim_step(x0, noise, *alpha_sigma(schedule, t)))
+        # 3. One solver step by the guided teacher, whose two passes are one batch of 2B: z_t.
+        def guided_teacher(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            assert networks.teacher is not None
+            z_2, t_2 = interleave((z, t), (z, t))
+            output = networks.teacher(z_2, t_2, interleave(prompt, empty))
+            x0_cond, x0_empty = deinterleave(predict_x0(schedule, output, z_2, t_2))
+            noise_cond, noise_empty = deinterleave(predict_noise(schedule, output, z_2, t_2))
+            w = scheduled_guidance(draws.w, t, self.guidance_schedule)[:, None, None, None]
+            return classifier_free(x0_empty, x0_cond, w), classifier_free(noise_empty, noise_cond, w)
+
+        z_t = jax.lax.stop_gradient(solve(self.solver, guided_teacher, schedule, z_s, s, t))
 
         # 4. The target network's prediction from there; at the boundary t = 0 it is z_t itself.
+        assert networks.target is not None
         origin = consistency_function(schedule, networks.target(z_t, t, guided), z_t, t)
 
         # 5. The distance between the two.

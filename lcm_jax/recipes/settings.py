@@ -98,6 +98,7 @@ CHOICES: Mapping[str, tuple] = {
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
     "train.remat": (False, True),
+    "student.guidance_embedding_init": ("zero", "normal"),
     "vae.mid_block_add_attention": (False, True),
 }
 

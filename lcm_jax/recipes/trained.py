@@ -58,8 +58,9 @@ def train_unet(config, models: Models) -> Trained:
     def load() -> Params:
         abstract = models.base.abstract_params()["unet"]
         unet = read_params(models.stored, "unet", abstract, lambda leaf: np.dtype(np.float32))
-        added = student.guidance_embedding_dim is not None and models.base.guidance_embedding_dim is None
-        return {"unet": add_guidance_input(unet, student) if added else unet}
+        if student.guidance_embedding_dim is not None and models.base.guidance_embedding_dim is None:
+            unet = add_guidance_input(unet, student, config.student.guidance_embedding_init, config.train.seed)
+        return {"unet": unet}
 
     return Trained(
         params={"unet": student.abstract_params()["unet"]},
@@ -79,15 +80,18 @@ def bind_unet(model: StableDiffusion, params: Params) -> Denoiser:
     return lambda z, t, conditioning: model.denoise(params, z, t, conditioning._replace(guidance=None))
 
 
-def add_guidance_input(unet: Params, student: StableDiffusion) -> Params:
+def add_guidance_input(unet: Params, student: StableDiffusion, init: str, seed: int) -> Params:
     """Return a teacher's UNet with the student's input for the guidance weight.
 
-    Its weights are zero: at first student and teacher agree for every w.
+    init: "zero", so that at first student and teacher agree for every w, or "normal" weights drawn from `seed`, of the
+    variance 1 / 3d of torch's linear layers, with which the public scripts begin; d is the embedding's dimension.
     """
     assert student.guidance_embedding_dim is not None
     width = (student.guidance_embedding_dim, student.unet.config["block_out_channels"][0])
-    projection = {"cond_proj": {"kernel": np.zeros(width, np.float32)}}
-    return unet | {"time_embedding": unet["time_embedding"] | projection}
+    kernel = np.zeros(width, np.float32)
+    if init == "normal":
+        kernel = np.random.default_rng(seed).normal(0.0, (3 * width[0]) ** -0.5, width).astype(np.float32)
+    return unet | {"time_embedding": unet["time_embedding"] | {"cond_proj": {"kernel": kernel}}}
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
