@@ -18,6 +18,7 @@ from lcm_jax.evaluation.evaluate import Column, concatenate, evaluate, make_reso
 from lcm_jax.evaluation.frechet import frechet_distance, moments
 from lcm_jax.evaluation.metrics import METRICS, make_metrics
 from lcm_jax.evaluation.verifier import score
+from lcm_jax.recipes.evaluation import open_output
 
 RECORDS = [shapes.Shapes("test", 24)[i] for i in range(24)]
 CAPTIONS = [record["caption"] for record in RECORDS]
@@ -223,9 +224,11 @@ def test_models_are_compared_and_an_interrupted_report_goes_on(call, tmp_path, c
         assert {k: v for k, v in again[n].items() if k not in speeds} == {
             k: v for k, v in figures[n].items() if k not in speeds
         }
+
+    # What is overwritten is the evaluation, and no more.
     (output / "keep.txt").write_text("mine")
-    call(*arguments, "--plan=ddim:1", "--overwrite")
-    assert (output / "keep.txt").exists() and len(list((output / "images").rglob("*.png"))) == 7
+    assert open_output(output, {"models": {}}, overwrite=True) is None
+    assert sorted(path.name for path in output.iterdir()) == ["keep.txt", "lock", "settings.json"]
 
 
 @pytest.mark.parametrize(
