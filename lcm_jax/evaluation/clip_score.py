@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from lcm_jax.evaluation.clip_towers import TOWERS, Rows, cosines, open_encoders
-from lcm_jax.evaluation.evaluate import Column, Measure, Resources
+from lcm_jax.evaluation.evaluate import Column, Measure, Resources, seven_digits
 
 DEFAULT = "ViT-L/14"
 
@@ -53,9 +53,9 @@ class ClipScore:
     def result(self, rows: Rows) -> dict[str, float]:
         cos = cosines(rows)
         return {
-            "clip_score": round(float(100 * cos.mean()), 4),
-            "clipscore": round(float(2.5 * np.maximum(cos, 0).mean()), 6),
-            "clip_score_clipped": round(float(max(100 * cos.mean(), 0)), 4),
+            "clip_score": seven_digits(100 * cos.mean()),
+            "clipscore": seven_digits(2.5 * np.maximum(cos, 0).mean()),
+            "clip_score_clipped": seven_digits(max(100 * cos.mean(), 0)),
         }
 
     def scores(self, rows: Rows) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcm_jax.evaluation.clip_inputs import for_cmmd
 from lcm_jax.evaluation.clip_towers import Rows, open_image_encoder
-from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources
+from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, seven_digits
 
 MODEL = "ViT-L/14@336px"
 SIGMA, SCALE = 10.0, 1000.0
@@ -78,7 +78,7 @@ class CMMD:
         return cls(measure, reference, mean_kernel(reference, reference), note)
 
     def result(self, rows: Rows) -> dict[str, float]:
-        return {"cmmd": round(cmmd(rows["image"], self.reference, self.reference_kernel), 5)}
+        return {"cmmd": seven_digits(cmmd(rows["image"], self.reference, self.reference_kernel))}
 
     def scores(self, rows: Rows) -> None:
         return None

@@ -182,6 +182,11 @@ def figures(metrics: Mapping[str, Metric], rows: Mapping[str, Rows], resample: b
     return found | ({"intervals": ranges} if resample else {})
 
 
+def seven_digits(value: float) -> float:
+    """Return a number with seven significant digits, which are about those of the float32 features behind it."""
+    return float(f"{value:.7g}")
+
+
 def speed(counts: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
     """Return images/s and the median and 95th percentile of the seconds of a batch, from those of each batch."""
     if not seconds:

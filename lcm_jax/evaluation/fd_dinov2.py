@@ -9,7 +9,7 @@ import numpy as np
 
 from lcm_jax.evaluation.clip_inputs import for_dinov2
 from lcm_jax.evaluation.clip_towers import check_finite, in_batches, prepare
-from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources
+from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, seven_digits
 from lcm_jax.evaluation.frechet import Gaussian, distances_to, fit_gaussian
 from lcm_jax.models.layers import apply
 from lcm_jax.models.vit import DINOV2_LARGE, VisionConfig, VisionTransformer
@@ -79,7 +79,7 @@ class FDDinov2:
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two images."""
-        return {"fd_dinov2": round(distances_to(self.reference, rows["features"]).of(), 4)}
+        return {"fd_dinov2": seven_digits(distances_to(self.reference, rows["features"]).of())}
 
     def scores(self, rows: Rows) -> None:
         return None

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from lcm_jax.evaluation.evaluate import Column, Measure, Resources
+from lcm_jax.evaluation.evaluate import Column, Measure, Resources, seven_digits
 from lcm_jax.evaluation.frechet import Distances, Gaussian, distances_to, fit_gaussian, make_gaussian, moments
 from lcm_jax.evaluation.inception import (
     Rows,
@@ -113,7 +113,7 @@ class FID:
         found = {"fid": distances.of()}
         if len(features) < SMALL_SAMPLE:
             found["fid_infinity"] = extrapolate(distances)
-        return {name: round(value, 4) for name, value in found.items()}
+        return {name: seven_digits(value) for name, value in found.items()}
 
     def scores(self, rows: Rows) -> None:
         return None

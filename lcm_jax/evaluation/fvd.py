@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lcm_jax.evaluation.batches import in_batches
-from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, concatenate
+from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, concatenate, seven_digits
 from lcm_jax.evaluation.frechet import Moments, check_features, gaussian_distance, moments
 from lcm_jax.evaluation.inception_inputs import pytorch_bilinear
 from lcm_jax.evaluation.videos import CLIP_FRAMES, open_videos
@@ -119,7 +119,7 @@ class FVD:
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two clips."""
-        return {"fvd": round(video_distance(moments(rows), self.reference), 4)}
+        return {"fvd": seven_digits(video_distance(moments(rows), self.reference))}
 
     def scores(self, rows: Rows) -> None:
         return None

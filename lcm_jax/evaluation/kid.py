@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from lcm_jax.evaluation.evaluate import Column, Measure, Resources
+from lcm_jax.evaluation.evaluate import Column, Measure, Resources, seven_digits
 from lcm_jax.evaluation.inception import Rows, features_of, inception_measure, read_flavour, reference_features
 
 SUBSETS = 100
@@ -73,7 +73,7 @@ class KID:
 
     def result(self, rows: Rows) -> dict[str, float]:
         """Raise ValueError for fewer than two images, and as `features_of` does."""
-        return {"kid": round(kernel_distance(features_of(rows, self.flavour), self.reference), 6)}
+        return {"kid": seven_digits(kernel_distance(features_of(rows, self.flavour), self.reference))}
 
     def scores(self, rows: Rows) -> None:
         return None
