@@ -4,7 +4,7 @@
     python -m lcm_jax.study --config=study_solver --workdir=runs/study_solver --config.overrides.train.steps=2000
 
 DDIM, DPM-Solver-2 and DPM-Solver++(2S), with skipping steps of k = 1, 5, 10, 20 and 50 timesteps. The runs have the
-paper's algorithm alone, without what configs/shapes.py adds. Small enough for two CPU cores: 15 runs take an hour.
+paper's algorithm alone, without what configs/shapes.py adds. On two CPU cores a run takes two to three minutes.
 """
 
 from ml_collections import ConfigDict

@@ -84,7 +84,7 @@ def relative_error(solver, num_ddim_steps, schedule):
         return solve(solver, estimate, schedule, z, *skipping_steps(index[None], num_ddim_steps)), None
 
     z, _ = jax.lax.scan(step, start, jnp.arange(num_ddim_steps // 5, num_ddim_steps)[::-1])
-    (a_1, s_1), (a_0, s_0) = (alpha_sigma(schedule, t) for t in (999, 1000 // 5 - 1))
+    (a_1, s_1), (a_0, s_0) = (alpha_sigma(schedule, jnp.array(t)) for t in (999, 199))
     exact = float(jnp.sqrt((a_0**2 * SPREAD**2 + s_0**2) / (a_1**2 * SPREAD**2 + s_1**2)))
     return abs(float(z[0, 0, 0, 0]) - exact) / exact
 
