@@ -146,7 +146,7 @@ def prepare_train(case: Case):
     guided = {**pipe.configs["unet"], "time_cond_proj_dim": 256}
     model = StableDiffusion.from_configs({**pipe.configs, "unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
     unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
-    student = {"unet": add_guidance_input(unet, model)}
+    student = {"unet": add_guidance_input(unet, model, "zero", seed=0)}
     frozen["empty_ids"] = pipe.tokenize([""])[0]
     side = latent_side(case, pipe)
     optimizer = optax.chain(
