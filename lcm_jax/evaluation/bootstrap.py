@@ -57,6 +57,7 @@ def _interval(value: float, drawn: np.ndarray) -> tuple[float, float]:
     if abs(bias) < NOISE * drawn.std() / len(drawn) ** 0.5:
         bias = 0.0
     low, high = np.quantile(drawn, (tail, 1 - tail)) - bias
-    if 0 <= min(value, *drawn) and max(value, *drawn) <= 1:  # a share, which the shift does not make more than one
-        low, high = max(low, 0.0), min(high, 1.0)
+    # No figure that is never negative, or never above 1, becomes so by the shift.
+    low = max(low, 0.0) if min(value, *drawn) >= 0 else low
+    high = min(high, 1.0) if max(value, *drawn) <= 1 else high
     return float(f"{low:.6g}"), float(f"{high:.6g}")
