@@ -17,7 +17,7 @@ from lcm_jax.files import whole_file
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+    """Statistics of a set. flavour, count, reference: None in files of other tools. features: float[N, D] or None."""
     """What a file records of a set. flavour, count, reference: None in files of other tools. features: float[N, D]."""
 
     mean: np.ndarray  # float[D]

@@ -42,8 +42,8 @@ class Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What makes a folder that of this study: all but the figure, and the values of the grid and of the guidance
-        scales, to which more may be added."""
+        """The settings by which a folder is that of this study: all but the figure, and the values of the grid and of
+        the guidance scales, to which more may be added."""
         names = [name for name in (*GROUPS, *OPTIONAL) if name in self.study and name not in ("grid", "figure")]
         settings = {name: self.study[name] for name in names}
         plain = {name: each.to_dict() if isinstance(each, ConfigDict) else each for name, each in settings.items()}
