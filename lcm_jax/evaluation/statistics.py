@@ -17,8 +17,11 @@ from lcm_jax.files import whole_file
 
 
 @dataclass(frozen=True, eq=False)
-    """Statistics of a set. flavour, count, reference: None in files of other tools. features: float[N, D] or None."""
-    """What a file records of a set. flavour, count, reference: None in files of other tools. features: float[N, D]."""
+class Statistics:
+    """Statistics of a set.
+
+    flavour, count, reference: None in files of other tools. features: float[N, D], or None where a file has none.
+    """
 
     mean: np.ndarray  # float[D]
     covariance: np.ndarray  # float64[D, D]
