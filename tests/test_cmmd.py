@@ -102,7 +102,7 @@ def test_fd_dinov2_equals_its_formula(tmp_path, monkeypatch):
 
 def test_a_reference_without_images_is_refused(monkeypatch):
     monkeypatch.setattr(cmmd, "open_image_encoder", lambda *arguments, **options: None)
-    with pytest.raises(ValueError, match="the reference some.npz has no images, which a metric needs; use a folder"):
+    with pytest.raises(ValueError, match="a metric compares with real images, and some.npz has none; use a folder"):
         cmmd.CMMD.create(Resources(None, "some.npz"))
 
 

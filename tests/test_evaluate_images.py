@@ -93,7 +93,7 @@ def test_figures_of_a_folder_stand_by_their_names(made, call, tmp_path, monkeypa
         ([], "^--images needs --metrics, such as --metrics=fid"),
         (["--metrics=fed"], "^metrics 'fed' is not supported; use verifier"),
         (["--metrics=frechet"], "^metrics 'frechet' needs an autoencoder's features; remove it"),
-        (["--metrics=distance"], "^the reference none has no images, which a metric needs; use a folder of images"),
+        (["--metrics=distance"], "^a metric compares with real images, and --reference is missing; use a folder of images"),
         (["--metrics=distance", "--reference=nowhere"], "^--reference=nowhere is not a folder; use a folder of images"),
         (["--metrics=distance", "--reference=nowhere.npz"], "^--reference=nowhere.npz is not a file; use a .npz"),
         (["--metrics=verifier", "--prompts=nowhere"], "^--prompts=nowhere is not a file; use a text file with a line"),
@@ -200,6 +200,9 @@ def test_captions_of_coco_pair_with_their_images(tmp_path):
     assert [each.shape for each in real] == [(30, 40, 3), (30, 24, 3)] and texts == ["second", "first"]
     second = PROMPT_SETS["coco"](config, lambda count: range(1, count), tmp_path)
     assert [texts for _, texts in second.real_images()] == [["first"]], "the part of one of two processes"
+    config.data.captions = ""
+    with pytest.raises(ValueError, match="^data.captions is missing; set --config.data.captions to that of COCO"):
+        PROMPT_SETS["coco"](config, whole, tmp_path)
     config.data.compared = "some"
     with pytest.raises(ValueError, match="^data.compared 'some' is not supported; use paired or all"):
         PROMPT_SETS["coco"](config, whole, tmp_path)

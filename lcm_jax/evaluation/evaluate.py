@@ -33,7 +33,7 @@ class Resources:
     """Resources that metrics compare images with.
 
     real_images: returns batches (images, their captions) of the reference set, from the first one on at each call, in
-    one of several processes a part of them; reference: the name of the set. train_images: the same of training images,
+    one of several processes a part of them; reference: the name of the set, "" for none. train_images: the same of training images,
     if there are any. features: uint8[B, H, W, 3] -> float[B, D] of an autoencoder, if there is one. statistics: a .npz
     file of the reference set, in place of its images. weights: published weights of feature networks. settings: of the
     metrics, by name. batch_size: images that a network takes at once. gather: see `measure_batches`.
@@ -65,9 +65,8 @@ class Resources:
         Raises ValueError if the reference is given by its statistics, and if it has no images.
         """
         if self.real_images is None:
-            raise ValueError(
-                f"the reference {self.reference} has no images, which a metric needs; use a folder of images"
-            )
+            reason = f"{self.reference} has none" if self.reference else "--reference is missing"
+            raise ValueError(f"a metric compares with real images, and {reason}; use a folder of images")
         return self.once(("reference", measure), lambda: self._measure_reference(measure))
 
     def _measure_reference(self, measure: Measure) -> Rows:

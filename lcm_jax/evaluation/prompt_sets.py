@@ -51,6 +51,9 @@ def open_coco(config, part: Part, folder: Path) -> PromptSet:
     for key, choices in (("per_image", ("any", "first")), ("compared", ("paired", "all"))):
         if data[key] not in choices:
             raise ValueError(f"data.{key} {data[key]!r} is not supported; use {' or '.join(choices)}")
+    for key in ("captions", "images"):
+        if not data[key]:
+            raise ValueError(f"data.{key} is missing; set --config.data.{key} to that of COCO (see configs/eval)")
     coco = read_coco(Path(data.captions), Path(data.images))
     chosen = coco.choose(report.prompts, data.per_image, report.seed)
     images = list(dict.fromkeys(each.image for each in chosen)) if data.compared == "paired" else list(coco.images)

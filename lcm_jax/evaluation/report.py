@@ -121,7 +121,7 @@ def guidance(report: Mapping[str, Any]) -> str:
 def title(report: Mapping[str, Any]) -> str:
     """Return what the rows of a report have in common."""
     if (images := report.get("images")) is not None:
-        compared = f" compared with {report['reference']}" if report["reference"] != "none" else ""
+        compared = f" compared with {report['reference']}" if report["reference"] else ""
         return f"{images['count']} images of {images['folder']}{compared}"
     compared = f", compared with {report['reference']}" if "reference" in report else ""
     return f"{report['captions']} held-out captions{compared}, {guidance(report)}"

@@ -380,7 +380,7 @@ def reference_resources(
     """Return the resources of a reference: a folder of images or videos, a .npz file of statistics, or none."""
     shared = {"weights": weights, "settings": settings, "batch_size": batch_size, "gather": distributed.gather_rows}
     if reference is None:
-        return Resources(None, "none", **shared)
+        return Resources(None, "", **shared)
     if reference.suffix == ".npz":
         if not reference.is_file():
             raise ValueError(f"--reference={reference} is not a file; use a .npz of statistics, or a folder of images")
