@@ -93,7 +93,7 @@ def test_figures_of_a_folder_stand_by_their_names(made, call, tmp_path, monkeypa
         ([], "^--images needs --metrics, such as --metrics=fid"),
         (["--metrics=fed"], "^metrics 'fed' is not supported; use verifier"),
         (["--metrics=frechet"], "^metrics 'frechet' needs an autoencoder's features; remove it"),
-        (["--metrics=distance"], "^a metric compares with real images, and --reference is missing; use a folder of images"),
+        (["--metrics=distance"], "^a metric compares with real images, and --reference is missing; use a"),
         (["--metrics=distance", "--reference=nowhere"], "^--reference=nowhere is not a folder; use a folder of images"),
         (["--metrics=distance", "--reference=nowhere.npz"], "^--reference=nowhere.npz is not a file; use a .npz"),
         (["--metrics=verifier", "--prompts=nowhere"], "^--prompts=nowhere is not a file; use a text file with a line"),

@@ -33,10 +33,11 @@ class Resources:
     """Resources that metrics compare images with.
 
     real_images: returns batches (images, their captions) of the reference set, from the first one on at each call, in
-    one of several processes a part of them; reference: the name of the set, "" for none. train_images: the same of training images,
-    if there are any. features: uint8[B, H, W, 3] -> float[B, D] of an autoencoder, if there is one. statistics: a .npz
-    file of the reference set, in place of its images. weights: published weights of feature networks. settings: of the
-    metrics, by name. batch_size: images that a network takes at once. gather: see `measure_batches`.
+    one of several processes a part of them; reference: the name of the set, or "" for none. train_images: the same of
+    training images, if there are any. features: uint8[B, H, W, 3] -> float[B, D] of an autoencoder, if there is one.
+    statistics: a .npz file of the reference set, in place of its images. weights: published weights of feature
+    networks. settings: of the metrics, by name. batch_size: images that a network takes at once. gather: see
+    `measure_batches`.
     """
 
     real_images: Callable[[], Batches] | None
