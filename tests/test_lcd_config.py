@@ -108,7 +108,9 @@ def test_a_model_in_small_from_shards_to_a_student(teacher_of, command, shards, 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["captions"] == 2
     for figures in (report["teacher"]["ddim"]["2"], report["student"]["lcm"]["1"]):
-        assert figures.keys() == {"frechet", "images_per_s"}, "nothing judges these pictures"
+        assert figures.keys() == {"frechet", "intervals", "images_per_s", "latency_p50_s", "latency_p95_s"}, (
+            "nothing judges these pictures"
+        )
         assert figures["frechet"] >= 0
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| model | sampler | steps | Frechet | images/s |" in text and "verifier" not in text
