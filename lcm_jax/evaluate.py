@@ -192,7 +192,7 @@ def evaluate_models(config, weights) -> None:
     check_config(config)
     plan = read_plan(PLAN.value, tuple(SAMPLERS)) if PLAN.value else config.get("plan", {})
     models = open_models(names, plan, config.data.size)
-    with TemporaryDirectory() if output is None else nullcontext(output) as folder:
+    with TemporaryDirectory() if output is None else nullcontext(output) as folder, evaluation.alone(output):
         prompts = PROMPT_SETS[config.data.source](config, distributed.part_of, Path(folder) / "index")
         if output is not None:
             digests = {each.name: evaluation.identify(each.stored) for each in models}
@@ -206,7 +206,6 @@ def evaluate_models(config, weights) -> None:
         steps = sum(sum(steps) for each in models for steps in each.plan.values())
         kept = f"run the same command to go on in {output}" if output else "nothing was written"
         with (
-            evaluation.alone(output),
             phase("evaluating", memory="lower --config.report.batch_size, or use --dtype=bfloat16", kept=kept),
             progress(steps * len(distributed.part_of(len(prompts.prompts)))) as update,
         ):
@@ -231,12 +230,7 @@ def evaluate_images(config, folder: Path, weights) -> None:
     reference = None if REFERENCE.value is None else Path(REFERENCE.value)
     prompts = None if PROMPTS.value is None else Path(PROMPTS.value)
     if output is not None:
-        sources = {"images": str(folder), "reference": str(reference), "prompts": str(prompts)}
-        settings = sources | {"metrics": list(METRICS.value), "settings": read_settings(config)}
-        if (done := evaluation.open_output(output, settings, OVERWRITE.value)) is not None:
-            print(f"this evaluation is complete: {output / 'report.json'}")
-            report.show(done)
-            return
+        evaluation.check_report(output, OVERWRITE.value)
     count = len(distributed.part_of(sum(1 for path in folder.rglob("*") if path.is_file())))
     with (
         phase("measuring", memory="lower --config.report.batch_size", kept="run the same command again"),
@@ -257,6 +251,7 @@ def evaluate_images(config, folder: Path, weights) -> None:
     if distributed.is_main():
         report.show(result)
         if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
             report.write(result, output)
             print(f"report in {output / 'report.md'} and {output / 'report.json'}")
 

@@ -205,6 +205,13 @@ def test_models_are_compared_and_an_interrupted_report_goes_on(call, tmp_path, c
     with pytest.raises(ValueError, match="has an evaluation with dtype float32, and now it is bfloat16"):
         call(*arguments, "--plan=ddim:2,1", "--config.report.seed=2", "--dtype=bfloat16")
 
+    # After a mistake in the settings, by which nothing was made, others may follow.
+    empty = tmp_path / "empty"
+    for wrong in ("^fid_flavour 'foo'", "^fid_flavour 'fuu'"):
+        flavour = wrong.split("'")[1]
+        with pytest.raises(ValueError, match=wrong):
+            call(*arguments[:-1], f"--output={empty}", "--plan=ddim:1", "--metrics=fid", f"--fid_flavour={flavour}")
+
     # Killed while it made the second row: what is there is not made again, and the figures are the same.
     row = next((output / "images").iterdir()) / "ddim-1"
     for path in (

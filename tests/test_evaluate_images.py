@@ -78,8 +78,13 @@ def test_figures_of_a_folder_stand_by_their_names(made, call, tmp_path, monkeypa
     text = (output / "report.md").read_text()
     assert f"12 images of {made} compared with 12 images of {made}" in text and "| distance | verifier |" in text
     assert "The distance is that of means." in text and "The distance is that of means." in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has an evaluation with metrics .*distance.*; use another --output"):
+    with pytest.raises(ValueError, match="report.json exists already; use another --output, or --overwrite"):
         call(*arguments, "--metrics=distance")
+    call(*arguments, "--metrics=distance", "--overwrite")  # of images that may have changed
+    assert "verifier" not in json.loads((output / "report.json").read_text())
+    (output / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an evaluation of models; use another --output"):
+        call(*arguments, "--metrics=distance", "--overwrite")
     # Sizes may differ, for a metric that reads one image at a time.
     for number in range(3):
         Image.new("RGB", (20 + number, 30), (10, 20, 30)).save(tmp_path / f"{number}.png")

@@ -97,10 +97,9 @@ def open_output(output: Path, settings: Mapping[str, Any], overwrite: bool) -> d
     """Make the folder of an evaluation, or go on in it; return its report if it is complete.
 
     settings: of this evaluation, kept beside what is made by them. overwrite: delete what an evaluation has left there.
-    Raises ValueError if it is a file, or has an evaluation by other settings.
+    Settings by which no image was made yet, as after a mistake in them, may change. Call it while `alone`. Raises
+    ValueError if the folder has an evaluation by other settings.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output={output} is a file; use a folder")
     file, before = output / "settings.json", output / "report.json"
     settings = json.loads(json.dumps(settings))
     if overwrite and distributed.is_main():
@@ -110,7 +109,7 @@ def open_output(output: Path, settings: Mapping[str, Any], overwrite: bool) -> d
             else:
                 path.unlink(missing_ok=True)
     distributed.wait_for_all("output")
-    if file.exists():
+    if file.exists() and (output / "images").exists():
         stored = read_object(file, "use --overwrite, which deletes the images too")
         if changed := differences(stored, settings):
             key, value, now = changed[0]
@@ -124,18 +123,35 @@ def open_output(output: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         raise ValueError(f"{before} exists already; use another --output, or --overwrite")
     distributed.wait_for_all("looked")
     if distributed.is_main():
-        output.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(settings, indent=1) + "\n")
     distributed.wait_for_all("settings")
     return None
 
 
+def check_report(output: Path, overwrite: bool) -> None:
+    """Raise ValueError if a report of images cannot be written to `output`: it is a file, or has another report.
+
+    Images may have changed since a report of them, so that none is taken for that of this command. overwrite: replace a
+    report, but for one of models, which belongs to the images beside it.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output} is a file; use a folder")
+    if (output / "settings.json").exists():
+        raise ValueError(f"{output} has an evaluation of models; use another --output")
+    if (output / "report.json").exists() and not overwrite:
+        raise ValueError(f"{output / 'report.json'} exists already; use another --output, or --overwrite")
+
+
 @contextmanager
 def alone(output: Path | None) -> Iterator[None]:
-    """Keep other evaluations out of the folder. Raises RunError if there is one."""
+    """Keep other evaluations out of the folder, which is made. Raises ValueError if it is a file, RunError if there is
+    another evaluation."""
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output} is a file; use a folder")
     if output is None or not distributed.is_main():
         yield
         return
+    output.mkdir(parents=True, exist_ok=True)
     try:
         with locks.lock(output / "lock"):
             yield
