@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from lcm_jax.models import winograd
+
 Dtype = Any
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -129,13 +131,20 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+        scale, bias = (p.reshape(*[1] * (x.ndim - 1), -1) for p in (scale, bias))
+        mean = self._mean_of_groups(x)
+        variance = self._mean_of_groups(jnp.square(x.astype(jnp.float32) - mean))
         # Folded into one multiply-add per element: y = x a + b, with a and b per example and channel.
-        a = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.groups, -1)
-        b = bias.reshape(1, 1, self.groups, -1) - mean * a
-        return (grouped * a + b).reshape(x.shape).astype(self.dtype)
+        a = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return (x.astype(jnp.float32) * a + (bias - mean * a)).astype(self.dtype)
+
+    def _mean_of_groups(self, x):
+        """Return the mean of x: [B, ..., C] of each example and group, float32[B, 1, ..., C], equal within a group."""
+        means, axes = x, x.ndim - 2
+        for _ in range(axes):  # one axis after the other, which XLA vectorizes on a CPU; over all at once it does not
+            means = means.mean(axis=-2, dtype=jnp.float32)
+        means = means.reshape(len(x), self.groups, -1).mean(axis=-1)
+        return jnp.repeat(means, x.shape[-1] // self.groups, axis=-1).reshape(len(x), *[1] * axes, -1)
 
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -147,13 +156,18 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding 
     if size == 1:  # the gradient of a matrix product is several times faster than a convolution's on a CPU
         return jnp.tensordot(x, kernel[0, 0], 1)
     half = size // 2
+    if padding is None and stride == 1 and winograd.pays(x, kernel):
+        return winograd.convolve(x, kernel)
     padding = padding or ((half, half), (half, half))
     dimensions = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=dimensions)
 
 
 class Conv(nn.Module):
-    """Convolution of x: [B, H, W, C] with PyTorch's symmetric padding, or `padding` per side."""
+    """Convolution of x: [B, H, W, C] with PyTorch's symmetric padding, or `padding` per side.
+
+    upsample: repeat each pixel twice along both axes before the convolution.
+    """
 
     features: int
     size: int = 3
@@ -162,16 +176,23 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
     zero: bool = False
     bias: bool = True
+    upsample: bool = False
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
+        y = self.convolve(x.astype(self.dtype), self.param("kernel", init, shape).astype(self.dtype))
         if not self.bias:
             return y
         return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
+
+    @nn.nowrap
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Return x: [B, H, W, C], convolved as this layer does, with another kernel: [k, k, C, features]."""
+        if self.upsample:
+            return convolve_upsampled(x, kernel)
+        return convolve(x, kernel, self.stride, self.padding)
 
 
 class ResnetBlock(nn.Module):
@@ -214,10 +235,25 @@ class Downsample(nn.Module):
         return Conv(self.features, stride=2, padding=(side, side), dtype=self.dtype, name="conv")(x)
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """Repeat each pixel of x: [B, H, W, C] twice along both axes, [B, 2H, 2W, C]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return the convolution of x: [B, H, W, C], each pixel repeated twice along both axes, with kernel: [3, 3, C, F].
+
+    Each of the four pixels that come from one sees only 2x2 different pixels, so that a 2x2 kernel of sums gives the
+    same with 4/9 of the multiplications. The sums are in float32. The result is [B, 2H, 2W, F] in the dtype of x.
+    """
+    batch, height, width, _ = x.shape
+
+    def sums(k, axis):
+        """Return the kernel of the first and of the second of two equal pixels along an axis."""
+        before, middle, after = jnp.split(k, 3, axis)
+        first, second = [before, middle + after], [before + middle, after]
+        return [jnp.concatenate(parts, axis) for parts in (first, second)]
+
+    kernels = [each for rows in sums(kernel.astype(jnp.float32), 0) for each in sums(rows, 1)]
+    y = convolve(x, jnp.concatenate(kernels, axis=-1).astype(x.dtype), padding=((1, 1), (1, 1)))
+    y = y.reshape(batch, height + 1, width + 1, 2, 2, -1)  # the last but one: row and column of the four pixels
+    pixels = [[y[:, i : i + height, j : j + width, i, j] for j in range(2)] for i in range(2)]
+    return jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2).reshape(batch, 2 * height, 2 * width, -1)
 
 
 class Upsample(nn.Module):
@@ -229,10 +265,9 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x, size: tuple[int, int] | None = None):
         h, w = x.shape[1:3]
-        if size is None or size == (2 * h, 2 * w):
-            x = upsample_nearest(x)
-        else:
+        twice = size is None or size == (2 * h, 2 * w)
+        if size is not None and not twice:
             # PyTorch's rule, floor(i h / H); jax.image.resize uses pixel centers, which differ at odd sizes.
             rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
             x = x[:, rows[:, None], columns[None, :], :]
-        return Conv(self.features, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, upsample=twice, dtype=self.dtype, name="conv")(x)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcm_jax.models.layers import Conv, convolve
+from lcm_jax.models.layers import Conv
 from lcm_jax.ranges import ABOVE_ZERO, DECAY, POSITIVE, check_fields, setting
 
 Path = tuple[str, ...]
@@ -174,7 +174,7 @@ def applied(adapters: Tree, scale: float, dropout: float = 0.0, keys: jax.Array 
         x = args[0].astype(output.dtype)
         if keys is not None:
             x = drop(x, dropout, keys, module.path)
-        low = convolve(x, down, module.stride, module.padding) if isinstance(module, Conv) else x @ down
+        low = module.convolve(x, down) if isinstance(module, Conv) else x @ down
         return output + jnp.asarray(scale, output.dtype) * jnp.tensordot(low, up, 1)
 
     with nn.intercept_methods(add):

@@ -9,18 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.layers import (
-    ACTIVATIONS,
-    COUNT,
-    SIZE,
-    Between,
-    Conv,
-    Dtype,
-    activation,
-    check_config,
-    freeze,
-    upsample_nearest,
-)
+from lcm_jax.models.layers import ACTIVATIONS, COUNT, SIZE, Between, Conv, Dtype, activation, check_config, freeze
 
 DEFAULTS = {
     "in_channels": 3,
@@ -100,10 +89,10 @@ class Stack(nn.Module):
             for j in range(blocks):
                 x = TinyBlock(c["act_fn"], self.dtype, name=f"layers_{count + j}")(x)
             count += blocks
-            if not last:
-                x, count = upsample_nearest(x), count + 1
+            count += not last  # for the upsampling
             features = c["out_channels"] if last else width
-            x, count = Conv(features, bias=last, dtype=self.dtype, name=f"layers_{count}")(x), count + 1
+            x = Conv(features, bias=last, upsample=not last, dtype=self.dtype, name=f"layers_{count}")(x)
+            count += 1
         return x
 
 
