@@ -18,18 +18,19 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
-from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
+from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates, sums
 from lcm_jax.sampling.callbacks import StepCallback, diffusers_callback
 from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import CONTROLNET, check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
+from lcm_jax.sampling.parameters import Originals, read_cast
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import trees
 from lcm_jax.weights.controlnet import place_controlnet
 from lcm_jax.weights.errors import ModelError
-from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params, replace_vae
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, replace_vae
 from lcm_jax.weights.preset import Preset, default_preset
 
 ControlNets = str | Path | StoredModel | Sequence[str | Path | StoredModel]
@@ -44,7 +45,10 @@ class Output:
 
 
 class Pipeline:
-    """A text-to-image model on the device. Its parameters keep their stored dtypes and are cast when they are used."""
+    """A text-to-image model on the device.
+
+    params: by network, in the dtypes that the networks compute in: the compute dtype, and float32 for biases and scales.
+    """
 
     def __init__(
         self,
@@ -70,8 +74,7 @@ class Pipeline:
         self.name, self.family = stored.name, stored.family
         self.configs, self.index, self._model_preset = stored.configs, stored.index, stored.preset
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
-        abstract = self.model.abstract_params()
-        check_params(stored, abstract)
+        check_params(stored, self.model.abstract_params())
         try:
             self.tokenizers = tokenizers.open_tokenizers(self.tokenizer_folder, stored.configs)
         except ValueError as error:
@@ -80,7 +83,8 @@ class Pipeline:
         # jax.make_mesh makes explicit axes by default, under which operations ask for the sharding of their results.
         self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
-        self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
+        self.params = read_cast(stored, self.model, put)
+        self._originals = Originals(stored, self.params)
         names = [controlnet] if isinstance(controlnet, str | Path | StoredModel) else controlnet
         placed = [place_controlnet(each, self.model, self.configs["unet"], put) for each in names]
         self.controlnets = tuple(name for name, _, _ in placed)
@@ -89,7 +93,7 @@ class Pipeline:
         self._compiled: dict = {}  # (sampler, options) -> jitted
         self._on_step = StepCallback()
         self._adapters: dict[str, tuple[Adapter, float]] = {}
-        self._originals: dict[KernelPath, jax.Array] = {}  # by path, of every parameter that an adapter changes
+        self._bases: dict[KernelPath, jax.Array] = {}  # by path, of every parameter that an adapter changes
         self._adapter_presets: dict[str, Preset] = {}  # of those loaded LoRAs that have one
         self._tile: int | None = None  # side of the autoencoder's tiles in pixels
 
@@ -126,7 +130,7 @@ class Pipeline:
             folders.write_pipeline(
                 temporary,
                 self.configs,
-                self.params,
+                self._exact_params(),
                 self.tokenizer_folder,
                 self.configs["scheduler"],
                 index=self.index,
@@ -187,9 +191,13 @@ class Pipeline:
 
     def _adapt(self, adapters: Mapping[str, tuple[Adapter, float]]) -> None:
         """Set the parameters to those that were read, plus every adapter at its weight."""
-        self.params, self._originals = adapt(self.params, self._originals, adapters)
+        self.params, self._bases = adapt(self.params, self._bases, adapters, self._originals)
         self._adapters = dict(adapters)
         self._adapter_presets = {name: each for name, each in self._adapter_presets.items() if name in adapters}
+
+    def _exact_params(self) -> dict[str, Any]:
+        """Return the parameters with their LoRAs in the stored dtypes, each made when it is used."""
+        return self._originals.exact(self.params, sums(self._bases, self._adapters, self._originals))
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return token ids int32[B, L], or int32[B, 2, L] for SDXL, as in training: longer prompts are cut."""
@@ -260,7 +268,7 @@ class Pipeline:
         write_export(
             Path(path),
             self.model,
-            self.params,
+            self._exact_params(),
             self.tokenizers,
             sampler_table(self.model, sampler, steps),
             sampler,

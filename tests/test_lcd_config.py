@@ -15,10 +15,9 @@ from whole_runs import load_config, shrunk_published
 
 from lcm_jax import main
 from lcm_jax.models.families import FAMILIES
-from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.models.stable_diffusion import StableDiffusion, frozen_dtype
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.models import frozen_dtype
 from lcm_jax.training.loop import train
 from lcm_jax.training.step import make_loss
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion
+from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion, frozen_dtype
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
@@ -75,15 +75,6 @@ def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping
 
 
 # ---- frozen weights -------------------------------------------------------------------------------------------------
-
-
-def frozen_dtype(dtype: Any) -> Callable[[Any], np.dtype]:
-    """Return leaf -> the dtype in which a network that computes in `dtype` holds a frozen parameter.
-
-    Such a network casts matrices and kernels before each use, so that these lose nothing; biases and scales stay
-    float32.
-    """
-    return lambda leaf: jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
 
 
 def encode_prompts(model: StableDiffusion, params: Any, token_ids: Any) -> dict[str, jax.Array]:
