@@ -47,7 +47,7 @@ class Output:
 class Pipeline:
     """A text-to-image model on the device.
 
-    params: by network, in the dtypes that the networks compute in: the compute dtype, and float32 for biases and scales.
+    params: by network, in the dtypes that the networks compute in, with the loaded LoRAs.
     """
 
     def __init__(
