@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from lcm_jax.compiler import compiler_options, enable_cache
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.prompts import encode_prompts, split_batches
 from lcm_jax.diffusion.samplers import SAMPLERS
@@ -24,7 +25,7 @@ from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import CONTROLNET, check_finite
 from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
-from lcm_jax.sampling.parameters import Originals, read_cast
+from lcm_jax.sampling.parameters import Originals, put_on, read_cast
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import trees
@@ -66,6 +67,7 @@ class Pipeline:
         or file, or what `lcm_jax.weights.controlnet.open_controlnet` returns. Raises ModelError if a network or the
         tokenizer is missing, or they do not fit the configs.
         """
+        enable_cache()
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
         if vae is not None:
@@ -79,10 +81,9 @@ class Pipeline:
             self.tokenizers = tokenizers.open_tokenizers(self.tokenizer_folder, stored.configs)
         except ValueError as error:
             raise ModelError(f"{self.name}: {error}") from error
-        # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
         # jax.make_mesh makes explicit axes by default, under which operations ask for the sharding of their results.
         self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
+        put = put_on(None if mesh is None else self._replicated)
         self.params = read_cast(stored, self.model, put)
         self._originals = Originals(stored, self.params)
         names = [controlnet] if isinstance(controlnet, str | Path | StoredModel) else controlnet
@@ -436,7 +437,9 @@ class Pipeline:
         """Return `generate` of this model, jitted once for each sampler and each set of options."""
         key = (sampler, *options.values())
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(generate, self.model, sampler=sampler, **options))
+            self._compiled[key] = jax.jit(
+                partial(generate, self.model, sampler=sampler, **options), compiler_options=compiler_options()
+            )
         return self._compiled[key]
 
     def _run(self, program, inputs: Inputs, table: Table) -> np.ndarray:

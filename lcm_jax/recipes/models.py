@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion, frozen_dtype
 from lcm_jax.weights.errors import ModelError
@@ -121,7 +122,8 @@ def load_frozen(models: Models, unet: bool = True, prompts: bool = True) -> dict
     if prompts:
         trees: dict[str, Any] = {"empty_ids": empty_ids[0]}
     else:
-        encoded = jax.jit(partial(encode_prompts, models.base))(load_encoders(models), empty_ids)
+        encode = jax.jit(partial(encode_prompts, models.base), compiler_options=compiler_options())
+        encoded = encode(load_encoders(models), empty_ids)
         trees = {"empty_prompt": jax.tree.map(lambda x: np.array(x[0]), encoded)}
     return trees | {name: load_network(models, name) for name in frozen_networks(models.base, unet, prompts)}
 

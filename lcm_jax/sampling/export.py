@@ -117,8 +117,8 @@ def write_export(
 ) -> None:
     """Write the folder `target`, whole or not at all, and never over another.
 
-    params: by network, in the dtypes that are written. tokenizers: of transformers, one for each text encoder. table: of
-    `sampler_table`. guided: the program takes a second pass for negative prompts. platforms: that the program is
+    params: by network, in the dtypes that are written. tokenizers: of transformers, one for each text encoder. table:
+    of `sampler_table`. guided: the program takes a second pass for negative prompts. platforms: that the program is
     lowered for, of PLATFORMS. Raises ModelError if `target` exists, and ValueError for a platform that is not
     supported.
     """

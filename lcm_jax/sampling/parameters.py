@@ -31,6 +31,16 @@ def read_cast(stored: StoredModel, model: StableDiffusion, put: Callable[[np.nda
     }
 
 
+def put_on(device: jax.sharding.Sharding | None) -> Callable[[np.ndarray], jax.Array]:
+    """Return array -> a copy of it on the device, or on the default one; no program is compiled for it."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        # On a CPU the device uses the very array, which must not be the mapped file, since others may change that.
+        return jax.device_put(array if array.flags.owndata else np.array(array), device)
+
+    return put
+
+
 @dataclass(frozen=True)
 class ExactLeaf:
     """A parameter of this shape in its stored dtype; an array of it is made when NumPy needs one."""
@@ -56,7 +66,8 @@ class Originals:
         self.dtypes: dict[Path, np.dtype] = {}
         self._narrowed: dict[Path, tuple[Mapping[str, np.ndarray], str]] = {}  # the tensors with it, and its key
         for network, tree in params.items():
-            tensors, leaves = stored.tensors[network], flatten_dict(tree)
+            tensors = stored.tensors[network]
+            leaves: dict[Path, Any] = flatten_dict(tree)
             specs = get_specs(tensors)
             for path, key in trees.match_params(network, tensors, tree, stored.name).items():
                 place, dtype = (network, *path), specs[key].dtype
