@@ -47,7 +47,7 @@ def enable_cache() -> None:
     from jax.experimental.compilation_cache import compilation_cache
 
     folder = cache_folder()
-    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,9 @@ def test_diffusers_loads_what_we_write(models, naming, tmp_path, caplog):
 
     ours.unload_lora()
     np.testing.assert_array_equal(agree(theirs, ours), plain)
-    assert [function._cache_size() for function in ours._compiled.values()] == [1], "compiled once for all of them"
+    assert [function._cache_size() for function in ours._programs.jitted.values()] == [1], (
+        "compiled once for all of them"
+    )
 
 
 def test_we_load_what_diffusers_saves(models, tmp_path):
