@@ -275,19 +275,16 @@ class Pipeline:
         sampler: str | None = None,
         guidance_scale: float | None = None,
         negative_prompt: bool = False,
-        log: Callable[[str], None] = print,
     ) -> None:
         """Compile text-to-image ahead of time, so that the first call with such arguments compiles nothing.
 
         batch_sizes: numbers of images computed at once. sizes: (height, width) in pixels, by default the model's. The
         programs serve any number of steps, and all guidance scales above 1, or 1 if `guidance_scale` is 1. sampler,
-        guidance_scale: by default those of `preset`. negative_prompt: True for calls that set it. log: called with a
-        line for each program. Raises ValueError for an argument that is not supported, and ModelError if the model
-        inpaints, or there are ControlNets.
+        guidance_scale: by default those of `preset`. negative_prompt: True for calls that set it. Prints a line for
+        each program. Raises ValueError for an argument that is not supported, and ModelError as `export` does.
         """
         self._check_text_to_image("compile")
-        preset = self.preset
-        scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
+        scale = arguments.guidance(self.preset.guidance_scale if guidance_scale is None else guidance_scale)
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
         own, ids = arguments.default_size(self.model), lambda batch: encode_prompts(self.tokenizers, [""] * batch).ids
         pairs = [(None, None)] if sizes is None else [arguments.pair("size", each) for each in sizes]
@@ -295,7 +292,7 @@ class Pipeline:
         batches = [arguments.integer("batch_size", each, 1) for each in batch_sizes]
         program = self._programs.of(sampler, zero_empty=not negative_prompt, tile=self._tile)
         table = sampler_table(self.model, sampler, 1)
-        self._programs.compile(program, self.params, ids, table, batches, pixels, scale, log)
+        self._programs.compile(program, self.params, ids, table, batches, pixels, scale)
 
     def _check_text_to_image(self, method: str) -> None:
         if self.model.inpaints:

@@ -82,12 +82,10 @@ class Programs:
         batch_sizes: Sequence[int],
         sizes: Sequence[tuple[int, int]],
         guidance_scale: float,
-        log: Callable[[str], None],
     ) -> None:
         """Compile a text-to-image program of `of` for these batches and sizes; calls like these then compile nothing.
 
-        empty_ids(batch): tokens of as many empty prompts. sizes: (height, width) in pixels. log: called with a line for
-        each pair.
+        empty_ids(batch): tokens of as many empty prompts. sizes: (height, width) in pixels. Prints a line for each.
         """
         guided = is_classifier_free(self.model, guidance_scale)
         for height, width in sizes:
@@ -102,7 +100,7 @@ class Programs:
                 with watch_cache() as cache:
                     program.lower(params, inputs, table=placed).compile()
                 verb = "loaded from the cache" if cache.loaded else "compiled"
-                log(f"{height} x {width} pixels, batch of {batch}: {verb} in {time.monotonic() - began:.1f} s")
+                print(f"{height} x {width} pixels, batch of {batch}: {verb} in {time.monotonic() - began:.1f} s")
 
     def __getstate__(self) -> dict:
         """Return the state without compiled programs, which cannot be pickled; a call compiles them again."""
