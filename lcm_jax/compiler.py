@@ -46,8 +46,8 @@ def enable_cache() -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    folder = cache_folder()
-    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
+    folder, own = cache_folder(), jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if folder is None or own is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

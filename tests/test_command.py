@@ -12,6 +12,11 @@ from whole_runs import ROOT
 
 from lcm_jax import command, compiler
 
+CODE = ROOT / "lcm_jax"
+HEAVY = set(
+    """PIL array_record diffusers flax grain gradio jax jaxlib matplotlib ml_dtypes numpy optax orbax pyarrow rich
+    safetensors scipy tensorboardX tokenizers torch transformers""".split()
+)
 COMMANDS = ("main", "cache", "sample", "convert", "benchmarks/ours")  # the last computes for the command `benchmark`
 
 
@@ -100,6 +105,19 @@ def test_a_folder_that_cannot_be_made_is_a_warning(environment, tmp_path, capsys
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_configures_jax(name):
     assert "command.configure_jax()" in (ROOT / "lcm_jax" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", ["", *sorted(path.stem for path in CODE.glob("*.py") if "run()" in path.read_text())])
+def test_help_and_the_import_of_the_package_load_nothing_heavy(name):
+    """Half a second is what Python and the flags take; any of these libraries takes as long again."""
+    run = "import lcm_jax"
+    if name:
+        run = f"import runpy; sys.argv = ['x', '--help']; runpy.run_module('lcm_jax.{name}', run_name='__main__')"
+    code = f"import sys, atexit; atexit.register(lambda: print('LOADED', *sys.modules)); {run}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {module.split(".")[0] for module in done.stdout.split("LOADED")[1].split()}
+    assert "lcm_jax" in loaded and (not name or "--" in done.stdout)
+    assert not loaded & HEAVY
 
 
 def test_the_second_process_reads_what_the_first_compiled(tmp_path):
