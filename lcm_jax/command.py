@@ -1,56 +1,20 @@
-"""The shared part of all commands: XLA flags, the compilation cache, one-line errors and exit codes."""
+"""The shared part of all commands: the compilation cache, one-line errors and exit codes."""
 
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
 from absl import flags, logging
 
+from lcm_jax.compiler import enable_cache
 from lcm_jax.errors import Interrupted, RunError, memory_shortage
 from lcm_jax.output import outliving
 
-# Beyond this the least recently used programs are deleted; a full-size training step takes 50 MB.
-CACHE_BYTES = 16 * 2**30
-
-
-def cache_folder() -> Path | None:
-    """Return the folder for compiled programs, or None if LCM_JAX_CACHE=0 turns the cache off.
-
-    It is in XDG_CACHE_HOME, by default ~/.cache. Raises ValueError if LCM_JAX_CACHE is neither 0 nor 1.
-    """
-    switch = os.environ.get("LCM_JAX_CACHE", "1")
-    if switch not in ("0", "1"):
-        raise ValueError(f"LCM_JAX_CACHE {switch!r} is not supported; use 0 to turn the compilation cache off, or 1")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lcm_jax" / "compiled" if switch == "1" else None
-
 
 def configure_jax() -> None:
-    """Set XLA's flags and turn on the persistent compilation cache. Call it before any device is used.
-
-    JAX's own variables take precedence: if JAX_COMPILATION_CACHE_DIR is set, the cache is not changed. Raises
-    ValueError as `cache_folder` does.
-    """
-    if version("jaxlib").startswith("0.10."):
-        # On a CPU the fused micro-kernels of this version slow training by 20%; other versions abort on this flag.
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
-    folder = cache_folder()
-    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    import jax
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"warning: compiled programs are not cached ({error}); set XDG_CACHE_HOME", file=sys.stderr)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # JAX locks the folder if there is a limit
+    """Turn on the compilation cache. Call it before any device is used. Raises ValueError as `enable_cache` does."""
+    enable_cache()
 
 
 def run(

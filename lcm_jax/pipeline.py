@@ -1,8 +1,7 @@
 """Images from prompts, for people: `Pipeline.from_pretrained("shapes-lcm")("a red circle").images[0]`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,39 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from lcm_jax.compiler import enable_cache
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.prompts import encode_prompts, split_batches
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
-from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates
+from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates, sums
 from lcm_jax.sampling.callbacks import StepCallback, diffusers_callback
 from lcm_jax.sampling.export import write_export
 from lcm_jax.sampling.finite import CONTROLNET, check_finite
-from lcm_jax.sampling.generate import default_sampler, generate, is_classifier_free, sampler_table
+from lcm_jax.sampling.generate import default_sampler, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
+from lcm_jax.sampling.output import Output, make_output
+from lcm_jax.sampling.parameters import Originals, put_on, read_cast
+from lcm_jax.sampling.programs import Programs, latent_shape
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
 from lcm_jax.weights import trees
 from lcm_jax.weights.controlnet import place_controlnet
 from lcm_jax.weights.errors import ModelError
-from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params, replace_vae
+from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, replace_vae
 from lcm_jax.weights.preset import Preset, default_preset
 
 ControlNets = str | Path | StoredModel | Sequence[str | Path | StoredModel]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass
-class Output:
-    """images: a list of PIL images, float32[N, H, W, 3] in [0, 1] (`np`), or latents float32[N, h, w, c]."""
-
-    images: Any
-
-
 class Pipeline:
-    """A text-to-image model on the device. Its parameters keep their stored dtypes and are cast when they are used."""
+    """A text-to-image model on the device.
+
+    params: by network, in the dtypes that the networks compute in, with the loaded LoRAs.
+    """
 
     def __init__(
         self,
@@ -62,6 +61,7 @@ class Pipeline:
         or file, or what `lcm_jax.weights.controlnet.open_controlnet` returns. Raises ModelError if a network or the
         tokenizer is missing, or they do not fit the configs.
         """
+        enable_cache()
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
         if vae is not None:
@@ -70,26 +70,25 @@ class Pipeline:
         self.name, self.family = stored.name, stored.family
         self.configs, self.index, self._model_preset = stored.configs, stored.index, stored.preset
         self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
-        abstract = self.model.abstract_params()
-        check_params(stored, abstract)
+        check_params(stored, self.model.abstract_params())
         try:
             self.tokenizers = tokenizers.open_tokenizers(self.tokenizer_folder, stored.configs)
         except ValueError as error:
             raise ModelError(f"{self.name}: {error}") from error
-        # Copied, because on a CPU JAX would use the mapped file itself, which others may change.
         # jax.make_mesh makes explicit axes by default, under which operations ask for the sharding of their results.
         self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        put = partial(jnp.array, copy=True) if mesh is None else partial(jax.device_put, device=self._replicated)
-        self.params = {name: read_params(stored, name, abstract[name], put=put) for name in self.model.networks}
+        put = put_on(self.mesh and NamedSharding(self.mesh, PartitionSpec()))
+        self.params = read_cast(stored, self.model, put)
+        self._originals = Originals(stored, self.params)
         names = [controlnet] if isinstance(controlnet, str | Path | StoredModel) else controlnet
         placed = [place_controlnet(each, self.model, self.configs["unet"], put) for each in names]
         self.controlnets = tuple(name for name, _, _ in placed)
         self._controlnet_params = tuple(params for _, _, params in placed)
         self.model = replace(self.model, controlnets=tuple(network for _, network, _ in placed))
-        self._compiled: dict = {}  # (sampler, options) -> jitted
+        self._programs = Programs(self.model, self.mesh)
         self._on_step = StepCallback()
         self._adapters: dict[str, tuple[Adapter, float]] = {}
-        self._originals: dict[KernelPath, jax.Array] = {}  # by path, of every parameter that an adapter changes
+        self._bases: dict[KernelPath, jax.Array] = {}  # of every parameter that an adapter changes
         self._adapter_presets: dict[str, Preset] = {}  # of those loaded LoRAs that have one
         self._tile: int | None = None  # side of the autoencoder's tiles in pixels
 
@@ -126,18 +125,13 @@ class Pipeline:
             folders.write_pipeline(
                 temporary,
                 self.configs,
-                self.params,
+                self._exact_params(),
                 self.tokenizer_folder,
                 self.configs["scheduler"],
                 index=self.index,
                 preset=self._stored_preset,
                 **save_options,
             )
-
-    @property
-    def _replicated(self) -> NamedSharding:
-        assert self.mesh is not None
-        return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -187,9 +181,13 @@ class Pipeline:
 
     def _adapt(self, adapters: Mapping[str, tuple[Adapter, float]]) -> None:
         """Set the parameters to those that were read, plus every adapter at its weight."""
-        self.params, self._originals = adapt(self.params, self._originals, adapters)
+        self.params, self._bases = adapt(self.params, self._bases, adapters, self._originals)
         self._adapters = dict(adapters)
         self._adapter_presets = {name: each for name, each in self._adapter_presets.items() if name in adapters}
+
+    def _exact_params(self) -> dict[str, Any]:
+        """Return the parameters with their LoRAs in the stored dtypes, each made when it is used."""
+        return self._originals.exact(self.params, sums(self._bases, self._adapters, self._originals))
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return token ids int32[B, L], or int32[B, 2, L] for SDXL, as in training: longer prompts are cut."""
@@ -248,10 +246,7 @@ class Pipeline:
         platforms: cpu, cuda, rocm, tpu; by default the one that this process runs on. Raises ValueError for an argument
         that is not supported, and ModelError if `path` exists, the model inpaints, or there are ControlNets.
         """
-        if self.model.inpaints:
-            raise ModelError(f"{self.name} is an inpainting model, which export does not support; use its base model")
-        if self.controlnets:
-            raise ModelError(f"export does not support ControlNets ({', '.join(self.controlnets)}); omit controlnet")
+        self._check_text_to_image("export")
         preset = self.preset
         scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
@@ -260,17 +255,50 @@ class Pipeline:
         write_export(
             Path(path),
             self.model,
-            self.params,
+            self._exact_params(),
             self.tokenizers,
             sampler_table(self.model, sampler, steps),
             sampler,
             batch_size=arguments.integer("batch_size", batch_size, 1),
-            size=arguments.size(self.model, height, width, self._default_size(None, None, None)),
+            size=arguments.size(self.model, height, width, arguments.default_size(self.model)),
             guidance_scale=scale,
             guided=is_classifier_free(self.model, scale),
             tile=self._tile,
             platforms=(jax.default_backend(),) if platforms is None else platforms,
         )
+
+    def compile(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: bool = False,
+    ) -> None:
+        """Compile text-to-image ahead of time, so that the first call with such arguments compiles nothing.
+
+        batch_sizes: numbers of images computed at once. sizes: (height, width) in pixels, by default the model's. The
+        programs serve any number of steps, and all guidance scales above 1, or 1 if `guidance_scale` is 1. sampler,
+        guidance_scale: by default those of `preset`. negative_prompt: True for calls that set it. Prints a line for
+        each program. Raises ValueError for an argument that is not supported, and ModelError as `export` does.
+        """
+        self._check_text_to_image("compile")
+        scale = arguments.guidance(self.preset.guidance_scale if guidance_scale is None else guidance_scale)
+        sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))
+        own, ids = arguments.default_size(self.model), lambda batch: encode_prompts(self.tokenizers, [""] * batch).ids
+        pairs = [(None, None)] if sizes is None else [arguments.pair("size", each) for each in sizes]
+        pixels = [arguments.size(self.model, *each, own) for each in pairs]
+        batches = [arguments.integer("batch_size", each, 1) for each in batch_sizes]
+        program = self._programs.of(sampler, zero_empty=not negative_prompt, tile=self._tile)
+        table = sampler_table(self.model, sampler, 1)
+        self._programs.compile(program, self.params, ids, table, batches, pixels, scale)
+
+    def _check_text_to_image(self, method: str) -> None:
+        if self.model.inpaints:
+            raise ModelError(f"{self.name} is an inpainting model, which {method} does not support; use its base model")
+        if self.controlnets:
+            raise ModelError(f"{method} does not support ControlNets ({', '.join(self.controlnets)}); omit controlnet")
 
     def __call__(
         self,
@@ -340,7 +368,7 @@ class Pipeline:
         negatives = arguments.negative_prompts(negative_prompt, len(prompts))
         copies = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1)
         count = len(prompts) * copies
-        batch = self._round_up(count if batch_size is None else arguments.integer("batch_size", batch_size, 1))
+        batch = self._programs.round_up(count if batch_size is None else arguments.integer("batch_size", batch_size, 1))
         first = arguments.integer("first", first, 0, 2**31 - 1)
         seed = arguments.integer("seed", seed, 0, 2**31 - 1)
         preset = self.preset
@@ -352,8 +380,10 @@ class Pipeline:
         steps = arguments.integer("num_inference_steps", steps)
         table = sampler_table(self.model, sampler, steps, strength, eta)
         skip = 0 if clip_skip is None else arguments.integer("clip_skip", clip_skip, 0, self.model.max_clip_skip)
-        size = arguments.size(self.model, height, width, self._default_size(image, mask_image, control_image))
-        shape = (*(side // self.model.downscale for side in size), self.model.vae.config["latent_channels"])
+        size = arguments.size(
+            self.model, height, width, arguments.default_size(self.model, image, mask_image, control_image)
+        )
+        shape = latent_shape(self.model, size)
         latents = arguments.latents(latents, (count, *shape))
         time_ids = arguments.time_ids(self.model, batch, size, original_size, crops_coords_top_left, target_size)
         images = arguments.images(
@@ -381,7 +411,7 @@ class Pipeline:
         rows_made = int(np.sum(table.timesteps >= 0))
         function = callback_on_step_end and diffusers_callback(self, callback_on_step_end)
         with self._on_step.each_step(function, progress, rows_made, len(batches)) as callback:
-            program = self._program(
+            program = self._programs.of(
                 sampler,
                 clip_skip=skip,
                 zero_empty=negative_prompt is None,
@@ -408,53 +438,12 @@ class Pipeline:
                     negative_weights=negative_weights,
                 )
                 made |= zip(rows[places].tolist(), self._run(program, inputs, table)[places], strict=True)
-        output = _output(np.stack([made[i] for i in range(count)]), output_type)
+        output = make_output(np.stack([made[i] for i in range(count)]), output_type)
         return output if images.paste is None else Output(images.paste(output.images))
 
-    def _default_size(self, image: Any, mask_image: Any, control_image: Any) -> Any:
-        """Return the size in latents: of the image for image-to-image, of a control image, else the model's own."""
-        if image is None or mask_image is not None or self.model.inpaints:
-            image = control_image[0] if isinstance(control_image, Sequence) and control_image else control_image
-        if isinstance(image, Image.Image):
-            return image.height // self.model.downscale, image.width // self.model.downscale
-        return self.configs["unet"].get("sample_size") or 64
-
-    def _round_up(self, batch: int) -> int:
-        """Return the batch that the devices of the mesh share equally."""
-        devices = 1 if self.mesh is None else self.mesh.size
-        return -(-batch // devices) * devices
-
-    def _program(self, sampler: str, **options: Any):
-        """Return `generate` of this model, jitted once for each sampler and each set of options."""
-        key = (sampler, *options.values())
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(generate, self.model, sampler=sampler, **options))
-        return self._compiled[key]
-
     def _run(self, program, inputs: Inputs, table: Table) -> np.ndarray:
-        if self.mesh is not None:
-            split, whole = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)), self._replicated
-            batch = len(inputs.token_ids)
-            place = lambda leaf: split if np.ndim(leaf) and len(leaf) == batch else whole  # noqa: E731
-            inputs, table = jax.device_put((inputs, table), (jax.tree.map(place, inputs), whole))
         params = self.params | ({"controlnets": self._controlnet_params} if self.controlnets else {})
-        # Waited for before the copy, which aborts the process instead of raising an error if memory has run out.
-        images, finite = jax.device_get(jax.block_until_ready(program(params, inputs, table=table)))
-        named = zip(self.controlnets, self._controlnet_params, strict=True)
-        check_finite(
-            finite,
-            self.params | {f"{CONTROLNET}{name}": each for name, each in named},
-            self.model.unet.dtype,
-            self.name,
-        )
+        images, finite = self._programs.run(program, params, inputs, table)
+        nets = {f"{CONTROLNET}{name}": params["controlnets"][i] for i, name in enumerate(self.controlnets)}
+        check_finite(finite, self.params | nets, self.model.unet.dtype, self.name)
         return images
-
-    def __getstate__(self) -> dict:
-        """Return the state without compiled programs, which cannot be pickled; a call compiles them again."""
-        return self.__dict__ | {"_compiled": {}}
-
-
-def _output(images: np.ndarray, output_type: str) -> Output:
-    if output_type == "pil":
-        return Output([Image.fromarray(each) for each in images])
-    return Output(images.astype(np.float32) / 255.0 if output_type == "np" else images)

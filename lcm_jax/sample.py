@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import lcm_jax
-from lcm_jax import command
+from lcm_jax import command, compiler
 from lcm_jax.errors import check_devices
 from lcm_jax.files import check_unicode, decode
 from lcm_jax.progress import progress
-from lcm_jax.sampling import png
 from lcm_jax.sampling.settings import Control, File, Lora, Settings
 
 if TYPE_CHECKING:
@@ -234,6 +233,8 @@ def open_pipeline(settings: Settings) -> tuple["Pipeline", Settings]:
 
 def sample() -> None:
     """Read the flags and write the images. Raises ValueError or OSError, almost always before anything is written."""
+    from lcm_jax.sampling import png
+
     if OUTPUT.value is None:
         raise ValueError("--output is missing; use --output=FOLDER")
     source = FROM_PNG.value
@@ -268,7 +269,7 @@ def sample() -> None:
     start, kept, done = time.perf_counter(), [], 0
     rows = [prompts[0]] * row + prompts
     try:
-        with progress(total) as update:
+        with progress(total) as update, compiler.watch_cache() as cache:
             for first in range(0, len(rows), batch):
                 given = rows[first : first + batch]
                 images = pipe(given, batch_size=batch, first=number - row + first, **arguments).images
@@ -288,6 +289,8 @@ def sample() -> None:
                     done += 1
                     kept += [images[i]] if GRID.value else []
                 update(done)
+                if first == 0 and cache.loaded:
+                    print(cache)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{done} of {total} images are in {output}") from None
     seconds = time.perf_counter() - start

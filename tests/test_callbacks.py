@@ -31,9 +31,9 @@ def test_the_callback_sees_each_step_and_changes_no_bit(student):
     assert all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
     np.testing.assert_array_equal(latents[-1], expected)
     # Another function and another number of steps compile nothing.
-    programs = {key: function._cache_size() for key, function in student._compiled.items()}
+    programs = {key: function._cache_size() for key, function in student._programs.jitted.items()}
     student(PROMPT, callback_on_step_end=lambda *_: None, **(FIXED | {"num_inference_steps": 2}))
-    assert {key: function._cache_size() for key, function in student._compiled.items()} == programs
+    assert {key: function._cache_size() for key, function in student._programs.jitted.items()} == programs
 
 
 def test_the_callback_replaces_the_latents(student):

@@ -67,7 +67,7 @@ def test_text_to_image_is_that_of_diffusers(models, monkeypatch):
         found = ours(PROMPTS, 5, seed=3, control_image=control, output_type="np", **arguments).images
         assert_same(found, expected)
         all_found.append(found)
-    (program,) = ours._compiled.values()
+    (program,) = ours._programs.jitted.values()
     assert program._cache_size() == 1
     assert all(np.abs(each - all_found[0]).max() > 0.02 for each in all_found[1:])
 

@@ -17,6 +17,7 @@ ROOMS = (
     "output",
     "progress",
     "cost",
+    "compiler",
     "config_files",
     "config_groups",
     "diffusion",

@@ -1,7 +1,6 @@
 """configs/lcd.py: the published settings, and each of its models in small, from shards to an exported student."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from whole_runs import load_config, shrunk_published
 
 from lcm_jax import main
 from lcm_jax.models.families import FAMILIES
-from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.models.stable_diffusion import StableDiffusion, frozen_dtype
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
-from lcm_jax.recipes.models import frozen_dtype
 from lcm_jax.training.loop import train
 from lcm_jax.training.step import make_loss
 
@@ -36,7 +34,6 @@ def shards(tmp_path_factory) -> str:
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The real command in this process: its flags, a config file and `main`."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # to which it adds, for a process of its own
 
     def call(name: str, teacher: Path, shards: str, workdir: Path) -> None:
         (tmp_path / "shrunk.py").write_text(

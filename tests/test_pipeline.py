@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 from functools import partial
 
@@ -14,12 +15,14 @@ import reference_pipeline
 from numbered_noise import draw_noise
 
 import lcm_jax
+from lcm_jax.compiler import watch_cache
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.diffusion.schedule import make_schedule
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import inputs
 from lcm_jax.sampling.generate import generate
 from lcm_jax.sampling.preview import PreviewSampler
+from lcm_jax.sampling.programs import Programs
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.scheduler import lcm_scheduler
 
@@ -184,7 +187,10 @@ def test_saved_as_it_was_stored(models, tmp_path, dtype, variant):
     narrow = lcm_jax.Pipeline.from_pretrained(folder)
     narrow.save_pretrained(tmp_path / "narrow", dtype=dtype, variant=variant)
     pipe = lcm_jax.Pipeline.from_pretrained(tmp_path / "narrow", dtype="bfloat16", variant=variant)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipe.params)} == {dtype}
+    assert {(leaf.ndim >= 2, str(leaf.dtype)) for leaf in jax.tree.leaves(pipe.params)} == {
+        (True, "bfloat16"),
+        (False, "float32"),
+    }
     pipe.save_pretrained(mine, variant=variant)
     written = {str(p.relative_to(mine)): p.read_bytes() for p in mine.rglob("*") if p.is_file()}
     assert len([name for name in written if name.endswith(".safetensors")]) == 3
@@ -241,14 +247,14 @@ def test_batches_make_the_same_images_with_one_program(student):
     whole = student(prompts, **arguments).images
     parts = student(prompts, batch_size=2, **arguments).images
     np.testing.assert_allclose(parts, whole, atol=1e-4)
-    compiled = {key: function._cache_size() for key, function in student._compiled.items()}
+    compiled = {key: function._cache_size() for key, function in student._programs.jitted.items()}
     np.testing.assert_array_equal(student(prompts[2], first=2, batch_size=2, **arguments).images, parts[2:])
     own = draw_latents(count=3)
     np.testing.assert_array_equal(
         student(prompts, latents=own, batch_size=2, **arguments).images[2:],
         student(prompts[2:], latents=own[2:], first=2, batch_size=2, **arguments).images,
     )
-    assert {key: function._cache_size() for key, function in student._compiled.items()} == compiled
+    assert {key: function._cache_size() for key, function in student._programs.jitted.items()} == compiled
 
 
 def test_64_bit_types_change_no_bit(student):
@@ -321,22 +327,45 @@ def test_output_types_and_sizes(student):
 def test_a_call_is_one_compiled_function_reused(student):
     run = lambda prompt, w: student(prompt, num_inference_steps=1, guidance_scale=w, latents=draw_latents())  # noqa: E731
     run(PROMPT, 8.0)
-    before = {key: function._cache_size() for key, function in student._compiled.items()}
+    before = {key: function._cache_size() for key, function in student._programs.jitted.items()}
     run("a blue square", 3.0)
-    assert {key: function._cache_size() for key, function in student._compiled.items()} == before
+    assert {key: function._cache_size() for key, function in student._programs.jitted.items()} == before
+
+
+def test_a_call_of_what_was_compiled_ahead_of_time_compiles_nothing(student, teacher, capsys):
+    """Batches, sizes and, for a model without an input for the guidance, negative prompts."""
+    side = student.model.downscale * 4
+    plan = (
+        (student, 2, [PROMPT, "a red circle"], {}, {"guidance_scale": 3.0}),
+        (teacher, 1, PROMPT, {"sampler": "ddim", "negative_prompt": True}, {"sampler": "ddim", "negative_prompt": "a"}),
+    )
+    for pipe, batch, prompts, options, call in plan:
+        pipe = copy.copy(pipe)
+        pipe._programs = Programs(pipe.model, pipe.mesh)
+        assert pipe.compile([batch], [(side, 2 * side)], **options) is None
+        with watch_cache() as cache:
+            pipe(prompts, num_inference_steps=3, seed=4, height=side, width=2 * side, **call)
+        assert cache.programs == 0
+    line = rf"{side} x {2 * side} pixels, batch of 2: (compiled|loaded from the cache) in [\d.]+ s"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and re.fullmatch(line, lines[0])
+    with pytest.raises(ValueError, match="batch_size is 0; use 1 or more"):
+        student.compile([0])
+    with pytest.raises(ValueError, match=f"height and width are 5 and 8; use multiples of {student.model.downscale}"):
+        student.compile(sizes=[(5, 8)])
 
 
 def test_another_number_of_steps_compiles_nothing(student):
     """A slider from 1 to 8 steps and past it, in the pipeline and in previews, which make the same images."""
     prompts, size = [PROMPT, "a blue square", "two green circles"], student.model.downscale * 4
     pipe, sampler = copy.copy(student), PreviewSampler(student.model, student.tokenize, prompts, size, 2, seed=3)
-    pipe._compiled = {}
+    pipe._programs = Programs(pipe.model, pipe.mesh)
     for steps in (1, 2, 3, 4, 5, 6, 7, 8, 50):
         images, seconds = sampler(student.params, "lcm", steps, 6.0)
         expected = pipe(prompts, steps, 6.0, seed=3, height=size, width=size, batch_size=2).images
         np.testing.assert_array_equal(images, np.stack([np.asarray(image) for image in expected]))
         assert images.shape == (3, size, size, 3) and seconds > 0
-    assert [program._cache_size() for program in pipe._compiled.values()] == [1]
+    assert [program._cache_size() for program in pipe._programs.jitted.values()] == [1]
     assert len(sampler._programs) == 1
 
 

@@ -44,7 +44,6 @@ def run(*arguments, stdin=None):
 @pytest.fixture
 def here(monkeypatch, capfd):
     """The command within this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which the command adds to
     interrupt = signal.getsignal(signal.SIGINT)  # which the command ignores once it has been interrupted
 
     def run_here(*arguments):

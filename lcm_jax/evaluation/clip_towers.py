@@ -7,11 +7,13 @@ OpenCLIP's own also straightens quotes and decodes HTML.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.clip_inputs import Preprocess, for_open_clip
@@ -146,7 +148,7 @@ def text_encoder(
 def _encoder(config: CLIPConfig, params: Mapping[str, Any], method: str, parts: tuple[str, ...]):
     network = CLIPModel(config)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def encode(params, inputs):
         with jax.default_matmul_precision("highest"):  # TF32 changes the third digit of a cosine
             return apply(network, params, inputs, method=method)

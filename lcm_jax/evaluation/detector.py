@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.models.layers import apply
 from lcm_jax.models.mask2former import STRIDE, Mask2Former, Predictions, read_config
 from lcm_jax.models.pixel_decoder import resize
@@ -118,7 +119,7 @@ def make_detector(network: Mask2Former, params: dict, names: tuple[str, ...] = N
     """
     params = jax.device_put(params)
 
-    @partial(jax.jit, static_argnames="size")
+    @partial(jax.jit, static_argnames="size", compiler_options=compiler_options())
     def run(params, image, size):
         with jax.default_matmul_precision("highest"):  # the masks decide by a threshold where queries attend
             predictions = apply(network, params, prepare(image))

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.evaluation.clip_inputs import for_dinov2
 from lcm_jax.evaluation.clip_towers import check_finite, in_batches, prepare
 from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, seven_digits
@@ -32,7 +34,7 @@ def dinov2_features(
     """
     network = VisionTransformer(config)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def encode(params, pixels):
         with jax.default_matmul_precision("highest"):  # TF32 changes the third digit
             return apply(network, params, pixels)

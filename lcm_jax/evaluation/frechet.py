@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Self
 import jax
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.diffusion.pixels import to_float
 from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Column, Images, Resources
@@ -176,7 +177,7 @@ def encoder_features(model: StableDiffusion, vae_params, batch_size: int) -> Cal
     batch_size: images encoded at once, by one program for any N.
     """
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def encode(params, images):
         return apply(model.vae, params, to_float(images), method="features").mean((1, 2))
 

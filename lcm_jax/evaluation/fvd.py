@@ -8,12 +8,14 @@ are divided by the number of clips, not by one less.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
 import jax
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Column, Images, Measure, Resources, concatenate, seven_digits
 from lcm_jax.evaluation.frechet import Moments, check_features, gaussian_distance, moments
@@ -65,7 +67,7 @@ def i3d_features(tensors: Mapping[str, np.ndarray], where: str = FILE) -> Callab
     used = {key: tensors[key] for key in tensors if not key.endswith("num_batches_tracked")}
     params = jax.device_put(to_params("i3d", used, abstract_i3d(network), where))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def encode(params, inputs):
         with jax.default_matmul_precision("highest"):
             return apply(network, params, inputs)

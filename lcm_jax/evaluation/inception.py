@@ -1,11 +1,13 @@
 """Features of Inception v3, which FID, KID, precision and recall share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.evaluation.batches import in_batches
 from lcm_jax.evaluation.evaluate import Images, Measure, Resources
 from lcm_jax.evaluation.frechet import check_features
@@ -45,7 +47,7 @@ def inception_features(
     used = {key: tensors[key] for key in tensors if not key.startswith(unused[0]) and not key.endswith(unused[1])}
     params = jax.device_put(to_params("inception", used, abstract_inception(network), where))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def encode(params, inputs):
         with jax.default_matmul_precision("highest"):  # a GPU's TF32 changes the third digit
             return apply(network, params, inputs)

@@ -1,6 +1,6 @@
 """Text encoders, UNet and autoencoder as one latent diffusion model: pure functions of parameters and arrays."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax.diffusion.consistency import guidance_embedding
 from lcm_jax.diffusion.schedule import Schedule, make_schedule
@@ -23,6 +24,15 @@ from lcm_jax.models.vae import AutoencoderKL, sample_latents, unscale_latents
 Params = Any
 ENCODERS = ("text_encoder", "text_encoder_2")
 MIN_FACTOR = 0.1  # of the mean in `emphasize`, for weights of 0 and below
+
+
+def frozen_dtype(dtype: Dtype) -> Callable[[Any], np.dtype]:
+    """Return leaf -> the dtype in which a network that computes in `dtype` holds a parameter that is not trained.
+
+    Such a network casts matrices and kernels before each use, so that these lose nothing; biases and scales stay
+    float32.
+    """
+    return lambda leaf: jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import files
+from lcm_jax.compiler import compiler_options
 from lcm_jax.data.batches import image_batches
 from lcm_jax.data.sources import load_dataset
 from lcm_jax.diffusion.pixels import to_float, to_uint8
@@ -60,7 +61,7 @@ def autoencoder_task(config, workdir: Path, open_model: OpenModel = open_model) 
         image, noise = jnp.zeros((1, size, size, 3)), jnp.zeros((1, side, side, channels))
         return vae.init(jax.random.key(config.train.seed), image, noise)["params"]
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def restore(params, images):
         """Return (float32[B, H, W, 3] after encoding and decoding, latents)."""
         mean = jnp.split(encode(params, to_float(images)), 2, axis=-1)[0]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.data import loader
 from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.captioned import CaptionedDataset
@@ -111,4 +112,7 @@ class RunCache:
                 arrays |= encode_prompts(self.model, params, token_ids)
             return {name: array.astype(STORED) for name, array in arrays.items()}
 
-        return partial(jax.jit(encode, in_shardings=(whole, split, split), out_shardings=split), params)
+        program = jax.jit(
+            encode, in_shardings=(whole, split, split), out_shardings=split, compiler_options=compiler_options()
+        )
+        return partial(program, params)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion
+from lcm_jax.models.stable_diffusion import ENCODERS, StableDiffusion, frozen_dtype
 from lcm_jax.weights.errors import ModelError
 from lcm_jax.weights.model import StoredModel, check_complete, check_params, open_model, read_params
 
@@ -77,15 +78,6 @@ def open_models(config, role: str, make_configs: Callable[[StoredModel], Mapping
 # ---- frozen weights -------------------------------------------------------------------------------------------------
 
 
-def frozen_dtype(dtype: Any) -> Callable[[Any], np.dtype]:
-    """Return leaf -> the dtype in which a network that computes in `dtype` holds a frozen parameter.
-
-    Such a network casts matrices and kernels before each use, so that these lose nothing; biases and scales stay
-    float32.
-    """
-    return lambda leaf: jnp.dtype(dtype if leaf.ndim >= 2 else jnp.float32)
-
-
 def encode_prompts(model: StableDiffusion, params: Any, token_ids: Any) -> dict[str, jax.Array]:
     """Return "context": [B, L, D] of token_ids, and for SDXL "pooled": [B, P]. params: of the text encoders."""
     prompt = model.encode_prompt(params, token_ids)
@@ -130,7 +122,8 @@ def load_frozen(models: Models, unet: bool = True, prompts: bool = True) -> dict
     if prompts:
         trees: dict[str, Any] = {"empty_ids": empty_ids[0]}
     else:
-        encoded = jax.jit(partial(encode_prompts, models.base))(load_encoders(models), empty_ids)
+        encode = jax.jit(partial(encode_prompts, models.base), compiler_options=compiler_options())
+        encoded = encode(load_encoders(models), empty_ids)
         trees = {"empty_prompt": jax.tree.map(lambda x: np.array(x[0]), encoded)}
     return trees | {name: load_network(models, name) for name in frozen_networks(models.base, unet, prompts)}
 

@@ -102,6 +102,15 @@ def size(model: StableDiffusion, height: Any, width: Any, sample_size: int | Seq
     return height, width
 
 
+def default_size(model: StableDiffusion, image: Any = None, mask: Any = None, control: Any = None) -> Any:
+    """(height, width) in latents: of the image for image-to-image, of a control image, or the model's sample_size."""
+    if image is None or mask is not None or model.inpaints:
+        image = control[0] if isinstance(control, Sequence) and control else control
+    if isinstance(image, Image.Image):
+        return image.height // model.downscale, image.width // model.downscale
+    return model.unet.config.get("sample_size") or 64
+
+
 def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """Finite latents of that shape, float32[N, h, w, c], or None."""
     if value is None:

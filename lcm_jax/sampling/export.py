@@ -117,16 +117,17 @@ def write_export(
 ) -> None:
     """Write the folder `target`, whole or not at all, and never over another.
 
-    params: by network. tokenizers: of transformers, one for each text encoder. table: of `sampler_table`. guided: the
-    program takes a second pass for negative prompts. platforms: that the program is lowered for, of PLATFORMS. Raises
-    ModelError if `target` exists, and ValueError for a platform that is not supported.
+    params: by network, in the dtypes that are written. tokenizers: of transformers, one for each text encoder. table:
+    of `sampler_table`. guided: the program takes a second pass for negative prompts. platforms: that the program is
+    lowered for, of PLATFORMS. Raises ModelError if `target` exists, and ValueError for a platform that is not
+    supported.
     """
     if target.exists():
         raise ModelError(f"{target} exists already; use another folder")
     if other := [platform for platform in platforms if platform not in PLATFORMS]:
         raise ValueError(f"platforms has {other[0]!r}; use {', '.join(PLATFORMS)}")
     shape = (size[0] // model.downscale, size[1] // model.downscale, model.vae.config["latent_channels"])
-    abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)  # noqa: E731
+    abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
     like = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
     length = tokenizers[0].model_max_length
     ids = like(jnp.int32, batch_size, *((2, length) if len(tokenizers) > 1 else (length,)))

@@ -51,9 +51,10 @@ def check_finite(finite: Finite, params: Mapping[str, Any], dtype: Any, name: st
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(network, {})):
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
                 key = naming.to_key(tuple(part.key for part in path))
+                wider = "use dtype float32 or bfloat16, " if leaf.dtype == jnp.float16 else ""
                 raise ModelError(
                     f"{name}: {key} of the {network} contains NaN or infinity; "
-                    "fetch the weights again, or unload the LoRA that changes it"
+                    f"{wider}fetch the weights again, or unload the LoRA that changes it"
                 )
     remedy = "use dtype float32 or bfloat16" if jnp.dtype(dtype) == jnp.float16 else "lower guidance_scale"
     raise ModelError(

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageDraw
 
+from lcm_jax.compiler import compiler_options
 from lcm_jax.cost import count_flops
 from lcm_jax.diffusion.samplers.table import Table
 from lcm_jax.models.stable_diffusion import StableDiffusion
@@ -138,7 +139,7 @@ class PreviewSampler:
         """Return the compiled program for parameters that are placed, and inputs that are guided, as these are."""
         key = (sampler, inputs.negative_ids is None, *(leaf.sharding for leaf in jax.tree.leaves(params)))
         if key not in self._programs:
-            function = jax.jit(partial(generate, self.model, sampler=sampler))
+            function = jax.jit(partial(generate, self.model, sampler=sampler), compiler_options=compiler_options())
             self._programs[key] = function.lower(params, inputs, table=table).compile()
         return self._programs[key]
 

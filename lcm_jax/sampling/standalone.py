@@ -7,6 +7,7 @@ returns the same as a function: generate(prompts) -> uint8[N, H, W, 3].
 import argparse
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -30,8 +31,14 @@ def load(folder):
     """
     folder = Path(folder)
     about = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    # The option with which the images were equal, bit by bit, when the program was exported; others do not have it.
+    old = version("jaxlib").startswith("0.10.") and jax.default_backend() == "cpu"
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if old else {}
     noise, images = (
-        jax.jit(jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes())).call)
+        jax.jit(
+            jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes())).call,
+            compiler_options=options,
+        )
         for name in ("noise", "images")
     )
     params, table = (read_tensors(folder / f"{name}.safetensors") for name in ("parameters", "table"))

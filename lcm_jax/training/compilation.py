@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lcm_jax.compiler import compiler_options, watch_cache
 from lcm_jax.cost import count_flops
 from lcm_jax.errors import RunError, first_line, memory_shortage
 
@@ -46,7 +47,8 @@ def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.shardin
     try:
         traced = step.trace(*arguments)
         stage = "compiled"
-        compiled = traced.lower().compile()
+        with watch_cache() as cache:
+            compiled = traced.lower().compile(compiler_options=compiler_options(mesh.devices.flat[0].platform))
     except Exception as error:  # whatever JAX, Flax, XLA or a kernel raises
         text = first_line(error)
         if memory_shortage(error) is not None:
@@ -63,5 +65,6 @@ def compile_step(step: Callable, arguments: tuple, title: str, mesh: jax.shardin
     if (memory := compiled.memory_analysis()) is not None:  # some backends have none
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         needed = f"; it takes {(total - memory.alias_size_in_bytes) / 1e9:.2f} GB of memory per device"
-    print(f"compiled in {time.monotonic() - began:.0f} s{needed}")
+    verb = "loaded from the cache" if cache.loaded else "compiled"
+    print(f"{verb} in {time.monotonic() - began:.0f} s{needed}")
     return Program(compiled, count_flops(traced.jaxpr.jaxpr, recomputed=False))

@@ -81,7 +81,7 @@ def whole(mesh: Mesh, tree: Params, dtype: Any = None) -> Params:
     """Return parameters that no longer are split over `fsdp`, each gathered in the dtype that it is computed with.
 
     dtype: of the matrices and kernels that are gathered, which networks cast to it before each use (see
-    `recipes.models.frozen_dtype`); None for parameters that have that dtype already.
+    `models.stable_diffusion.frozen_dtype`); None for parameters that have that dtype already.
     """
 
     def leaf(x, split, gathered):

@@ -16,7 +16,7 @@ import numpy as np
 
 from lcm_jax.models.controlnet import NAME, ControlNet, check_fit
 from lcm_jax.models.layers import Dtype
-from lcm_jax.models.stable_diffusion import StableDiffusion
+from lcm_jax.models.stable_diffusion import StableDiffusion, frozen_dtype
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import hub, layout, trees
 from lcm_jax.weights.errors import ModelError
@@ -144,7 +144,7 @@ def build(model: StoredModel, dtype: Dtype = np.float32) -> tuple[ControlNet, tr
 def place_controlnet(
     name: str | Path | StoredModel, model: StableDiffusion, unet: Mapping[str, Any], put: Callable[[np.ndarray], Any]
 ) -> tuple[str, ControlNet, trees.Params]:
-    """Open a ControlNet for a model; return its name, the network, and its parameters as `put` places them.
+    """Open a ControlNet for a model; return its name, the network, and its cast parameters as `put` places them.
 
     name: what `open_controlnet` accepts, or returns. unet: the config of the model's UNet. Raises ModelError for one
     of another family.
@@ -157,7 +157,8 @@ def place_controlnet(
         check_fit(network, model.unet, model.downscale)
     except ValueError as error:
         raise ModelError(f"ControlNet {stored.name}: {error}") from error
-    return stored.name, network, trees.to_params(COMPONENT, stored.tensors[COMPONENT], abstract, stored.name, put=put)
+    cast, tensors = frozen_dtype(network.dtype), stored.tensors[COMPONENT]
+    return stored.name, network, trees.to_params(COMPONENT, tensors, abstract, stored.name, cast, put)
 
 
 # ---- what a file does not record ------------------------------------------------------------------------------------
