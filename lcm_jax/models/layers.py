@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from lcm_jax.models.remat import CONVOLUTION, mark
+
 Dtype = Any
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -169,9 +171,9 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
-        if not self.bias:
-            return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
+        return mark(y, CONVOLUTION)
 
 
 class ResnetBlock(nn.Module):
