@@ -12,6 +12,7 @@ from whole_runs import load_config
 from lcm_jax import cost
 from lcm_jax.models import attention as attentions
 from lcm_jax.models.attention import Device
+from lcm_jax.models.layers import apply
 from lcm_jax.models.remat import POLICIES
 from lcm_jax.models.unet import UNet2DCondition
 from lcm_jax.recipes.settings import check
@@ -35,7 +36,7 @@ def gradient(remat: str, dtype=jnp.float32):
     """Return (params, z) -> the loss and its gradient, and shapes for both."""
     network = UNet2DCondition.from_config(SMALL, dtype, remat)
     t, context = jnp.array([7, 600]), jnp.ones((2, 6, 8))
-    loss = lambda params, z: jnp.square(network.apply({"params": params}, z, t, context)).mean()  # noqa: E731
+    loss = lambda params, z: jnp.square(apply(network, params, z, t, context)).mean()  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(network.init, key, abstract(2, 32, 32, 4), t, context)["params"]
     return jax.value_and_grad(loss), params, abstract(2, 32, 32, 4)

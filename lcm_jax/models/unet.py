@@ -263,9 +263,9 @@ class UNet2DCondition(nn.Module):
         for i, depths in enumerate(up_depths(c)):
             level = len(widths) - 1 - i
             taken, skips = skips[-len(depths) :][::-1], skips[: -len(depths)]
-            size = skips[-1].shape[1:3] if skips else None
-            shape = (widths[level], heads[level], depths)
-            up = UpLevel(c, *shape, dtype, self.remat, level > 0, size, name=f"up_blocks_{i}")
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            name = f"up_blocks_{i}"
+            up = UpLevel(c, widths[level], heads[level], depths, dtype, self.remat, level > 0, size, name=name)
             x = up(x, taken, time, context)
 
         x = activation(c["act_fn"])(GroupNorm(c["norm_num_groups"], c["norm_eps"], dtype, name="conv_norm_out")(x))

@@ -98,7 +98,7 @@ def make_prepare(model: StableDiffusion) -> Prepare:
         moments = batch["moments"] if images is None else model.encode(networks["vae"], images)
         z = model.to_latents(moments.astype(jnp.float32), draws.posterior)
         if "empty_prompt" in frozen:
-            states = batch if "context" in batch else batch | encode_prompts(model, networks, batch["token_ids"])
+            states = batch if "context" in batch else {**batch, **encode_prompts(model, networks, batch["token_ids"])}
             prompt, empty = stored_prompts(model, frozen["empty_prompt"], states, draws.keep_prompt)
         else:
             token_ids, time_ids = batch["token_ids"], batch["time_ids"]
