@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "ema_rate": 0.95,
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
         }
     )
     config.optimizer = ConfigDict(

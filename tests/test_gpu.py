@@ -59,7 +59,7 @@ def test_a_small_distillation_in_bfloat16(tmp_path, monkeypatch):
     teacher = tiny_model.write(tmp_path / "teacher", unet=tiny_model.SHALLOW)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        settings = {"data.size": 128, "train.dtype": dtype, "train.remat": True, "data.cache": str(tmp_path / dtype)}
+        settings = {"data.size": 128, "train.dtype": dtype, "train.remat": "block", "data.cache": str(tmp_path / dtype)}
         config = shrunk_lcd(teacher, **QUICK | settings)
         task = RECIPES["lcd"](config, tmp_path / f"run-{dtype}")
         task = replace(task, write_preview=lambda *_: {}, on_complete=lambda *_: None)

@@ -126,7 +126,7 @@ def teacher(tmp_path, monkeypatch) -> Path:
 
 def test_from_shards_to_a_student_that_diffusers_paints_with(teacher, tmp_path, monkeypatch):
     config = shrunk_published("sd15", teacher, write_shards(tmp_path / "shards"))
-    config.train.dtype, config.train.remat = "float32", False
+    config.train.dtype, config.train.remat = "float32", "none"
     assert train(RECIPES["lcd"](config, tmp_path / "run"), config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]

@@ -83,7 +83,7 @@ def test_adapters_begin_as_in_peft():
 
 def test_applied_equals_merged_beside_a_teacher_without_adapters():
     """Every linear layer and every convolution of a UNet, with remat; test_lora_clients.py has one without."""
-    unet, inputs = UNet2DCondition.from_config(UNET, remat=True), [normal(i, *s) for i, s in enumerate(INPUTS)]
+    unet, inputs = UNet2DCondition.from_config(UNET, remat="block"), [normal(i, *s) for i, s in enumerate(INPUTS)]
     params = jax.tree.map(lambda leaf: leaf + (leaf.ndim == 1), random(abstract()))
     everything = tuple(lora.module_name(path) for path in lora.kernels(params))
     adapters = adapters_of(params, rank=1, targets=everything)

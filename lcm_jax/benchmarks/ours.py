@@ -27,7 +27,7 @@ from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.objectives.lcd import LCD
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes.distillation import bind_networks, make_prepare
-from lcm_jax.recipes.models import latent_shape
+from lcm_jax.recipes.models import encode_prompts, latent_shape
 from lcm_jax.recipes.trained import add_guidance_input, bind_unet
 from lcm_jax.training.state import create_state
 from lcm_jax.training.step import make_train_step
@@ -144,10 +144,12 @@ def prepare_train(case: Case):
         raise ValueError(f"--model {case.model!r} is a latent consistency model; pass its teacher to time training")
     teacher, frozen = pipe.model, {name: tree for name, tree in pipe.params.items() if name != "vae"}
     guided = {**pipe.configs["unet"], "time_cond_proj_dim": 256}
-    model = StableDiffusion.from_configs({**pipe.configs, "unet": guided}, jnp.dtype(case.dtype), remat=case.remat)
+    configs, remat = {**pipe.configs, "unet": guided}, "block" if case.remat else "none"
+    model = StableDiffusion.from_configs(configs, jnp.dtype(case.dtype), remat)
     unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
     student = {"unet": add_guidance_input(unet, model, "zero", seed=0)}
-    frozen["empty_ids"] = pipe.tokenize([""])[0]
+    encoded = encode_prompts(teacher, frozen, pipe.tokenize([""]))
+    frozen["empty_prompt"] = jax.tree.map(lambda each: each[0], encoded)
     side = latent_side(case, pipe)
     optimizer = optax.chain(
         optax.clip_by_global_norm(cases.CLIP_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.models.layers import Dtype
+from lcm_jax.models.remat import ATTENTION, mark
 
 # With fewer keys the matrix of logits is small, and a fused kernel saves almost nothing.
 MIN_FUSED_KEYS = 1024
@@ -113,5 +114,5 @@ class Attention(nn.Module):
             y = nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y)
             return y.reshape(*y.shape[:2], self.heads, self.head_dim)
 
-        out = attention(dense(x, "to_q"), dense(context, "to_k"), dense(context, "to_v"))
+        out = mark(attention(dense(x, "to_q"), dense(context, "to_k"), dense(context, "to_v")), ATTENTION)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out.reshape(*x.shape[:2], inner))

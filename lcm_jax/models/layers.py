@@ -12,6 +12,7 @@ import numpy as np
 from flax.core import FrozenDict
 
 from lcm_jax.models import winograd
+from lcm_jax.models.remat import CONVOLUTION, mark
 
 Dtype = Any
 ACTIVATIONS = {
@@ -183,9 +184,9 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         shape = (self.size, self.size, x.shape[-1], self.features)
         y = self.convolve(x.astype(self.dtype), self.param("kernel", init, shape).astype(self.dtype))
-        if not self.bias:
-            return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype).reshape(1, 1, 1, -1)
+        return mark(y, CONVOLUTION)
 
     @nn.nowrap
     def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

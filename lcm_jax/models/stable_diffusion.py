@@ -59,13 +59,13 @@ class StableDiffusion:
 
     @classmethod
     def from_configs(
-        cls, configs: Mapping[str, Mapping[str, Any]], dtype: Dtype = jnp.float32, remat: bool = False
+        cls, configs: Mapping[str, Mapping[str, Any]], dtype: Dtype = jnp.float32, remat: str = "none"
     ) -> "StableDiffusion":
         """Build the model of published config.json files, unchanged.
 
         configs: `unet`, `vae`, `text_encoder`, `scheduler`; `text_encoder_2` for SDXL; `model_index` for
-        `force_zeros_for_empty_prompt`, by default true. dtype: of the computation. remat: recompute activations in the
-        backward pass. Raises ValueError for an unsupported option, or two networks that do not fit each other.
+        `force_zeros_for_empty_prompt`, by default true. dtype: of the computation. remat: the UNet's policy, see
+        `remat.rematerialize`. Raises ValueError for an unsupported option, or two networks that do not fit each other.
         """
         with in_file("unet/config.json"):
             unet = UNet2DCondition.from_config(configs["unet"], dtype, remat)
@@ -261,7 +261,7 @@ class StableDiffusion:
         }
         # Parameters do not depend on how they are computed with.
         plain = {name: getattr(self, name).clone(dtype=jnp.float32) for name in self.networks}
-        plain["unet"] = plain["unet"].clone(remat=False)
+        plain["unet"] = plain["unet"].clone(remat="none")
         return {name: abstract_network(network, *inputs[name]) for name, network in plain.items()}
 
 

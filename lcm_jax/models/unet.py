@@ -214,15 +214,15 @@ class UNet2DCondition(nn.Module):
 
     config: Mapping[str, Any]
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: bool = False
+        cls, config: Mapping[str, Any], dtype: Dtype = jnp.float32, remat: str = "none"
     ) -> "UNet2DCondition":
         """Build the network of a published config.json; absent options have diffusers' defaults.
 
-        remat: recompute each block's activations in the backward pass (less memory, about a third more time).
+        remat: the activations that the backward pass recomputes, see `rematerialize`.
         Raises ValueError that names every option that is unknown or has an unsupported value.
         """
         check_config("UNet2DConditionModel", config, SUPPORTED)
@@ -251,23 +251,22 @@ class UNet2DCondition(nn.Module):
         if guidance_embedding is not None and c["time_cond_proj_dim"] is None:
             raise ValueError("guidance_embedding is not supported without time_cond_proj_dim; pass None")
         widths, heads = c["block_out_channels"], heads_per_level(c)
-        block = (lambda kind: nn.remat(kind)) if self.remat else (lambda kind: kind)
 
         time = embed_time(c, dtype, timesteps, guidance_embedding, pooled, time_ids)
         context = context.astype(dtype)
         x = 2.0 * sample - 1.0 if c["center_input_sample"] else sample
         x = Conv(widths[0], c["conv_in_kernel"], dtype=dtype, name="conv_in")(x)
-        x, skips = go_down(c, dtype, x, time, context, block)
+        x, skips = go_down(c, dtype, x, time, context, self.remat)
         if residuals is not None:
             x, skips = add_residuals(x, skips, residuals)
 
         for i, depths in enumerate(up_depths(c)):
             level = len(widths) - 1 - i
             taken, skips = skips[-len(depths) :][::-1], skips[: -len(depths)]
-            size = skips[-1].shape[1:3] if skips else None
-            x = block(UpLevel)(c, widths[level], heads[level], depths, dtype, level > 0, size, name=f"up_blocks_{i}")(
-                x, taken, time, context
-            )
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            name = f"up_blocks_{i}"
+            up = UpLevel(c, widths[level], heads[level], depths, dtype, self.remat, level > 0, size, name=name)
+            x = up(x, taken, time, context)
 
         x = activation(c["act_fn"])(GroupNorm(c["norm_num_groups"], c["norm_eps"], dtype, name="conv_norm_out")(x))
         out = Conv(c["out_channels"], c["conv_out_kernel"], dtype=dtype, zero=True, name="conv_out")(x)

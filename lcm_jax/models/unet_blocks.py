@@ -1,6 +1,6 @@
 """Blocks of the denoising UNet, which a ControlNet shares: embeddings of the time, transformers, resnet levels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lcm_jax.models.attention import Attention
 from lcm_jax.models.layers import Conv, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample, activation
+from lcm_jax.models.remat import rematerialize
 
 
 def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
@@ -107,18 +108,19 @@ class Level(nn.Module):
     heads: int
     depths: tuple[int, ...]
     dtype: Dtype
+    remat: str  # of each resnet and each transformer, see `rematerialize`
 
-    def resnet(self, i, x, time):
+    def resnet(self, i, x, time, scale=1.0):
         c = self.config
-        return ResnetBlock(
-            self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], dtype=self.dtype, name=f"resnets_{i}"
+        return rematerialize(self.remat)(ResnetBlock)(
+            self.features, c["norm_num_groups"], c["norm_eps"], c["act_fn"], scale, self.dtype, name=f"resnets_{i}"
         )(x, time)
 
     def attend(self, i, x, context):
         if not self.depths[i]:
             return x
         c = self.config
-        return Transformer2D(
+        return rematerialize(self.remat)(Transformer2D)(
             self.heads,
             self.depths[i],
             c["norm_num_groups"],
@@ -159,18 +161,9 @@ class UpLevel(Level):
 class MidLevel(Level):
     @nn.compact
     def __call__(self, x, time, context):
-        c = self.config
-        resnet = lambda i, y: ResnetBlock(  # noqa: E731
-            self.features,
-            c["norm_num_groups"],
-            c["norm_eps"],
-            c["act_fn"],
-            c["mid_block_scale_factor"],
-            dtype=self.dtype,
-            name=f"resnets_{i}",
-        )(y, time)
-        x = resnet(0, x)
-        return resnet(1, self.attend(0, x, context)) if self.depths else x
+        scale = self.config["mid_block_scale_factor"]
+        x = self.resnet(0, x, time, scale)
+        return self.resnet(1, self.attend(0, x, context), time, scale) if self.depths else x
 
 
 # The functions below are called in a module's compact method, whose submodules the layers then are.
@@ -204,20 +197,20 @@ def embed_time(config: Mapping[str, Any], dtype: Dtype, timesteps, guidance_embe
     return time + TimestepEmbedding(time_dim, None, "silu", dtype, name="add_embedding")(added)
 
 
-def go_down(config: Mapping[str, Any], dtype: Dtype, x, time, context, block: Callable = lambda kind: kind):
+def go_down(config: Mapping[str, Any], dtype: Dtype, x, time, context, remat: str = "none"):
     """Return the output of the middle, [B, h, w, C], and the list of skips, x first, from all levels down.
 
-    x: [B, H, W, C], after the first convolution. block: wraps the classes of blocks, in nn.remat say.
+    x: [B, H, W, C], after the first convolution. remat: see `rematerialize`.
     """
     widths, heads, (depths, middle) = config["block_out_channels"], heads_per_level(config), down_depths(config)
     skips = [x]
     for i, width in enumerate(widths):
         last = i == len(widths) - 1
-        level = block(DownLevel)(config, width, heads[i], depths[i], dtype, not last, name=f"down_blocks_{i}")
+        level = DownLevel(config, width, heads[i], depths[i], dtype, remat, not last, name=f"down_blocks_{i}")
         x, more = level(x, time, context)
         skips += more
     if config["mid_block_type"]:
-        x = block(MidLevel)(config, widths[-1], heads[-1], middle, dtype, name="mid_block")(x, time, context)
+        x = MidLevel(config, widths[-1], heads[-1], middle, dtype, remat, name="mid_block")(x, time, context)
     return x, skips
 
 

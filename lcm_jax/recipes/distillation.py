@@ -26,6 +26,7 @@ from lcm_jax.recipes.models import (
     Models,
     abstract_frozen,
     abstract_prompts,
+    encode_prompts,
     latent_shape,
     load_encoders,
     load_frozen,
@@ -87,7 +88,8 @@ def make_prepare(model: StableDiffusion) -> Prepare:
     """Return prepare(params, frozen, batch, draws) -> Examples for batches of `batch_shapes`.
 
     Networks are those of `params`, else those of `frozen`. Each micro-batch is encoded on its own, so that no image
-    waits in memory.
+    waits in memory. The empty prompt is "empty_prompt" of `frozen`, encoded once; without that its tokens, "empty_ids",
+    are encoded in each step, by a text encoder that is trained.
     """
 
     def prepare(params: Params, frozen: Params, batch: Mapping[str, jax.Array], draws: Any) -> Examples:
@@ -95,8 +97,9 @@ def make_prepare(model: StableDiffusion) -> Prepare:
         images = to_float(batch["image"]) if "image" in batch else None
         moments = batch["moments"] if images is None else model.encode(networks["vae"], images)
         z = model.to_latents(moments.astype(jnp.float32), draws.posterior)
-        if "context" in batch:
-            prompt, empty = stored_prompts(model, frozen["empty_prompt"], batch, draws.keep_prompt)
+        if "empty_prompt" in frozen:
+            states = batch if "context" in batch else {**batch, **encode_prompts(model, networks, batch["token_ids"])}
+            prompt, empty = stored_prompts(model, frozen["empty_prompt"], states, draws.keep_prompt)
         else:
             token_ids, time_ids = batch["token_ids"], batch["time_ids"]
             empty_ids = jnp.broadcast_to(frozen["empty_ids"], token_ids.shape)

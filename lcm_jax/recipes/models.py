@@ -98,14 +98,11 @@ def frozen_networks(model: StableDiffusion, unet: bool, prompts: bool) -> list[s
 def abstract_frozen(model: StableDiffusion, unet: bool = True, prompts: bool = True) -> dict[str, Any]:
     """Return the shapes and dtypes of a model's frozen parameters by network, and of the empty prompt.
 
-    unet: False to leave out the UNet, if all of it is trained. prompts: True if steps encode prompts: with the text
-    encoders and "empty_ids", the empty prompt's tokens; else with "empty_prompt", see `encode_prompts`, of no batch.
+    unet: False to leave out the UNet, if all of it is trained. prompts: True for the text encoders, if steps encode
+    prompts. "empty_prompt" is that of `encode_prompts`, of no batch.
     """
     first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-    if prompts:
-        trees: dict[str, Any] = {"empty_ids": jax.ShapeDtypeStruct(token_shape(model), jnp.int32)}
-    else:
-        trees = {"empty_prompt": jax.tree.map(first, abstract_prompts(model, 1))}
+    trees: dict[str, Any] = {"empty_prompt": jax.tree.map(first, abstract_prompts(model, 1))}
     abstract = model.abstract_params()
     for name in frozen_networks(model, unet, prompts):
         cast = frozen_dtype(model.dtype_of(name))
@@ -118,14 +115,11 @@ def load_frozen(models: Models, unet: bool = True, prompts: bool = True) -> dict
 
     Each is copied out of its file: on a CPU the device may use these very arrays, and files may change.
     """
-    empty_ids = np.asarray(models.tokenize([""]), np.int32)
-    if prompts:
-        trees: dict[str, Any] = {"empty_ids": empty_ids[0]}
-    else:
-        encode = jax.jit(partial(encode_prompts, models.base), compiler_options=compiler_options())
-        encoded = encode(load_encoders(models), empty_ids)
-        trees = {"empty_prompt": jax.tree.map(lambda x: np.array(x[0]), encoded)}
-    return trees | {name: load_network(models, name) for name in frozen_networks(models.base, unet, prompts)}
+    encoders, empty_ids = load_encoders(models), np.asarray(models.tokenize([""]), np.int32)
+    encode = jax.jit(partial(encode_prompts, models.base), compiler_options=compiler_options())
+    encoded = encode(encoders, empty_ids)
+    trees = {"empty_prompt": jax.tree.map(lambda x: np.array(x[0]), encoded)} | (encoders if prompts else {})
+    return trees | {name: load_network(models, name) for name in frozen_networks(models.base, unet, False)}
 
 
 def load_encoders(models: Models) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lcm_jax.data.sources import SOURCES
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.evaluation.metrics import check_metrics
 from lcm_jax.evaluation.report import MODELS
+from lcm_jax.models.remat import POLICIES
 from lcm_jax.pipeline import DTYPES
 from lcm_jax.ranges import (
     ABOVE_ZERO,
@@ -99,7 +100,7 @@ CHOICES: Mapping[str, tuple] = {
     "mesh.frozen": ("sharded", "replicated"),
     "train.dtype": DTYPES,
     "export.dtype": DTYPES,
-    "train.remat": (False, True),
+    "train.remat": tuple(POLICIES),
     "student.guidance_embedding_init": ("zero", "normal"),
     "vae.mid_block_add_attention": (False, True),
 }

@@ -10,7 +10,7 @@ from lcm_jax.compiler import compiler_options, watch_cache
 from lcm_jax.cost import count_flops
 from lcm_jax.errors import RunError, first_line, memory_shortage
 
-STEP_MEMORY = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or set train.remat=True"
+STEP_MEMORY = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or set train.remat=block"
 
 
 class Program(NamedTuple):
