@@ -160,11 +160,26 @@ def plain_attention(query, key, value, mask=None):
 
 def _scores_to_values(query, key, value, mask=None):
     """Return [B, heads, N, d] of query: [B, heads, N, d] and key, value: [B, heads, M, d]."""
-    scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    scores = _products(query, key) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
+
+
+@jax.custom_vjp
+def _products(query, key):
+    """Return query key^T, float32[B, heads, N, M]."""
+    return jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+
+
+def _products_backward(inputs, gradient):
+    # In the dtype of the inputs: the transpose of a product with float32 output multiplies float32 matrices.
+    (query, key), gradient = inputs, gradient.astype(inputs[0].dtype)
+    return jnp.einsum("bhnm,bhmd->bhnd", gradient, key), jnp.einsum("bhnm,bhnd->bhmd", gradient, query)
+
+
+_products.defvjp(lambda query, key: (_products(query, key), (query, key)), _products_backward)
 
 
 def attention_in_blocks(query, key, value):
