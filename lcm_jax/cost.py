@@ -47,8 +47,17 @@ def count_flops(jaxpr, recomputed: bool = True) -> int:
             inner = [count_flops(sub, recomputed) for value in equation.params.values() for sub in _jaxprs(value)]
             if equation.params.get("differentiated") and not recomputed:
                 inner = [count_flops(_backward(equation.params["jaxpr"]))]
-            total += max(inner, default=0) if name == "cond" else sum(inner) * equation.params.get("length", 1)
+            total += max(inner, default=0) if name == "cond" else sum(inner) * _repetitions(equation)
     return total
+
+
+def _repetitions(equation) -> int:
+    """Return how often the inner program of a scan, of a Pallas kernel's grid or of a mesh's devices is run."""
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
+    if equation.primitive.name == "shard_map":
+        return equation.params["mesh"].size
+    return equation.params.get("length", 1)
 
 
 def _backward(jaxpr):
@@ -64,20 +73,16 @@ def _backward(jaxpr):
     return jaxpr.replace(eqns=kept)
 
 
-def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:
+def peak_bytes(jaxpr) -> int:
     """Estimate the peak memory of the intermediate values of `jaxpr`, run in its order, in bytes.
 
-    Inputs and outputs are not counted. skip: (N, M) of attention matrices [B, heads, N, M] with more than one head that
-    are not counted, since a fused kernel does not store them. XLA fuses, reorders and needs workspace: on a CPU it
-    allocates about 80% of the estimate for a small step without remat. CPU compilation undoes remat, so that the
-    estimate with remat has not been compared.
+    Inputs and outputs are not counted. XLA fuses, reorders and needs workspace: on a CPU it allocates about 80% of the
+    estimate for a small step without remat. CPU compilation undoes remat, so that the estimate with remat has not been
+    compared.
     """
 
     def size(v) -> int:
-        shape = getattr(v.aval, "shape", ())
-        if len(shape) == 4 and shape[1] > 1 and shape[2:] in skip:
-            return 0
-        return int(np.prod(shape)) * v.aval.dtype.itemsize
+        return int(np.prod(getattr(v.aval, "shape", ()))) * v.aval.dtype.itemsize
 
     variables = lambda values: {v for v in values if isinstance(v, Var)}  # noqa: E731
     last = {v: number for number, equation in enumerate(jaxpr.eqns) for v in variables(equation.invars)}
@@ -89,7 +94,7 @@ def peak_bytes(jaxpr, skip: frozenset[tuple[int, int]] = frozenset()) -> int:
         live |= made
         now += sum(made.values())
         inner = [sub for value in equation.params.values() for sub in _jaxprs(value)]
-        peak = max(peak, now + max((peak_bytes(sub, skip) for sub in inner), default=0))
+        peak = max(peak, now + max((peak_bytes(sub) for sub in inner), default=0))
         for v in variables([*equation.invars, *equation.outvars]) & live.keys():
             if last.get(v, number) <= number:
                 now -= live.pop(v)

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lcm_jax import cost, scaling
-from lcm_jax.models.attention import MIN_FUSED_KEYS
 from lcm_jax.models.families import FAMILIES
 from lcm_jax.recipes import check_config, find_recipe
 from lcm_jax.recipes.models import OpenModel
@@ -106,10 +105,7 @@ def estimate(config) -> dict[str, Any]:
             "batch": nbytes(of_device(dict(task.batch), local * accumulate)),
         }
 
-    fused = fused_attentions(latents.shape[1])
-    activations = {
-        name: cost.peak_bytes(program.jaxpr.jaxpr, skip) for name, skip in [("fused", fused), ("unfused", frozenset())]
-    }
+    activations = cost.peak_bytes(program.jaxpr.jaxpr)
     memory, split = memory_on(mesh), abstract_mesh(1, 1, config.mesh.tensor)
     # Trained parameters and their gradients travel in the compute dtype, those of student and target network once each.
     moved = device_bytes(split, state.params) * jnp.dtype(config.train.dtype).itemsize / 4
@@ -135,19 +131,13 @@ def estimate(config) -> dict[str, Any]:
             name: {
                 "step": flops / (mesh.size * peak * 1e12 * scaling.ASSUMED_MFU),
                 "memory": int(size * 1e9),
-                "fits": sum(memory.values()) + activations["fused" if "NVIDIA" in name else "unfused"] <= size * 1e9,
+                "fits": sum(memory.values()) + activations <= size * 1e9,
             }
             for name, (peak, size) in ACCELERATORS.items()
         },
         "clusters": {
             name: on_cluster(
-                cluster,
-                config.mesh,
-                lambda mesh, kind="fused" if "H100" in name else "unfused": (
-                    sum(memory_on(mesh).values()) + activations[kind]
-                ),
-                flops / mesh.size,
-                load,
+                cluster, config.mesh, lambda mesh: sum(memory_on(mesh).values()) + activations, flops / mesh.size, load
             )
             for name, cluster in scaling.CLUSTERS.items()
         },
@@ -210,15 +200,6 @@ def device_bytes(mesh, tree, over_fsdp: bool = True) -> int:
     return sum(jax.tree.leaves(shards))
 
 
-def fused_attentions(side: int) -> frozenset[tuple[int, int]]:
-    """Return the (queries, keys) of the attentions that a GPU computes with a fused kernel.
-
-    side: latents along one axis. Attention to the prompt and between a few positions is left to XLA.
-    """
-    positions = [(-(-side // 2**level)) ** 2 for level in range(side.bit_length())]
-    return frozenset((n, n) for n in positions if n >= MIN_FUSED_KEYS)
-
-
 # ---- printing -------------------------------------------------------------------------------------------------------
 
 
@@ -257,10 +238,9 @@ def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> Non
         table.add_column(heading, justify="right")
     for name in found["memory"]:
         table.add_row(name, *(gigabytes(side["memory"][name]) for side in sides))
-    for kind, text in (("fused", "attention fused as on a GPU"), ("unfused", "attention not fused")):
-        table.add_row(f"activations (estimate), {text}", *(gigabytes(side["activations"][kind]) for side in sides))
-    totals = [[sum(side["memory"].values()) + size for size in side["activations"].values()] for side in sides]
-    table.add_row("total", *(" or ".join(map(gigabytes, both)) for both in totals), style="bold")
+    table.add_row("activations (estimate)", *(gigabytes(side["activations"]) for side in sides))
+    totals = [sum(side["memory"].values()) + side["activations"] for side in sides]
+    table.add_row("total", *map(gigabytes, totals), style="bold")
     console.print(table)
 
     write(f"{found['flops'] / 1e12:,.1f} TFLOP per step of {found['batch_size']} images, {found['steps']:,} steps")

@@ -11,7 +11,7 @@ import tiny_model
 from whole_runs import QUICK, shrunk_lcd
 
 from lcm_jax.models import attention as attentions
-from lcm_jax.models.attention import Shape, attention, choose_kernel, cudnn_refusal, current_device
+from lcm_jax.models.attention import KERNELS, REFUSALS, Shape, choose_kernel, current_device
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.recipes import RECIPES
 from lcm_jax.training.loop import train
@@ -24,8 +24,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("queries, keys", [(4096, 4096), (4096, 77), (1024, 1024), (256, 256), (77, 77)])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
-def test_fused_attention_equals_plain(queries, keys, head_dim):
-    """In bfloat16, forward and backward, against float32 on the host's numbers; whatever the device can fuse is."""
+def test_every_kernel_equals_plain(queries, keys, head_dim):
+    """In bfloat16, forward and backward, against float32 on the host's numbers: all that the device offers."""
     rng = np.random.default_rng(0)
     numbers = [rng.standard_normal((1, n, 2, head_dim), np.float32) for n in (queries, keys, keys)]
     numbers = [jnp.asarray(x, jnp.bfloat16) for x in numbers]
@@ -36,19 +36,15 @@ def test_fused_attention_equals_plain(queries, keys, head_dim):
         return out, *pull(tangent)
 
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(lambda *a: both_ways(attention, *a))(*(x.astype(jnp.float32) for x in numbers))
+        plain = KERNELS["xla"]
+        expected = jax.jit(lambda *a: both_ways(plain, *a))(*(x.astype(jnp.float32) for x in numbers))
     shape = Shape(queries, keys, head_dim, jnp.dtype(jnp.bfloat16))
-    functions = [attention]
-    if cudnn_refusal(current_device(), shape, backward=True) is None:
-        functions.append(lambda *a: jax.nn.dot_product_attention(*a, implementation="cudnn"))
-    for function in functions:
-        found = jax.jit(lambda *a, f=function: both_ways(f, *a))(*numbers)
+    device = current_device()
+    for name in [name for name in KERNELS if name not in REFUSALS or REFUSALS[name](device, shape) is None]:
+        found = jax.jit(lambda *a, f=KERNELS[name]: both_ways(f, *a))(*numbers)
         for ours, theirs in zip(found, expected, strict=True):
             error = np.linalg.norm(np.float32(ours) - np.float32(theirs)) / np.linalg.norm(np.float32(theirs))
-            assert error < 0.02, (function, error)
-    if cudnn_refusal(current_device(), shape, backward=False) is None:  # not chosen, but not refused either
-        fused = jax.jit(lambda *a: jax.nn.dot_product_attention(*a, implementation="cudnn"))(*numbers)
-        np.testing.assert_allclose(np.float32(fused), np.float32(expected[0]), atol=0.03)
+            assert error < 0.02, (name, error)
 
 
 def test_a_small_distillation_in_bfloat16(tmp_path, monkeypatch):
@@ -66,7 +62,7 @@ def test_a_small_distillation_in_bfloat16(tmp_path, monkeypatch):
         assert train(task, config, tmp_path / f"run-{dtype}")
         lines = (tmp_path / f"run-{dtype}" / "metrics.jsonl").read_text().splitlines()
         losses[dtype] = [json.loads(line)["loss"] for line in lines]
-    assert ("cudnn" in chosen) == (current_device().platform == "cuda")
+    assert bool({"cudnn", "flash"} & set(chosen)) == (current_device().platform in ("cuda", "tpu"))
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.1)
 
 

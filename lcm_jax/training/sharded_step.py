@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lcm_jax.training import sharding
 from lcm_jax.training.state import Params, TrainState, create_state, make_optimizer
-from lcm_jax.training.step import make_train_step
+from lcm_jax.training.step import Batch, make_train_step
 
 
 class ShardedStep(NamedTuple):
@@ -56,7 +56,7 @@ def make_sharded_step(task: Any, config, mesh: Mesh) -> ShardedStep:
     def scatter(gradient: Params) -> Params:
         return jax.lax.with_sharding_constraint(gradient, shardings.params)
 
-    step = make_train_step(
+    update = make_train_step(
         task.objective,
         task.bind,
         task.prepare,
@@ -68,6 +68,12 @@ def make_sharded_step(task: Any, config, mesh: Mesh) -> ShardedStep:
         gather=gather,
         scatter=scatter,
     )
+
+    def step(state: TrainState, frozen: Params, batch: Batch):
+        # Kernels that the compiler cannot divide between devices ask for the mesh while they are traced.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(state, frozen, batch)
+
     jitted = jax.jit(
         step,
         in_shardings=(shardings, frozen_shardings, sharding.by_batch(mesh)),
