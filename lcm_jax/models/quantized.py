@@ -1,0 +1,141 @@
+"""Networks with quantized kernels: int8 or float8 numbers, and a float32 scale for each output channel, by qwix.
+
+Kernels are quantized once, and the inputs of their layers while the network is computed: with one scale for each pixel
+or token before a matrix product, and one for each image before a convolution, so that an image does not depend on the
+others of its batch. Quantized are the blocks of the UNet and the layers of the text encoders. The autoencoder, biases,
+norms, attention, embeddings, and the UNet's first and last convolution are not.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lcm_jax.models import layers
+from lcm_jax.models.attention import Device, current_device
+from lcm_jax.models.layers import Conv
+
+QUANTIZED_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+# First parts of paths. The rest of the UNet is a small share of the work and changes images most.
+PLACES = ("down_blocks", "mid_block", "up_blocks", "text_model")
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+class QuantizedKernel(NamedTuple):
+    """A kernel, about values * scale. values: int8 or float8_e4m3fn[..., out]; scale: float32[1, ..., 1, out]."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+
+def import_qwix() -> Any:
+    """Return the module qwix. Raises ValueError if it is not installed."""
+    try:
+        import qwix  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "qwix":
+            raise
+        raise ValueError("dtype int8 and fp8 need qwix; install it: pip install 'lcm_jax[quantized]'") from None
+    return qwix
+
+
+def compute_dtype(dtype: str) -> Any:
+    """Return the dtype of all that is not quantized: for int8 and fp8 float32 on a CPU, else bfloat16."""
+    if dtype not in QUANTIZED_DTYPES:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32 if current_device().platform == "cpu" else jnp.bfloat16)
+
+
+def is_quantized(path: tuple[str, ...]) -> bool:
+    """Return True if the parameter at this path of a UNet or a text encoder is quantized."""
+    return path[-1] == "kernel" and path[0].startswith(PLACES)
+
+
+def quantize_params(params: Any, dtype: str) -> Any:
+    """Return the parameters of a UNet or a text encoder with quantized kernels, and the other leaves as they are.
+
+    params: arrays of any dtype on one device or on the host; dtype: int8 or fp8. Kernels are quantized one after
+    another, in float32. Raises ValueError if qwix is not installed.
+    """
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
+    quantize = lambda path, leaf: quantize_kernel(leaf, QUANTIZED_DTYPES[dtype]) if is_quantized(path) else leaf  # noqa: E731
+    return unflatten_dict({path: quantize(path, leaf) for path, leaf in leaves.items()})
+
+
+@partial(jax.jit, static_argnums=1)
+def quantize_kernel(kernel: jax.Array, dtype: Any) -> QuantizedKernel:
+    """Return a kernel, [..., out] of any dtype, in int8 or float8_e4m3fn. Raises ValueError without qwix."""
+    array = import_qwix().quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=[kernel.ndim - 1])
+    return QuantizedKernel(array.qvalue, array.scale)
+
+
+def quantizes_inputs(device: Device, dtype: Any, convolution: bool) -> bool:
+    """Return True if products of two arrays of this dtype are computed as such on the device.
+
+    Otherwise the inputs of a layer stay in the compute dtype, and its kernel is dequantized to that; cuDNN, for one,
+    supports convolutions in 8 bits only in patterns that XLA may not find, and fails without them.
+    """
+    if jnp.dtype(dtype) == jnp.int8:
+        return device.platform in (("cpu", "tpu") if convolution else ("cpu", "cuda", "tpu"))
+    return device.platform == "cpu" or (device.platform == "cuda" and device.capability >= (8, 9) and not convolution)
+
+
+def apply(network: nn.Module, params: Any, *inputs, **options) -> Any:
+    """Return the output of a network, as `layers.apply`, whose kernels may be quantized."""
+    with nn.intercept_methods(_multiply_quantized):
+        return layers.apply(network, params, *inputs, **options)
+
+
+def _multiply_quantized(call, args, kwargs, context):
+    """Compute a layer with a quantized kernel, and call any other method."""
+    module = context.module
+    if not isinstance(module, nn.Dense | Conv) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    kernel = module.get_variable("params", "kernel")
+    if not isinstance(kernel, QuantizedKernel):
+        return call(*args, **kwargs)
+    y = multiply(args[0].astype(module.dtype), kernel, module)
+    bias = module.get_variable("params", "bias")
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape(*[1] * (y.ndim - 1), -1)
+    return y.astype(module.dtype)
+
+
+def multiply(x: jax.Array, kernel: QuantizedKernel, layer: nn.Dense | Conv) -> jax.Array:
+    """Return the product, or the convolution that `layer` describes, of x: [..., C] and a quantized kernel.
+
+    It is float32[..., out] if the inputs are quantized too (see `quantizes_inputs`), else of the dtype of x.
+    """
+    convolution = isinstance(layer, Conv) and layer.size > 1
+    if not quantizes_inputs(current_device(), kernel.dtype, convolution):
+        dense = (kernel.values.astype(jnp.float32) * kernel.scale).astype(x.dtype)
+        if isinstance(layer, Conv):
+            return layers.convolve(x, dense, layer.stride, layer.padding)
+        return x @ dense
+    qwix = import_qwix()
+    weights = qwix.QArray(*kernel)
+    # One scale for an image, since a window has many pixels; else one for each of them, or each token.
+    own_scale = [0] if convolution else list(range(x.ndim - 1))
+    inputs = qwix.quantize(x.astype(jnp.float32), kernel.dtype, channelwise_axes=own_scale)
+    if not convolution:
+        weights = weights.reshape(kernel.shape[-2:])
+        return qwix.dot_general(inputs, weights, (((x.ndim - 1,), (0,)), ((), ())))
+    half = layer.size // 2
+    padding = layer.padding or ((half, half), (half, half))
+    strides = (layer.stride, layer.stride)
+    return qwix.conv_general_dilated(inputs, weights, strides, padding, dimension_numbers=DIMENSIONS)
