@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.models import layers
 from lcm_jax.models.attention import Device, current_device
@@ -55,9 +54,13 @@ def import_qwix() -> Any:
 
 
 def compute_dtype(dtype: str) -> Any:
-    """Return the dtype of all that is not quantized: for int8 and fp8 float32 on a CPU, else bfloat16."""
+    """Return the dtype of all that is not quantized: for int8 and fp8 float32 on a CPU, else bfloat16.
+
+    Raises ValueError if qwix is needed and is not installed.
+    """
     if dtype not in QUANTIZED_DTYPES:
         return jnp.dtype(dtype)
+    import_qwix()
     return jnp.dtype(jnp.float32 if current_device().platform == "cpu" else jnp.bfloat16)
 
 
@@ -66,22 +69,25 @@ def is_quantized(path: tuple[str, ...]) -> bool:
     return path[-1] == "kernel" and path[0].startswith(PLACES)
 
 
-def quantize_params(params: Any, dtype: str) -> Any:
-    """Return the parameters of a UNet or a text encoder with quantized kernels, and the other leaves as they are.
-
-    params: arrays of any dtype on one device or on the host; dtype: int8 or fp8. Kernels are quantized one after
-    another, in float32. Raises ValueError if qwix is not installed.
-    """
-    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
-    quantize = lambda path, leaf: quantize_kernel(leaf, QUANTIZED_DTYPES[dtype]) if is_quantized(path) else leaf  # noqa: E731
-    return unflatten_dict({path: quantize(path, leaf) for path, leaf in leaves.items()})
-
-
 @partial(jax.jit, static_argnums=1)
 def quantize_kernel(kernel: jax.Array, dtype: Any) -> QuantizedKernel:
     """Return a kernel, [..., out] of any dtype, in int8 or float8_e4m3fn. Raises ValueError without qwix."""
-    array = import_qwix().quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=[kernel.ndim - 1])
+    array = quantize(kernel, dtype, [kernel.ndim - 1])
     return QuantizedKernel(array.qvalue, array.scale)
+
+
+def quantize(x: jax.Array, dtype: Any, axes: list[int]) -> Any:
+    """Return x as a qwix.QArray, with a float32 scale for each index of `axes`, infinite if x has NaN or infinity."""
+    # XLA's maximum on a CPU skips NaN, and not infinity; times an infinite scale, every value is NaN.
+    x = jnp.where(jnp.isnan(x), jnp.inf, x.astype(jnp.float32))
+    # Of int8, qwix scales the largest number to 127.5, which errors of a last bit round up or down.
+    method = f"absmax,{127.5 / 127}" if dtype == jnp.int8 else "absmax"
+    return import_qwix().quantize(x, dtype, channelwise_axes=axes, calibration_method=method)
+
+
+def cast_like(array: Any, like: Any) -> Any:
+    """Return `array` in the dtype of `like`, quantized if that is."""
+    return quantize_kernel(array, like.dtype) if isinstance(like, QuantizedKernel) else array.astype(like.dtype)
 
 
 def quantizes_inputs(device: Device, dtype: Any, convolution: bool) -> bool:
@@ -131,7 +137,7 @@ def multiply(x: jax.Array, kernel: QuantizedKernel, layer: nn.Dense | Conv) -> j
     weights = qwix.QArray(*kernel)
     # One scale for an image, since a window has many pixels; else one for each of them, or each token.
     own_scale = [0] if convolution else list(range(x.ndim - 1))
-    inputs = qwix.quantize(x.astype(jnp.float32), kernel.dtype, channelwise_axes=own_scale)
+    inputs = quantize(x, kernel.dtype, own_scale)
     if not convolution:
         weights = weights.reshape(kernel.shape[-2:])
         return qwix.dot_general(inputs, weights, (((x.ndim - 1,), (0,)), ((), ())))
