@@ -1,8 +1,8 @@
 """Networks with quantized kernels: int8 or float8 numbers, and a float32 scale for each output channel, by qwix.
 
-Kernels are quantized once, and the inputs of their layers while the network is computed: with one scale for each pixel
-or token before a matrix product, and one for each image before a convolution, so that an image does not depend on the
-others of its batch. Quantized are the blocks of the UNet and the layers of the text encoders. The autoencoder, biases,
+Kernels are quantized once, and the inputs of their layers while the network is computed, if the device multiplies in 8
+bits: with one scale for each pixel or token before a matrix product, and one for each image before a convolution, so
+that an image does not depend on the others of its batch. Quantized are the blocks of the UNet and the layers of the text encoders. The autoencoder, biases,
 norms, attention, embeddings, and the UNet's first and last convolution are not.
 """
 
@@ -90,15 +90,16 @@ def cast_like(array: Any, like: Any) -> Any:
     return quantize_kernel(array, like.dtype) if isinstance(like, QuantizedKernel) else array.astype(like.dtype)
 
 
-def quantizes_inputs(device: Device, dtype: Any, convolution: bool) -> bool:
-    """Return True if products of two arrays of this dtype are computed as such on the device.
+def multiplies(device: Device, dtype: Any, convolution: bool) -> bool:
+    """Return True if the device computes products, or convolutions, of two arrays of this dtype as such.
 
-    Otherwise the inputs of a layer stay in the compute dtype, and its kernel is dequantized to that; cuDNN, for one,
-    supports convolutions in 8 bits only in patterns that XLA may not find, and fails without them.
+    cuDNN supports convolutions in 8 bits only in patterns that XLA may not find, and fails without them. XLA's
+    convolution in int8 on a CPU takes a hundred times as long as in float32 without the micro-kernels of
+    `xla_cpu_experimental_ynn_fusion_type`.
     """
     if jnp.dtype(dtype) == jnp.int8:
-        return device.platform in (("cpu", "tpu") if convolution else ("cpu", "cuda", "tpu"))
-    return device.platform == "cpu" or (device.platform == "cuda" and device.capability >= (8, 9) and not convolution)
+        return device.platform == "tpu" or (device.platform == "cuda" and not convolution)
+    return device.platform == "cuda" and device.capability >= (8, 9) and not convolution
 
 
 def apply(network: nn.Module, params: Any, *inputs, **options) -> Any:
@@ -125,23 +126,22 @@ def _multiply_quantized(call, args, kwargs, context):
 def multiply(x: jax.Array, kernel: QuantizedKernel, layer: nn.Dense | Conv) -> jax.Array:
     """Return the product, or the convolution that `layer` describes, of x: [..., C] and a quantized kernel.
 
-    It is float32[..., out] if the inputs are quantized too (see `quantizes_inputs`), else of the dtype of x.
+    If the device multiplies these 8 bits, x is quantized too, and the output is float32[..., out]. Otherwise the kernel
+    is dequantized to the dtype of x, which the output has; a CPU rounds x to 8 bits all the same, so that its images
+    have the errors of both.
     """
+    qwix, device = import_qwix(), current_device()
     convolution = isinstance(layer, Conv) and layer.size > 1
-    if not quantizes_inputs(current_device(), kernel.dtype, convolution):
-        dense = (kernel.values.astype(jnp.float32) * kernel.scale).astype(x.dtype)
-        if isinstance(layer, Conv):
-            return layers.convolve(x, dense, layer.stride, layer.padding)
-        return x @ dense
-    qwix = import_qwix()
-    weights = qwix.QArray(*kernel)
     # One scale for an image, since a window has many pixels; else one for each of them, or each token.
     own_scale = [0] if convolution else list(range(x.ndim - 1))
-    inputs = quantize(x, kernel.dtype, own_scale)
-    if not convolution:
-        weights = weights.reshape(kernel.shape[-2:])
-        return qwix.dot_general(inputs, weights, (((x.ndim - 1,), (0,)), ((), ())))
-    half = layer.size // 2
-    padding = layer.padding or ((half, half), (half, half))
-    strides = (layer.stride, layer.stride)
-    return qwix.conv_general_dilated(inputs, weights, strides, padding, dimension_numbers=DIMENSIONS)
+    if multiplies(device, kernel.dtype, convolution):
+        inputs, weights = quantize(x, kernel.dtype, own_scale), qwix.QArray(*kernel)
+        if not convolution:
+            return qwix.dot_general(inputs, weights.reshape(kernel.shape[-2:]), (((x.ndim - 1,), (0,)), ((), ())))
+        half = layer.size // 2
+        padding, strides = layer.padding or ((half, half), (half, half)), (layer.stride, layer.stride)
+        return qwix.conv_general_dilated(inputs, weights, strides, padding, dimension_numbers=DIMENSIONS)
+    if device.platform == "cpu":
+        x = qwix.dequantize(quantize(x, kernel.dtype, own_scale)).astype(x.dtype)
+    dense = qwix.dequantize(qwix.QArray(*kernel)).astype(x.dtype)
+    return layers.convolve(x, dense, layer.stride, layer.padding) if isinstance(layer, Conv) else x @ dense
