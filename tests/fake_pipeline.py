@@ -5,7 +5,6 @@ import threading
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 from PIL import Image
 
 

@@ -133,8 +133,8 @@ def test_compute_dtype_of_the_rest(monkeypatch):
 
 
 def test_blocks_are_quantized_and_the_rest_is_not(pipe):
-    leaves = {name: flatten_dict(tree) for name, tree in pipe.params.items()}
-    kinds = {(name, *path): type(leaf) is QuantizedKernel for name, tree in leaves.items() for path, leaf in tree.items()}
+    leaves = {(name, *path): leaf for name, tree in pipe.params.items() for path, leaf in flatten_dict(tree).items()}
+    kinds = {path: type(leaf) is QuantizedKernel for path, leaf in leaves.items()}
     ours = {path for path, is_ours in kinds.items() if is_ours}
     assert {path[:2] for path in ours} == {
         ("unet", "down_blocks_0"),

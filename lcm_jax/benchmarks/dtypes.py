@@ -9,13 +9,14 @@ the extra `quantized`.
 
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
 from lcm_jax import command
 
 FLAGS = flags.FlagValues()
-OWN = {"flag_values": FLAGS}
+OWN: dict[str, Any] = {"flag_values": FLAGS}
 MODEL = flags.DEFINE_string("model", "shapes-lcm", "Model in any format, as in lcm_jax.sample.", **OWN)
 DTYPES = flags.DEFINE_list(
     "dtypes", ["float32", "bfloat16", "int8", "fp8"], "Dtypes; the first is what images are compared with.", **OWN
@@ -46,7 +47,7 @@ def compare() -> None:
     for repeat in range(REPEATS.value + 1):
         for dtype, pipe in pipes.items():
             begin = time.perf_counter()
-            output = pipe(PROMPT.value, STEPS.value, num_images_per_prompt=BATCH.value, output_type="np", progress=False)
+            output = pipe(PROMPT.value, STEPS.value, num_images_per_prompt=BATCH.value, output_type="np")
             seconds = time.perf_counter() - begin
             if repeat == 0:
                 images[dtype], first[dtype] = output.images * 255, seconds

@@ -2,8 +2,9 @@
 
 Kernels are quantized once, and the inputs of their layers while the network is computed, if the device multiplies in 8
 bits: with one scale for each pixel or token before a matrix product, and one for each image before a convolution, so
-that an image does not depend on the others of its batch. Quantized are the blocks of the UNet and the layers of the text encoders. The autoencoder, biases,
-norms, attention, embeddings, and the UNet's first and last convolution are not.
+that an image does not depend on the others of its batch. Quantized are the blocks of the UNet and the layers of the
+text encoders. The autoencoder, ControlNets, biases, norms, attention, embeddings, and the UNet's first and last
+convolution are not.
 """
 
 from functools import partial

@@ -40,8 +40,8 @@ def adapt(
     """Return (parameters that were read plus every adapter at its weight, the kernels that they were added to).
 
     params: by network, with other adapters added to the kernels `bases`. Sums are rounded to the stored dtype, as a
-    model that is written with its LoRAs has them, and then cast or quantized as all parameters are. Raises ModelError for a weight
-    that is not finite, for kernels with NaN or infinity, and for sums that overflow.
+    model that is written with its LoRAs has them, and then cast or quantized as all parameters are. Raises ModelError
+    for a weight that is not finite, for kernels with NaN or infinity, and for sums that overflow.
     """
     for name, (_, weight) in adapters.items():
         if not np.isfinite(weight):
