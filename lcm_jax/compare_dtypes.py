@@ -1,6 +1,6 @@
 """Compare dtypes of the computation by speed, memory, and the distance of their images from those in float32.
 
-    python -m lcm_jax.benchmarks.dtypes --model=shapes-lcm --batch=16
+    python -m lcm_jax.compare_dtypes --model=shapes-lcm --batch=16
 
 A row for each dtype: the bytes of the parameters, the seconds of the first call (compilation included), the fastest
 of the later calls, which take turns, and the mean absolute difference and the PSNR of 8-bit pixels. int8 and fp8 need
