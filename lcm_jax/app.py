@@ -27,7 +27,11 @@ BASE = flags.DEFINE_string(
     "base", None, "Model in diffusers layout that supplies what a file lacks: the tokenizer, networks.", **OWN
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16", "int8", "fp8"],
+    "Data type of the computation; int8 and fp8 are quantized, and need the extra `quantized`.",
+    **OWN,
 )
 TEACHER = flags.DEFINE_string(
     "teacher",

@@ -43,7 +43,13 @@ PLAN = flags.DEFINE_multi_string(
     **OWN,
 )
 CONFIG = config_flags.DEFINE_config_file("config", None, "A bundled config or a file; by default eval/shapes.", **OWN)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype of the models.", **OWN)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16", "int8", "fp8"],
+    "Compute dtype of the models; int8 and fp8 are quantized, and need the extra `quantized`.",
+    **OWN,
+)
 IMAGES = flags.DEFINE_string("images", None, "A folder of images to measure, in place of models.", **OWN)
 REFERENCE = flags.DEFINE_string(
     "reference", None, "Of --images: the folder of real images, or a .npz of their statistics.", **OWN

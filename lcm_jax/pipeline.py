@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lcm_jax.data import tokenizer as tokenizers
 from lcm_jax.data.prompts import encode_prompts, split_batches
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.samplers.table import Table
+from lcm_jax.models.quantized import QUANTIZED_DTYPES, compute_dtype
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.sampling import arguments
 from lcm_jax.sampling.adapters import Adapter, KernelPath, adapt, put_updates, sums
@@ -25,7 +27,7 @@ from lcm_jax.sampling.finite import CONTROLNET, check_finite
 from lcm_jax.sampling.generate import default_sampler, is_classifier_free, sampler_table
 from lcm_jax.sampling.inputs import Inputs, draw_noise
 from lcm_jax.sampling.output import Output, make_output
-from lcm_jax.sampling.parameters import Originals, put_on, read_cast
+from lcm_jax.sampling.parameters import Originals, put_on, read_cast, read_quantized
 from lcm_jax.sampling.programs import Programs, latent_shape
 from lcm_jax.weights import diffusers_folder as folders
 from lcm_jax.weights import lora as loras
@@ -54,22 +56,26 @@ class Pipeline:
         vae: StoredModel | str | Path | None = None,
         controlnet: ControlNets = (),
     ):
-        """Read the parameters of `stored` onto the device, one array at a time; dtype: of the computation.
+        """Read the parameters of `stored` onto the device, one array at a time.
 
+        dtype: float32, bfloat16, float16, or int8 or fp8 for quantized kernels and products, which need the extra
+        `quantized`; the rest is then computed in float32 on a CPU and in bfloat16 elsewhere, ControlNets and the
+        autoencoder included, see `lcm_jax.models.quantized`.
         vae: another autoencoder than the model's own, see `from_pretrained`. mesh: devices that share each batch, such
         as jax.make_mesh((8,), ("data",)); each holds all parameters. controlnet: one or several, each a folder, hub id
         or file, or what `lcm_jax.weights.controlnet.open_controlnet` returns. Raises ModelError if a network or the
         tokenizer is missing, or they do not fit the configs.
         """
         enable_cache()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
+        if dtype not in (*DTYPES, *QUANTIZED_DTYPES):
+            raise ValueError(f"dtype is {dtype!r}; choose {', '.join((*DTYPES, *QUANTIZED_DTYPES))}")
         if vae is not None:
             stored = replace_vae(stored, vae if isinstance(vae, StoredModel) else open_model(vae))
         self.tokenizer_folder = check_complete(stored)
         self.name, self.family = stored.name, stored.family
         self.configs, self.index, self._model_preset = stored.configs, stored.index, stored.preset
-        self.model = StableDiffusion.from_configs(self.configs, jnp.dtype(dtype))
+        self.dtype = dtype
+        self.model = StableDiffusion.from_configs(self.configs, compute_dtype(dtype))
         check_params(stored, self.model.abstract_params())
         try:
             self.tokenizers = tokenizers.open_tokenizers(self.tokenizer_folder, stored.configs)
@@ -78,7 +84,8 @@ class Pipeline:
         # jax.make_mesh makes explicit axes by default, under which operations ask for the sharding of their results.
         self.mesh = mesh and Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         put = put_on(self.mesh and NamedSharding(self.mesh, PartitionSpec()))
-        self.params = read_cast(stored, self.model, put)
+        read = partial(read_quantized, dtype=dtype) if dtype in QUANTIZED_DTYPES else read_cast
+        self.params = read(stored, self.model, put)
         self._originals = Originals(stored, self.params)
         names = [controlnet] if isinstance(controlnet, str | Path | StoredModel) else controlnet
         placed = [place_controlnet(each, self.model, self.configs["unet"], put) for each in names]
@@ -107,7 +114,7 @@ class Pipeline:
     ) -> "Pipeline":
         """Open a model in any format: a folder in diffusers layout, a hub id, a bundled name, a file, a run.
 
-        dtype: what the networks compute in. mesh, controlnet: see `Pipeline`. variant, base, ema: see
+        dtype: what the networks compute in, see `Pipeline`. mesh, controlnet: see `Pipeline`. variant, base, ema: see
         `lcm_jax.weights.model.open_model`, which has more options: `Pipeline(open_model(...))` is the same. A single
         file has no tokenizer and needs `base`. vae: an autoencoder in place of the model's own, in any of these
         formats, such as the tiny TAESD or the SDXL one for float16; or a model that has one. Raises ModelError.
@@ -118,7 +125,8 @@ class Pipeline:
     def save_pretrained(self, path: str | Path, overwrite: bool = False, **save_options: Any) -> None:
         """Write the model to the folder `path` in diffusers layout, whole or not at all; tensors stay bit-exact.
 
-        If LoRAs are loaded, the written parameters and the preset include them; ControlNets are not written.
+        If LoRAs are loaded, the written parameters and the preset include them; ControlNets are not written, and
+        parameters are never written quantized.
         save_options: dtype, variant, max_shard_bytes. Raises ModelError if `path` has content and overwrite is False.
         """
         with folders.new_folder(Path(path), overwrite) as temporary:
@@ -244,9 +252,12 @@ class Pipeline:
         size: a side or (height, width) in pixels, by default the model's. steps, sampler, guidance_scale: by default
         those of `preset`; run.py takes another guidance scale too, but no negative prompts if it is 1 here.
         platforms: cpu, cuda, rocm, tpu; by default the one that this process runs on. Raises ValueError for an argument
-        that is not supported, and ModelError if `path` exists, the model inpaints, or there are ControlNets.
+        that is not supported, and ModelError if `path` exists, the model inpaints or is quantized, or there are
+        ControlNets.
         """
         self._check_text_to_image("export")
+        if self.dtype in QUANTIZED_DTYPES:
+            raise ModelError(f"export does not support dtype {self.dtype}; open the model in {' or '.join(DTYPES[:2])}")
         preset = self.preset
         scale = arguments.guidance(preset.guidance_scale if guidance_scale is None else guidance_scale)
         sampler = arguments.sampler(self.model, sampler or self.sampler, tuple(SAMPLERS))

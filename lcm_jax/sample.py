@@ -70,7 +70,11 @@ SAMPLER = flags.DEFINE_string(
 ETA = flags.DEFINE_float("eta", None, "Noise that ddim (default 0) and tcd (0.3) add, 0 to 1.", **OWN)
 CLIP_SKIP = flags.DEFINE_integer("clip_skip", None, "Last layers of the text encoder to skip, as in diffusers.", **OWN)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "Data type of the computation.", **OWN
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16", "int8", "fp8"],
+    "Data type of the computation; int8 and fp8 are quantized, and need the extra `quantized`.",
+    **OWN,
 )
 LORA = flags.DEFINE_multi_string(
     "lora",

@@ -5,7 +5,6 @@ import threading
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 from PIL import Image
 
 
@@ -17,11 +16,11 @@ def digest(*parts) -> bytes:
 class FakePipeline:
     """Calls wait for `gate`, and are recorded by their prompts; some prompts fail."""
 
-    name, sampler = "fake", "lcm"
+    name, sampler, dtype = "fake", "lcm", "float32"
 
     def __init__(self):
         self.gate, self.started, self.prompts = threading.Event(), threading.Event(), []
-        self.model = SimpleNamespace(guidance_embedding_dim=256, unet=SimpleNamespace(dtype=np.dtype("float32")))
+        self.model = SimpleNamespace(guidance_embedding_dim=256)
         self.lora_weights, self.tokenizers = {"style": 1.0}, []
 
     def set_lora_weight(self, name, weight):

@@ -66,7 +66,7 @@ def test_the_network_has_the_parameters_of_the_published_file():
         (lambda tensors: tensors.update(aux=np.zeros(1, np.float32)), r"1 extra \+.*\n\+ aux"),
         (
             lambda tensors: tensors.update({"Mixed_7a.branch3x3_1.bn.bias": np.zeros(3, np.float32)}),
-            r"! Mixed_7a\.branch3x3_1\.bn\.bias \[3\], by the config \[192\]",
+            r"! Mixed_7a\.branch3x3_1\.bn\.bias \[3\], which should be \[192\]",
         ),
     ],
 )

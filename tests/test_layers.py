@@ -77,6 +77,7 @@ ONLY_IN = {
     "orbax": {"training/checkpoint.py", "training/distributed.py", "weights/orbax_tree.py"},
     "torch": {"benchmarks/diffusers_peer.py"},
     "diffusers": {"benchmarks/diffusers_peer.py"},
+    "qwix": {"models/quantized.py"},
     "gradio": {"page/layout.py", "page/server.py"},
     "fastapi": {"page/server.py"},
     "uvicorn": {"page/server.py"},

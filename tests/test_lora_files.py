@@ -171,3 +171,12 @@ def test_names_of_a_lora(tmp_path, monkeypatch):
         lcm_jax.Pipeline.from_pretrained("shapes-lcm-lora")
     settings = json.loads(loras.read_file(Path("shapes-lcm-lora"))[1]["lora_adapter_metadata"])
     assert (settings["unet.r"], settings["unet.lora_alpha"]) == (4, 3.0)
+
+
+def test_a_lora_is_recognized_by_the_header_of_its_file(tmp_path, monkeypatch):
+    for name, key in (("a lora", "unet.conv_in.lora_A.weight"), ("a model", "conv_in.weight")):
+        save_file({key: np.zeros((2**10, 2**10), np.float32)}, tmp_path / name)
+    read = []
+    monkeypatch.setattr(np, "memmap", lambda *arguments: read.append(arguments))
+    assert conversion._is_lora(tmp_path / "a lora") and not conversion._is_lora(tmp_path / "a model")
+    assert not read, "a tensor was mapped"

@@ -151,7 +151,7 @@ def test_weights_of_another_network_are_an_error(converted):
     with pytest.raises(ModelError, match=r"1 extra.*\n.*\+ model\.more float32\[1\]"):
         mask2former_params(tensors | {"model.more": np.zeros(1, np.float32)}, network.config, "a file")
     other = tensors | {"class_predictor.bias": np.zeros(7, np.float32)}
-    with pytest.raises(ModelError, match=r"! class_predictor\.bias \[7\], by the config \[6\]"):
+    with pytest.raises(ModelError, match=r"! class_predictor\.bias \[7\], which should be \[6\]"):
         mask2former_params(other, network.config, "a file")
 
 

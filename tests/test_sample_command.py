@@ -318,7 +318,7 @@ def test_pictures_with_loras(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "parts"),
-    [("cut short", ["unet", "truncated"]), ("another shape", ["! conv_in.bias [3], by the config [8]"])],
+    [("cut short", ["unet", "truncated"]), ("another shape", ["! conv_in.bias [3], which should be [8]"])],
 )
 def test_a_damaged_model_is_named(damage, parts, model, tmp_path):
     broken = Path(shutil.copytree(model, tmp_path / "broken"))

@@ -335,9 +335,9 @@ def test_all_wrong_keys_in_one_error(student, abstract):
         "- conv_out.bias",
         "- time_embedding.linear_1.weight",
         "+ extra.0.weight float32[2, 3]",
-        f"! conv_in.weight {[9, *shape[1:]]}, by the config {shape}",
+        f"! conv_in.weight {[9, *shape[1:]]}, which should be {shape}",
         "! mid_block.resnets.0.norm1.bias float64, which is not one of float32, bfloat16, float16",
-        "! mid_block.resnets.0.norm1.weight [5], by the config [16]",
+        "! mid_block.resnets.0.norm1.weight [5], which should be [16]",
     ]
     with pytest.raises(ModelError, match=r"\d+ more -$") as caught:
         trees.to_params("unet", {}, abstract["unet"])

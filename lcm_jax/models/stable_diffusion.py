@@ -15,7 +15,8 @@ from lcm_jax.diffusion.schedule import Schedule, make_schedule
 from lcm_jax.models.clip import CLIPTextModel, TextOutput
 from lcm_jax.models.conditioning import Conditioning
 from lcm_jax.models.controlnet import ControlNet
-from lcm_jax.models.layers import Dtype, abstract_network, apply
+from lcm_jax.models.layers import Dtype, abstract_network
+from lcm_jax.models.quantized import apply
 from lcm_jax.models.tiling import map_tiles, tile_size
 from lcm_jax.models.tiny_vae import AutoencoderTiny
 from lcm_jax.models.unet import UNet2DCondition

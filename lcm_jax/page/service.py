@@ -303,7 +303,7 @@ def _settings(pipe: Pipeline, request: Request, size: tuple[int, int], number: i
         strength=None if request.image is None else float(request.strength),
         loras=tuple(Lora(File(name), weight) for name, weight in loras.items()),
         model=shown_name(pipe),
-        dtype=pipe.model.unet.dtype.name,
+        dtype=pipe.dtype,
         row=number,
         batch_size=1 if request.images == 1 else max_batch,
     )

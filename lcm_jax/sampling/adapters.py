@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcm_jax.models.lora import add_updates
+from lcm_jax.models.quantized import cast_like
 from lcm_jax.sampling.parameters import Originals
 from lcm_jax.weights import naming
 from lcm_jax.weights.errors import ModelError, overflowing
@@ -39,14 +40,14 @@ def adapt(
     """Return (parameters that were read plus every adapter at its weight, the kernels that they were added to).
 
     params: by network, with other adapters added to the kernels `bases`. Sums are rounded to the stored dtype, as a
-    model that is written with its LoRAs has them, and then cast as all parameters are. Raises ModelError for a weight
-    that is not finite, for kernels with NaN or infinity, and for sums that overflow.
+    model that is written with its LoRAs has them, and then cast or quantized as all parameters are. Raises ModelError
+    for a weight that is not finite, for kernels with NaN or infinity, and for sums that overflow.
     """
     for name, (_, weight) in adapters.items():
         if not np.isfinite(weight):
             raise ModelError(f"the weight of LoRA {name!r} is {weight}; use a finite number")
     flat: dict[KernelPath, Any] = flatten_dict(params)
-    flat |= {path: base.astype(flat[path].dtype) for path, base in bases.items()}
+    flat |= {path: cast_like(base, flat[path]) for path, base in bases.items()}
     changed = {
         path: bases[path] if path in bases else originals.of(path, flat[path])
         for each, _ in adapters.values()
@@ -55,7 +56,7 @@ def adapt(
     merged, finite = {}, {}
     for path, kernel in changed.items():
         total, finite[path] = _merge_kernel(kernel, updates_of(path, adapters), originals.dtypes[path])
-        merged[path] = total.astype(flat[path].dtype)
+        merged[path] = cast_like(total, flat[path])
     _check_sums(jax.device_get(finite), originals.dtypes)
     return unflatten_dict(flat | merged), changed
 

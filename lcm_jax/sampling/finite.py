@@ -50,7 +50,8 @@ def check_finite(finite: Finite, params: Mapping[str, Any], dtype: Any, name: st
     for network in networks:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(network, {})):
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
-                key = naming.to_key(tuple(part.key for part in path))
+                names = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+                key = naming.to_key(names)  # of a quantized kernel, the scale
                 wider = "use dtype float32 or bfloat16, " if leaf.dtype == jnp.float16 else ""
                 raise ModelError(
                     f"{name}: {key} of the {network} contains NaN or infinity; "

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lcm_jax.models.quantized import QUANTIZED_DTYPES, QuantizedKernel, cast_like, is_quantized, quantize_kernel
 from lcm_jax.models.stable_diffusion import StableDiffusion, frozen_dtype
 from lcm_jax.weights import naming, trees
 from lcm_jax.weights.errors import ModelError
@@ -17,6 +18,26 @@ from lcm_jax.weights.model import StoredModel, read_params
 from lcm_jax.weights.stored import get_specs
 
 Path = tuple[str, ...]  # (network, module, ..., leaf)
+
+
+def read_quantized(
+    stored: StoredModel, model: StableDiffusion, put: Callable[[np.ndarray], Any], dtype: str
+) -> dict[str, Any]:
+    """Return the parameters by network, as `read_cast`, but kernels of the UNet and text encoders quantized.
+
+    Each is quantized on the device from its stored numbers when it is read. dtype: int8 or fp8. Raises ModelError.
+    """
+    params = {}
+    for name, abstract in model.abstract_params().items():
+        tensors, cast, leaves = stored.tensors[name], frozen_dtype(model.dtype_of(name)), {}
+        for path, key in trees.match_params(name, tensors, abstract, stored.name).items():
+            array = naming.to_array(path, tensors[key])
+            if is_quantized(path):
+                leaves[path] = quantize_kernel(put(array), QUANTIZED_DTYPES[dtype])
+            else:
+                leaves[path] = put(array.astype(cast(array), copy=False))
+        params[name] = unflatten_dict(leaves)
+    return params
 
 
 def read_cast(stored: StoredModel, model: StableDiffusion, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
@@ -56,8 +77,8 @@ class ExactLeaf:
 class Originals:
     """The parameters as they are stored, for sums and for files, which must not lose a bit.
 
-    Those that are held in a wider dtype are cast back. Those that are held in a narrower one are read from the files
-    of the model again, where they must still be.
+    Those that are held in a wider dtype are cast back. Those that are held in a narrower one, or quantized, are read
+    from the files of the model again, where they must still be.
     """
 
     def __init__(self, stored: StoredModel, params: Mapping[str, Any]):
@@ -72,24 +93,26 @@ class Originals:
             for path, key in trees.match_params(network, tensors, tree, stored.name).items():
                 place, dtype = (network, *path), specs[key].dtype
                 self.dtypes[place] = dtype
-                if jnp.promote_types(dtype, leaves[path].dtype) != leaves[path].dtype:
+                leaf = leaves[path]
+                if isinstance(leaf, QuantizedKernel) or jnp.promote_types(dtype, leaf.dtype) != leaf.dtype:
                     self._narrowed[place] = (tensors, key)
 
-    def of(self, path: Path, leaf: jax.Array) -> jax.Array:
+    def of(self, path: Path, leaf: jax.Array | QuantizedKernel) -> jax.Array:
         """Return the number that `leaf` was cast from, exactly, in the stored dtype or a wider one, where the leaf is.
 
         Raises ModelError if it has to be read, and the file is gone or has another number.
         """
         if path not in self._narrowed:
-            return leaf
+            return leaf  # pyright: ignore[reportReturnType]
         tensors, key = self._narrowed[path]
         try:
             array = np.array(naming.to_array(path, tensors[key]))
         except OSError as error:
             raise ModelError(f"{key} of {self._name} cannot be read again ({error}); open the model again") from error
-        if array.astype(leaf.dtype).tobytes() != np.asarray(leaf).tobytes():
+        same = lambda one, other: np.asarray(one).tobytes() == np.asarray(other).tobytes()  # noqa: E731
+        if not all(jax.tree.leaves(jax.tree.map(same, cast_like(array, leaf), leaf))):
             raise ModelError(f"{key} of {self._name} has changed since it was read; open the model again")
-        return jax.device_put(array, leaf.sharding)
+        return jax.device_put(array, jax.tree.leaves(leaf)[0].sharding)
 
     def exact(self, params: Mapping[str, Any], sums: Mapping[Path, Callable[[], jax.Array]]) -> dict[str, Any]:
         """Return a tree of ExactLeaf like `params`: what was read, and by path the sums that took its place."""
@@ -98,7 +121,9 @@ class Originals:
             place = (network, *(part.key for part in path))
             return ExactLeaf(self.dtypes[place], array.shape, sums.get(place, partial(self.of, place, array)))
 
-        return {name: jax.tree_util.tree_map_with_path(partial(leaf, name), tree) for name, tree in params.items()}
+        whole = lambda node: isinstance(node, QuantizedKernel)  # noqa: E731
+        exact = lambda name, tree: jax.tree_util.tree_map_with_path(partial(leaf, name), tree, is_leaf=whole)  # noqa: E731
+        return {name: exact(name, tree) for name, tree in params.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with the arrays in place of their files, which cannot be pickled."""

@@ -42,14 +42,14 @@ def match_params(
         spec = specs[key]
         if naming.to_array(path, spec).shape != wanted[path]:
             expected = naming.tensor_shape(path, wanted[path])
-            other.append(f"! {naming.to_key(path)} {list(spec.shape)}, by the config {expected}")
+            other.append(f"! {naming.to_key(path)} {list(spec.shape)}, which should be {expected}")
         elif spec.dtype.name not in DTYPES:
             other.append(f"! {naming.to_key(path)} {spec.dtype.name}, which is not one of {', '.join(DTYPES)}")
     if missing or extra or other:
         raise ModelError(
-            f"{name}{f' of {where}' if where else ''}: weights and config.json disagree ({len(missing)} keys missing "
-            f"-, {len(extra)} extra +, {len(other)} of another shape or dtype !); use the config that belongs to these "
-            "weights\n" + "; ".join(some(missing) + some(extra) + some(other))
+            f"{name}{f' of {where}' if where else ''}: the weights do not fit the network ({len(missing)} keys "
+            f"missing -, {len(extra)} extra +, {len(other)} of another shape or dtype !); use weights and, if the "
+            "network has one, config.json of the same model\n" + "; ".join(some(missing) + some(extra) + some(other))
         )
     return keys
 
