@@ -136,6 +136,8 @@ def multiply(x: jax.Array, kernel: QuantizedKernel, layer: nn.Dense | Conv) -> j
     # One scale for an image, since a window has many pixels; else one for each of them, or each token.
     own_scale = [0] if convolution else list(range(x.ndim - 1))
     if multiplies(device, kernel.dtype, convolution):
+        if isinstance(layer, Conv) and layer.upsample:
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
         inputs, weights = quantize(x, kernel.dtype, own_scale), qwix.QArray(*kernel)
         if not convolution:
             return qwix.dot_general(inputs, weights.reshape(kernel.shape[-2:]), (((x.ndim - 1,), (0,)), ((), ())))
@@ -145,4 +147,4 @@ def multiply(x: jax.Array, kernel: QuantizedKernel, layer: nn.Dense | Conv) -> j
     if device.platform == "cpu":
         x = qwix.dequantize(quantize(x, kernel.dtype, own_scale)).astype(x.dtype)
     dense = qwix.dequantize(qwix.QArray(*kernel)).astype(x.dtype)
-    return layers.convolve(x, dense, layer.stride, layer.padding) if isinstance(layer, Conv) else x @ dense
+    return layer.convolve(x, dense) if isinstance(layer, Conv) else x @ dense
