@@ -23,6 +23,6 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape:
         return np.inf
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    spread = ours.std() if ours.ndim else abs(ours)
+    spread = float(ours.std() if ours.ndim else abs(ours))
     error = float(np.sqrt(np.mean((ours - theirs) ** 2)))
     return error / max(spread, 1e-12) if np.isfinite(error) else np.inf

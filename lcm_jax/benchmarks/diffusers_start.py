@@ -7,13 +7,14 @@ python -m lcm_jax.benchmarks.diffusers_start FOLDER PROMPT STEPS SIZE DTYPE OUTP
 # pyright: reportPrivateImportUsage=false, reportMissingImports=false
 
 import sys
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 if __name__ == "__main__":
     model, prompt, steps, size, dtype, output = sys.argv[1:]
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), safety_checker=None)
+    pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), safety_checker=None)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     side = {"height": int(size), "width": int(size)} if int(size) else {}
     pipe(prompt, num_inference_steps=int(steps), **side).images[0].save(output)

@@ -54,10 +54,10 @@ def make_student(case: Case, teacher: Any, folder: Path) -> Any:
         add_adapters(student, folder / "adapters" / "pytorch_lora_weights.safetensors")
     else:
         config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-        student = UNet2DConditionModel(**config | {"time_cond_proj_dim": 256})
+        student: Any = UNet2DConditionModel.from_config(config | {"time_cond_proj_dim": 256})
         student.load_state_dict(teacher.state_dict(), strict=False)
         torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-        student.to(DEVICE, torch.float32)  # pyright: ignore[reportArgumentType]  (diffusers' decorator hides self)
+        student.to(DEVICE, torch.float32)
     if case.remat:
         student.enable_gradient_checkpointing()
     return student.train()
@@ -65,7 +65,8 @@ def make_student(case: Case, teacher: Any, folder: Path) -> Any:
 
 def encode(pipe: Any, texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return (states of the prompts, the pooled state and sizes that SDXL's UNet takes as well)."""
-    states, pooled = [], None
+    states: list[torch.Tensor] = []
+    pooled: Any = None
     encoders = [(pipe.tokenizer, pipe.text_encoder)]
     xl = hasattr(pipe, "text_encoder_2")
     encoders += [(pipe.tokenizer_2, pipe.text_encoder_2)] if xl else []
@@ -130,12 +131,8 @@ def prepare_train(case: Case, folder: Path, facts: dict[str, Any]):
     def draw() -> tuple[torch.Tensor, ...]:
         z = moments[:, : moments.shape[1] // 2]
         index = torch.randint(0, cases.DDIM_STEPS, (case.batch,), device=DEVICE)
-        return (
-            torch.randn_like(z),
-            torch.randn_like(z),
-            index,
-            torch.empty(case.batch, device=DEVICE).uniform_(*cases.W),
-        )
+        w = torch.empty(case.batch, device=DEVICE).uniform_(*cases.W)
+        return torch.randn_like(z), torch.randn_like(z), index, w
 
     def step(posterior, noise, index, w) -> dict[str, Any]:
         mean, logvar = moments.chunk(2, dim=1)

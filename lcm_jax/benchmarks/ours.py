@@ -24,6 +24,7 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.sampling.generate import is_classifier_free
 from lcm_jax.sampling.inputs import draw_noise, make_time_ids, step_noise
 
+SAVING = "/jax/compilation_cache/compile_time_saved_sec"
 SAVED: list[float] = []  # seconds of compilation that the cache has saved, by program
 
 
@@ -100,7 +101,7 @@ def prepare_sample(case: Case, folder: Path, facts: dict[str, Any]):
     # Classifier-free guidance evaluates the text encoder and the UNet for the negative prompt too.
     passes = 1 + is_classifier_free(model, preset.guidance_scale)
     ids = pipe.tokenize([cases.PROMPT] * case.batch)
-    sizes = make_time_ids(case.batch, (pixels, pixels))
+    sizes: Any = make_time_ids(case.batch, (pixels, pixels))
     encode = partial(model.encode_prompt, time_ids=sizes)
     prompt = jax.eval_shape(encode, params, ids)
     if model.guidance_embedding_dim is not None:
@@ -148,6 +149,6 @@ def prepare_decode(case: Case, folder: Path, facts: dict[str, Any]):
 if __name__ == "__main__":
     command.configure_jax()
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: SAVED.append(seconds) if event.endswith("/compile_time_saved_sec") else None
+        lambda event, duration_secs, **_: SAVED.append(duration_secs) if event == SAVING else None
     )
     serve(prepare)

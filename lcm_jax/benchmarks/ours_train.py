@@ -40,7 +40,7 @@ def prepare_train(case: Case, folder: Path, facts: dict[str, Any]):
         dtype = frozen_dtype(teacher.dtype_of(name)) if dtype is None else dtype
         return read_params(stored, name, abstract[name], dtype, put=partial(jnp.array, copy=True))
 
-    frozen = {name: read(name) for name in teacher.networks if name != "vae"}
+    frozen: dict[str, Any] = {name: read(name) for name in teacher.networks if name != "vae"}
     tokenize = partial(tokenizers.encode_for, tokenizers.open_tokenizers(check_complete(stored), stored.configs))
     frozen["empty_ids"] = jnp.asarray(tokenize([""])[0])
     if case.part == "lora":

@@ -73,8 +73,8 @@ def show(results: Mapping[str, Any]) -> None:
         if "note" in row:
             console.print(f"{row['case']}, {row['side']}: {row['note']}", highlight=False)
     console.print(
-        "* loaded from the compilation cache   x time: the peer's time / ours, turn by turn   GB/s: of the weights that "
-        "a run reads at least\nof peak, of copy: shares of what a large matrix product and a large copy reach in this "
-        "run   difference: of the outputs of both sides, relative",
+        "* loaded from the compilation cache   x time: the peer's time / ours, turn by turn   GB/s: of the weights "
+        "that a run reads at least\nof peak, of copy: shares of what a large matrix product and a large copy reach in "
+        "this run   difference: of the outputs of both sides, relative",
         highlight=False,
     )

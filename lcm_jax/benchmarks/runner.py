@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -172,13 +172,13 @@ def run_row(
         more, seconds = run_case(case, names, sides, repeats, deadline, folder, at_once)
     for name in names:
         rows[name] |= more[name]
-    flops, nbytes = (
-        next((row[key] for row in rows.values() if row.get(key)), None) for key in ("flops", "bytes")
+    flops, nbytes, size = (
+        next((row[key] for row in rows.values() if row.get(key)), None) for key in ("flops", "bytes", "size")
     )  # as one side has counted them
     for name, row in rows.items():
         if "error" not in row:
-            images = replace(case, batch=row["batch"]).images
-            add_figures(row, seconds[name], images, flops, nbytes)
+            row["size"] = size or 0
+            add_figures(row, seconds[name], case.images, flops, nbytes)
     if len(names) == 2 and all("error" not in row for row in rows.values()):
         ratios = [b / a for a, b in zip(*(seconds[name] for name in names), strict=False)]
         figures = (("ratio", statistics.median(ratios)), ("ratio_min", min(ratios)), ("ratio_max", max(ratios)))
@@ -234,7 +234,7 @@ def run_case(
     if case.suite != "peak" and others and "error" in rows[others[0]] and "difference" in rows[others[0]]:
         return rows, seconds
     if all(row.get("first_s", 0) < SLOW for row in rows.values()):
-        at_once = False
+        at_once = False  # from now on one after the other
         exchange(dict.fromkeys(names, "run"))  # a second warm-up run: caches and clocks settle
     for turn in range(repeats):
         for name in [name for name in names if "error" not in rows[name]]:

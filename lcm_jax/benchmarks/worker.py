@@ -42,7 +42,11 @@ def host_peak_bytes() -> int:
 
 def write_draws(folder: Path, **arrays: Any) -> None:
     """Write the random numbers of a case for the other side."""
-    np.savez(folder / "draws.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+    save(folder / "draws.npz", arrays)
+
+
+def save(file: Path, arrays: Mapping[str, Any]) -> None:
+    np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})  # pyright: ignore[reportArgumentType]
 
 
 def read_draws(folder: Path) -> dict[str, np.ndarray]:
@@ -63,7 +67,7 @@ def serve(prepare: Callable[[Case, Path], Prepared]) -> None:
         outputs = prepared.outputs()
         seconds = round(time.perf_counter() - began, 2)
         file = folder / f"outputs-{os.getpid()}.npz"
-        np.savez(file, **{name: np.asarray(value, np.float32) for name, value in outputs.items()})
+        save(file, outputs)
         return {"facts": {"first_s": seconds} | prepared.facts, "outputs": str(file)}
 
     def run() -> dict[str, float]:
