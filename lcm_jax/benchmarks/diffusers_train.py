@@ -100,7 +100,7 @@ def origin_and_noise(kind: str, output, z, alpha, sigma):
 def prepare_train(case: Case, folder: Path, facts: dict[str, Any]):
     """Prepare a step, whose first run has the draws of the other side."""
     pipe = open_pipeline(cases.model_folder(case, False, folder), case.dtype, None)
-    scaling, pipe.vae = pipe.vae.config.scaling_factor, None
+    scaling = pipe.vae.config.scaling_factor
     teacher = pipe.unet.requires_grad_(False)
     encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if hasattr(pipe, "text_encoder_2") else [])]
     for encoder in encoders:
