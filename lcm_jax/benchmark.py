@@ -20,7 +20,8 @@ All rows together take at most eight minutes (--limit), and each at most --row_l
 reported as not run. Estimated for --suite=all --model=sd15 --peer=diffusers on an H100 with 16 cores: models and peaks
 30 s; the four rows of sampling, three programs of ours beside torch.compile, 180 s; decoding 30 s; a row of training
 60 to 150 s; starting 60 s; data 20 s. Compiled programs of both sides are kept in the cache, so that a second call
-takes half as long, and runs what the first one left out.
+takes half as long, and runs what the first one left out. On a CPU a row of a full-size model takes minutes: raise
+--row_limit and --limit.
 """
 
 import sys
