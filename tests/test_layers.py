@@ -17,6 +17,8 @@ ROOMS = (
     "output",
     "progress",
     "cost",
+    "peaks",
+    "profiling",
     "config_files",
     "config_groups",
     "diffusion",
