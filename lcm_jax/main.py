@@ -61,8 +61,9 @@ def train() -> None:
         with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
             check_devices()
             task = make_task(config, workdir)
-        profile, profile_steps = PROFILE.value, ranges.span("--profile_steps", PROFILE_STEPS.value)
-        if not loop.train(task, config, workdir, profile and Path(profile), profile_steps, IGNORE_UNREADABLE.value):
+        profile = None if PROFILE.value is None else Path(PROFILE.value)
+        profile_steps = ranges.span("--profile_steps", PROFILE_STEPS.value)
+        if not loop.train(task, config, workdir, profile, profile_steps, IGNORE_UNREADABLE.value):
             sys.exit(distributed.RESUMABLE)
 
 

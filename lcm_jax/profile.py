@@ -4,11 +4,11 @@
     python -m lcm_jax.profile profiles/sample
 
 --profile is an option of sample, main (training) and benchmark. The first table has the time of each kind of work, the
-second the most expensive kernels. "x limit" is the time of a kernel divided by its limit, which is the larger one of
-its FLOPs at the measured peak of a large matrix product in the same dtype and its bytes at the measured peak of a large
-copy; it can be below 1 for arrays that are still in a cache. A fusion counts its inputs and outputs as bytes. Where
-kernels overlap, the time is divided among them. Times are those of one run: a call of the pipeline, or an update.
-Recording slows a program down, most of all one of many short kernels.
+second the most expensive kernels, with those of the same work in one row (+3: and three more). "x limit" is the time of
+a kernel divided by its limit: the larger one of its FLOPs at the measured peak of a large matrix product in the same
+dtype, and its bytes at the measured peak of a large copy. It can be below 1 for arrays that are still in a cache. A
+fusion counts its inputs and outputs as bytes. Where kernels overlap, the time is divided among them. Times are those of
+one run: a call of the pipeline, or an update. Recording slows a program down, most of all one of many short kernels.
 """
 
 import json
@@ -32,12 +32,13 @@ TOP = flags.DEFINE_integer("top", 10, "Number of kernels to print.", lower_bound
 JSON = flags.DEFINE_string("json", None, "JSON file for all kernels and totals.", **OWN)
 
 NARROW = ("bfloat16", "float16")  # compute dtypes for which products in float32 are counted
+SMALL = 0.01  # share of the time from which a program is printed
+SCOPE_WIDTH = 32
 FOLDER: list[Path] = []  # the argument of the command
 
 
 class Row(NamedTuple):
-    """An operation of a program. count: its runs in the whole profile, seconds: of them all. kernel: None if its
-    program is unknown."""
+    """An operation of a program. count, seconds: of all its runs. kernel: None if its program is unknown."""
 
     module: str
     name: str
@@ -51,13 +52,13 @@ def make_rows(profile: "Profile") -> list[Row]:
     from lcm_jax.profiling.trace import exclusive_seconds
 
     names: dict[Any, Counter[str]] = defaultdict(Counter)
-    seconds: Counter[Any] = Counter()
+    seconds: dict[Any, float] = defaultdict(float)
     for run, taken in zip(profile.kernels, exclusive_seconds(profile.kernels), strict=True):
         key = run.program, run.op or run.name
         names[key][run.name] += 1
         seconds[key] += taken
     rows = []
-    for (program, op), taken in seconds.most_common():
+    for (program, op), taken in sorted(seconds.items(), key=lambda item: -item[1]):
         known = profile.programs[program].kernels if program in profile.programs else {}
         # A library may run several kernels for an operation, such as the parts of a product and their sum.
         rows.append(Row(program[0], op, max(names[program, op].values()), taken, known.get(op)))
@@ -67,8 +68,9 @@ def make_rows(profile: "Profile") -> list[Row]:
 def summarize(profile: "Profile") -> dict[str, Any]:
     """Return the figures of a profile, those of times for one run.
 
-    kernels and kinds: with ms, share of the time in which the device was busy, and x_limit. unattributed: the time of
-    kernels without an operation in a known program. programs: see `count_avoidable`.
+    kernels and kinds: with ms, share of the time in which the device was busy, and x_limit; operations of the same work
+    are one entry, named by the most expensive of them, and `ops` is their number. unattributed: the time of kernels
+    without an operation in a known program. programs: see `count_avoidable`.
     """
     from lcm_jax.profiling.hlo import KINDS
 
@@ -92,6 +94,11 @@ def summarize(profile: "Profile") -> dict[str, Any]:
         }
 
     attributed = [row for row in rows if row.kernel is not None]
+    alike: dict[Any, list[Row]] = defaultdict(list)
+    for row in attributed:
+        if row.kernel is not None:
+            alike[row.module, row.kernel.kind, row.kernel.flops, row.kernel.nbytes, row.kernel.op.arrays].append(row)
+    groups = sorted(alike.values(), key=lambda group: -sum(row.seconds for row in group))
     kinds = {kind: [row for row in attributed if row.kernel and row.kernel.kind == kind] for kind in KINDS}
     unknown = [row for row in rows if row.kernel is None]
     total = figures(attributed)
@@ -107,35 +114,46 @@ def summarize(profile: "Profile") -> dict[str, Any]:
         "limit_ms": total["limit_ms"],
         "kinds": [{"kind": kind} | figures(chosen) for kind, chosen in kinds.items() if chosen],
         "kernels": [
-            {"op": row.name, "program": row.module, "kind": row.kernel.kind, "scope": row.kernel.scope} | figures([row])
-            for row in attributed
-            if row.kernel is not None
+            {
+                "op": first.name,
+                "ops": len(group),
+                "program": first.module,
+                "kind": first.kernel.kind,
+                "result": str(first.kernel.op.arrays[0]),
+                "scope": first.kernel.scope,
+            }
+            | figures(group)
+            for group in groups
+            if (first := group[0]).kernel is not None
         ],
         "unattributed": figures(unknown) | {"names": [row.name for row in unknown[:3]]} if unknown else None,
         "programs": [
-            {"program": module} | count_avoidable([row for row in attributed if row.module == module], profile.dtype, runs)
+            {"program": module} | count_avoidable([row for row in attributed if row.module == module], profile, busy)
             for module in dict.fromkeys(row.module for row in attributed)
         ],
     }
 
 
-def count_avoidable(rows: Sequence[Row], dtype: str, runs: int) -> dict[str, Any]:
+def count_avoidable(rows: Sequence[Row], profile: "Profile", busy: float) -> dict[str, Any]:
     """Count the kernels of a program that ran and that another program might not need.
 
     copies: layout copies and transposes. converts_in_loops: kernels that only convert, in the body of a loop.
-    wide_products: products and convolutions in float32, if `dtype` has 16 bits; flops_share: of the program's.
+    wide_products: products and convolutions in float32, if the compute dtype has 16 bits; flops_share: of the
+    program's. busy: seconds of all programs, of which this one has a share.
     """
     from lcm_jax.profiling.hlo import CONVERT, COPY
 
     kernels = [(row, row.kernel) for row in rows if row.kernel is not None]
 
     def count(chosen) -> dict[str, Any]:
-        return {"kernels": len(chosen), "ms": 1e3 * sum(row.seconds for row, _ in chosen) / runs}
+        return {"kernels": len(chosen), "ms": 1e3 * sum(row.seconds for row, _ in chosen) / profile.runs}
 
-    wide = [(row, kernel) for row, kernel in kernels if kernel.dtype == "float32" and dtype in NARROW]
+    wide = [(row, kernel) for row, kernel in kernels if kernel.dtype == "float32" and profile.dtype in NARROW]
     flops = sum(row.count * kernel.flops for row, kernel in kernels)
+    seconds = sum(row.seconds for row in rows)
     return {
-        "ms": 1e3 * sum(row.seconds for row in rows) / runs,
+        "ms": 1e3 * seconds / profile.runs,
+        "share": seconds / busy,
         "copies": count([each for each in kernels if each[1].kind == COPY]),
         "converts_in_loops": count([each for each in kernels if each[1].kind == CONVERT and each[1].looped]),
         "wide_products": count(wide)
@@ -175,7 +193,7 @@ def show(summary: dict[str, Any], top: int) -> None:
     numbers = ("runs", "ms", "share", "TFLOP/s", "GB/s", "x limit")
     for title, words, entries in (
         ("time by kind", ("kind",), summary["kinds"]),
-        (f"the {top} most expensive kernels", ("op", "kind", "from"), summary["kernels"][:top]),
+        (f"the {top} most expensive kernels", ("op", "kind", "result", "from"), summary["kernels"][:top]),
     ):
         table = Table(title=title)
         for word in words:
@@ -183,8 +201,11 @@ def show(summary: dict[str, Any], top: int) -> None:
         for number in numbers:
             table.add_column(number, justify="right", no_wrap=True)
         for each in entries:
-            names = (each["kind"],) if len(words) == 1 else (each["op"], each["kind"], shorten(each["scope"]))
-            add(table, each, *names)
+            if len(words) == 1:
+                add(table, each, each["kind"])
+            else:
+                name = each["op"] + f" +{each['ops'] - 1}" * (each["ops"] > 1)
+                add(table, each, name, each["kind"], each["result"], shorten(each["scope"]))
         if (rest := summary["unattributed"]) and len(words) == 1:
             add(table, rest | {"gflops": 0.0}, "not attributed")
         console.print(table)
@@ -195,21 +216,26 @@ def show(summary: dict[str, Any], top: int) -> None:
             "CUDA graphs hide"
         )
     for each in summary["programs"]:
+        if each["share"] < SMALL:
+            continue
         copies, converts, wide = each["copies"], each["converts_in_loops"], each["wide_products"]
-        narrow = summary["dtype"] in NARROW
-        console.print(
-            f"{each['program']}, {each['ms']:.2f} ms: {copies['kernels']} copies and transposes ({copies['ms']:.2f} ms), "
-            f"{converts['kernels']} converts in loops ({converts['ms']:.2f} ms)"
-            + f", {wide['kernels']} float32 products and convolutions ({wide['flops_share']:.2%} of the FLOPs)" * narrow
-        )
+        counts = [
+            f"{copies['kernels']} copies and transposes ({copies['ms']:.2f} ms)",
+            f"{converts['kernels']} converts in loops ({converts['ms']:.2f} ms)",
+        ]
+        if summary["dtype"] in NARROW:
+            counts.append(
+                f"{wide['kernels']} float32 products and convolutions ({wide['flops_share']:.2%} of the FLOPs)"
+            )
+        console.print(f"{each['program']}, {each['ms']:.2f} ms: {', '.join(counts)}")
 
 
 def shorten(scope: str) -> str:
-    """Return the end of a scope, from the modules that fit in a table."""
-    parts = scope.split("/")
-    while len(parts) > 2 and len("/".join(parts)) > 60:
+    """Return the last modules of a scope, as many as fit in a table; JAX's `transpose` is a backward pass."""
+    parts = scope.split("/")[:-1] or [""]  # without the operation itself
+    while len(parts) > 1 and len("/".join(parts)) > SCOPE_WIDTH:
         parts.pop(0)
-    return "/".join(parts)
+    return "backward: " * ("transpose(" in scope) + "/".join(parts)
 
 
 def print_profile() -> None:

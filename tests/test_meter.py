@@ -99,7 +99,7 @@ def test_a_profile_is_written_or_its_absence_reported(tmp_path, capsys, monkeypa
     folder = tmp_path / "profile"
     run(tmp_path / "a", profile=(folder, (2, 3)))
     profile = open_profile(folder)
-    assert profile.runs == 2 and [module for module, _ in profile.programs] == ["jit_step"]
+    assert profile.runs == 2 and "jit_step" in [module for module, _ in profile.programs]
     run(tmp_path / "b", profile=(tmp_path / "rest", None))
     assert open_profile(tmp_path / "rest").runs == 2, "from the third update to the end of the run"
     run(tmp_path / "c", profile=(tmp_path / "none", (7, 9)))

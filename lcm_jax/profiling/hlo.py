@@ -44,6 +44,9 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
     @property
     def nbytes(self) -> float:
         bits = re.search(r"\d+", self.dtype)  # f32, bf16, s4, f8e4m3fn; a pred takes a byte, a token nothing
@@ -133,7 +136,8 @@ class Program:
     @cached_property
     def containers(self) -> frozenset[str]:
         """The names of loops, calls and branches, whose time is that of the operations in them."""
-        return frozenset(op.name for ops in self.computations.values() for op in ops.values() if op.opcode in CONTAINERS)
+        every = (op for ops in self.computations.values() for op in ops.values())
+        return frozenset(op.name for op in every if op.opcode in CONTAINERS)
 
     def _run_one_by_one(self, computation: str, looped: bool) -> Iterator[tuple[str, bool]]:
         yield computation, looped
@@ -239,7 +243,8 @@ def flops(op: Op, ops: Mapping[str, Op]) -> int:
         return 2 * result * math.prod(shapes[0][axis] for axis in op.axes("lhs_contracting_dims"))
     if op.opcode == "convolution" or op.target.startswith("__cudnn$conv"):
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-        assert labels is not None, op.name
+        if labels is None:
+            raise ValueError(f"the convolution {op.name} has no dim_labels")
         # cuDNN's gradients keep the labels of the convolution that they are gradients of.
         kernel, output = shapes[1], result
         if "BackwardFilter" in op.target:
@@ -266,13 +271,13 @@ def backend_config(op: Op) -> dict:
 
 def op_bytes(op: Op, ops: Mapping[str, Op]) -> float:
     """Return the bytes that an operation reads and writes; of what it slices, only the slice."""
-    results = op.arrays[:1] if op.opcode == "custom-call" and op.arrays[-1].dtype in ("u8", "s8") else op.arrays
-    written = sum(array.nbytes for array in results)
+    workspace = op.opcode == "custom-call" and len(op.arrays) > 1 and op.arrays[-1].dtype in ("u8", "s8")
+    written = sum(array.nbytes for array in (op.arrays[:-1] if workspace else op.arrays))
     if op.opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * written
     if op.opcode == "dynamic-update-slice":
         return 2 * ops[op.operands[1]].arrays[0].nbytes
-    return written + sum(array.nbytes for name in op.operands for array in ops[name].arrays)
+    return written + sum(array.nbytes for name in {*op.operands} for array in ops[name].arrays)
 
 
 def fusion_bytes(op: Op, ops: Mapping[str, Op], fused: Mapping[str, Op]) -> float:
@@ -282,8 +287,9 @@ def fusion_bytes(op: Op, ops: Mapping[str, Op], fused: Mapping[str, Op]) -> floa
         if inner.opcode == "parameter":
             users = [each for each in fused.values() if inner.name in each.operands]
             parts = [sliced(each, inner.name, fused) for each in users]
+            known = [part for part in parts if part is not None]
             whole = sum(array.nbytes for array in inner.arrays)
-            total += whole if not parts or None in parts else min(whole, sum(part for part in parts if part is not None))
+            total += min(whole, sum(known)) if parts and len(known) == len(parts) else whole
     updated = [each for each in fused.values() if each.root and each.opcode == "dynamic-update-slice"]
     if updated:
         return total + fused[updated[0].operands[1]].arrays[0].nbytes

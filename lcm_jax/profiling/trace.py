@@ -10,6 +10,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,24 +130,27 @@ def open_profile(folder: Path) -> Profile:
     file = folder / RECORD
     if not file.exists():
         raise ValueError(f"{folder} has a trace but no {RECORD}; {AGAIN}")
-    try:
-        record = json.loads(files.decode(file.read_bytes(), str(file)))
+    with intact(file):
+        record = json.loads(files.decode(file.read_bytes(), RECORD))
         flops = {str(name): positive(value) for name, value in record["peak_flops"].items()}
         flops["float32"]
-        programs = {}
-        for path in sorted((folder / "hlo").glob("*.txt")):
-            file = path
-            module, _, number = path.stem.rpartition(".")
-            programs[module, int(number)] = Program(files.decode(path.read_bytes(), str(path)))
-        return Profile(
-            device=str(record["device"]),
-            dtype=str(record["dtype"]),
-            runs=int(positive(record["runs"])),
-            seconds=positive(record["seconds"]),
-            peaks=peaks.Peaks(flops, positive(record["peak_bandwidth"])),
-            programs=programs,
-            kernels=without_containers(runs, programs),
-        )
+        measured = peaks.Peaks(flops, positive(record["peak_bandwidth"]))
+        number, seconds = int(positive(record["runs"])), positive(record["seconds"])
+        device, dtype = str(record["device"]), str(record["dtype"])
+    programs = {}
+    for path in sorted((folder / "hlo").glob("*.txt")):
+        with intact(path):
+            module, _, ordinal = path.stem.rpartition(".")
+            programs[module, int(ordinal)] = program = Program(files.decode(path.read_bytes(), path.name))
+            len(program.kernels)  # computed here, so that a wrong operation is an error of this file
+    return Profile(device, dtype, number, seconds, measured, programs, without_containers(runs, programs))
+
+
+@contextmanager
+def intact(file: Path) -> Iterator[None]:
+    """Turn errors of a block that reads `file` into a ValueError that names it."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} is not part of a profile ({type(error).__name__}: {error}); {AGAIN}") from error
 

@@ -222,7 +222,7 @@ def run_steps(
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
     frozen: on the devices. began: when this process began, by time.monotonic(). meter: counts what `advance` does.
-    profile_steps: see `train`. Return (state, seconds that the run has taken in all, the signal that has stopped it or None).
+    profile_steps: see `train`. Return (state, seconds of the run in all, the signal that has stopped it or None).
     """
     steps, step = config.train.steps, int(state.step)
     learning_rate = learning_rate_schedule(config.optimizer, steps)
