@@ -25,6 +25,7 @@ takes half as long, and runs what the first one left out. On a CPU a row of a fu
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -75,6 +76,12 @@ LIMIT = flags.DEFINE_float(
     "limit", 480, "Time limit of all rows in seconds; the remaining rows are not run.", flag_values=FLAGS
 )
 JSON = flags.DEFINE_string("json", None, "JSON file for the results, rewritten after every row.", flag_values=FLAGS)
+PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "New folder for a profile of one run of each case after its timing, for python -m lcm_jax.profile.",
+    flag_values=FLAGS,
+)
 
 
 def whole_numbers(flag) -> list[int]:
@@ -107,6 +114,7 @@ def benchmark() -> None:
         row_limit=ROW_LIMIT.value,
         limit=LIMIT.value,
         json_file=JSON.value,
+        profile=None if PROFILE.value is None else Path(PROFILE.value),
     )
     report.show(results)
     if all("error" in row for row in results["rows"]):

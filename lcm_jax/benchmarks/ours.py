@@ -21,6 +21,7 @@ from lcm_jax.benchmarks.ours_train import prepare_train
 from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve, write_draws
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.profiling.trace import Tracer
 from lcm_jax.sampling.generate import is_classifier_free
 from lcm_jax.sampling.inputs import draw_noise, make_time_ids, step_noise
 
@@ -51,7 +52,13 @@ def prepare(case: Case, folder: Path) -> Prepared:
     def peak_bytes() -> int | None:
         return host_peak_bytes() if device.platform == "cpu" else (device.memory_stats() or {}).get("peak_bytes_in_use")
 
-    return Prepared(run, first, facts, peak_bytes)
+    def profile(folder: Path) -> None:
+        tracer = Tracer(folder, case.dtype)
+        tracer.start()
+        run()
+        tracer.stop(runs=1)
+
+    return Prepared(run, first, facts, peak_bytes, profile=profile)
 
 
 def prepare_peak(case: Case, folder: Path, facts: dict[str, Any]):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -25,8 +26,10 @@ from lcm_jax.benchmarks.compare import difference
 from lcm_jax.benchmarks.report import summary
 from lcm_jax.benchmarks.sides import OURS, Side, SideError, environment, last_line
 from lcm_jax.benchmarks.start import run_start
+from lcm_jax.profiling.trace import check_new
 
 SLOW = 10.0  # seconds of a first run after which no other one warms up
+PROFILED = ("sample", "decode", "train")  # suites
 Row = dict[str, Any]
 
 
@@ -84,13 +87,23 @@ def write_models(planned: Sequence[Case], folder: Path, deadline: float) -> None
 
 
 def run(
-    selection: Selection, *, peer: str | None, repeats: int, row_limit: float, limit: float, json_file: str | None
+    selection: Selection,
+    *,
+    peer: str | None,
+    repeats: int,
+    row_limit: float,
+    limit: float,
+    json_file: str | None,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Run every case and return {"rows": [...]}, the settings and the machine; see `run_case` for a row.
 
-    row_limit, limit: in seconds, for a case and for all cases. json_file: rewritten after each case. Raises ValueError
-    if nothing can be run, and OSError if json_file cannot be written.
+    row_limit, limit: in seconds, for a case and for all cases. json_file: rewritten after each case. profile: new
+    folder for a profile of our side of each case, see `write_profile`. Raises ValueError if nothing can be run, and
+    OSError if json_file cannot be written.
     """
+    if profile is not None:
+        check_new(profile)
     deadline = time.monotonic() + limit
     accelerator = has_accelerator()
     planned = cases.plan(selection, accelerator)
@@ -121,7 +134,20 @@ def run(
                     for row in rows:
                         took = time.monotonic() - began
                         print(f"{row['case']}, {row['side']}: {summary(row)}  [{took:.0f} s]", flush=True)
+                    if profile is not None and case.suite in PROFILED and "error" not in rows[0]:
+                        write_profile(case, sides, profile, deadline)
     return results
+
+
+def write_profile(case: Case, sides: dict[str, Side], folder: Path, deadline: float) -> None:
+    """Write a profile of one more run of our side to a folder in `folder`, named after the case, and print its name."""
+    target = (folder / re.sub(r"\W+", "-", case.name)).absolute()
+    try:
+        sides[OURS].ask(f"profile {target}", deadline)
+        print(f"a profile is in {target}; python -m lcm_jax.profile {target} prints it", flush=True)
+    except SideError as error:
+        print(f"{case.name}: no profile was written: {error}", flush=True)
+        sides.pop(OURS).close()
 
 
 @contextmanager

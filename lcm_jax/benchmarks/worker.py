@@ -5,6 +5,7 @@ It reads a line for each request, and answers each with a line of JSON:
     prepare {case}   builds the model and the inputs of a case: {}
     first            runs it for the first time: {"facts": ..., "outputs": file}
     run              runs it: {"seconds": ...}
+    profile FOLDER   runs it, and writes a profile to a new folder: {}
     finish           {"peak_bytes": ..., ...}
 
 All other output of the process goes to stderr. The folder on the command line is shared by both sides: the first one
@@ -33,6 +34,7 @@ class Prepared(NamedTuple):
     facts: dict[str, Any]  # device, versions, mode, and "flops" and "bytes" of one run if this side counts them
     peak_bytes: Callable[[], int | None]  # peak device memory; None if the device does not record it
     taken: Callable[[], Mapping[str, float]] = dict  # more figures of all runs
+    profile: Callable[[Path], None] | None = None  # runs the case, and writes a profile to a new folder
 
 
 def host_peak_bytes() -> int:
@@ -85,6 +87,8 @@ def serve(prepare: Callable[[Case, Path], Prepared]) -> None:
             answer = first()
         elif request == "run":
             answer = run()
+        elif request == "profile":
+            prepared.profile(Path(argument))
         else:
             answer = {"peak_bytes": prepared.peak_bytes(), **prepared.taken()}
         channel.write(json.dumps(answer) + "\n")
