@@ -15,6 +15,9 @@ from jax.profiler import ProfileData
 from whole_runs import ROOT
 
 from lcm_jax import cost, peaks, profile
+from lcm_jax.benchmarks import ours, runner
+from lcm_jax.benchmarks.cases import Case
+from lcm_jax.benchmarks.sides import SideError
 from lcm_jax.models.stable_diffusion import StableDiffusion
 from lcm_jax.profiling import hlo, trace
 from lcm_jax.recipes.diffusion import SCHEDULE
@@ -331,6 +334,38 @@ def test_the_sample_command_records_a_profile_that_the_command_prints(tmp_path, 
     assert sum(each["share"] for each in summary["kernels"]) == pytest.approx(1, abs=0.05)
     assert all(0 < each["x_limit"] for each in summary["kernels"] if each["x_limit"] is not None)
     assert {hlo.CONVOLUTION, hlo.MATRIX, hlo.NORM} <= {each["kind"] for each in summary["kinds"]}
+
+
+def test_the_benchmark_writes_a_profile_of_a_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peaks, "measure", lambda dtypes: peaks.Peaks(dict.fromkeys(dtypes, 1e12), 1e11))
+    case = Case(suite="peak", model="sd15", batch=1, steps=0, size=64, dtype="float32", part="matmul")
+
+    class Side:
+        closed = False
+
+        def ask(self, request: str, deadline: float) -> None:
+            name, _, folder = request.partition(" ")
+            assert name == "profile" and Path(folder).is_absolute()
+            if Path(folder).exists():
+                raise SideError("no space left")
+            prepared = ours.prepare(case, tmp_path)
+            assert prepared.profile is not None
+            prepared.profile(Path(folder))
+
+        def close(self) -> None:
+            self.closed = True
+
+    side = Side()
+    sides: dict = {runner.OURS: side}
+    runner.write_profile(case, sides, tmp_path / "profiles", 0)
+    folder = tmp_path / "profiles" / "matmul-64-x-64"
+    assert f"a profile is in {folder}; python -m lcm_jax.profile {folder} prints it" in capsys.readouterr().out
+    kernels = profile.summarize(trace.open_profile(folder))["kernels"]
+    assert [(each["kind"], each["result"]) for each in kernels if each["gflops"]] == [(hlo.MATRIX, "f32[64,64]")]
+    assert sides and not side.closed
+    runner.write_profile(case, sides, tmp_path / "profiles", 0)
+    assert "matmul 64 x 64: no profile was written: no space left" in capsys.readouterr().out
+    assert not sides and side.closed, "the next case starts another process"
 
 
 @pytest.mark.parametrize(
