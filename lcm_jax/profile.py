@@ -212,8 +212,9 @@ def show(summary: dict[str, Any], top: int) -> None:
     if rest := summary["unattributed"]:
         console.print(
             f"not attributed to an operation of a program: {rest['ms']:.3f} ms, {rest['share']:.1%} "
-            f"({', '.join(rest['names'])}); on a GPU, XLA_FLAGS=--xla_gpu_enable_command_buffer= shows kernels that "
-            "CUDA graphs hide"
+            f"({', '.join(rest['names'])})"
+            + "; XLA_FLAGS=--xla_gpu_enable_command_buffer= shows kernels that CUDA graphs hide"
+            * summary["device"].startswith("NVIDIA")
         )
     for each in summary["programs"]:
         if each["share"] < SMALL:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 import tiny_model
 from jax.profiler import ProfileData
-from whole_runs import ROOT
 
-from lcm_jax import cost, peaks, profile
+from lcm_jax import cost, peaks, profile, sample
 from lcm_jax.benchmarks import ours, runner
 from lcm_jax.benchmarks.cases import Case
 from lcm_jax.benchmarks.sides import SideError
@@ -313,20 +311,25 @@ def test_a_profile_goes_to_a_new_folder(tmp_path):
 def test_the_sample_command_records_a_profile_that_the_command_prints(tmp_path, monkeypatch, capsys):
     model = tiny_model.write(tmp_path / "model", unet=tiny_model.SHALLOW)
     folder, figures = tmp_path / "profile", tmp_path / "figures.json"
-    sample = ["lcm_jax.sample", f"--model={model}", "--prompt=a red circle", "--num_inference_steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *sample, f"--output={tmp_path / 'images'}", f"--profile={folder}"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"a profile is in {folder}; python -m lcm_jax.profile {folder} prints it\n")
+    monkeypatch.setattr(peaks, "CPU_SIDE", 256)
+    monkeypatch.setattr(peaks, "NBYTES", 2**20)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which the command adds to
 
-    monkeypatch.setattr(sys, "argv", ["profile", str(folder), f"--json={figures}", "--top=3"])
-    profile.run()
-    printed = capsys.readouterr().out
+    def run(command, *arguments: object) -> str:
+        for name in command.FLAGS:
+            command.FLAGS[name].unparse()
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        command.run()
+        return capsys.readouterr().out
+
+    images = f"--output={tmp_path / 'images'}"
+    flags = (f"--model={model}", "--prompt=a red circle", "--num_inference_steps=2", images, f"--profile={folder}")
+    printed = run(sample, *flags)
+    assert printed.endswith(f"a profile is in {folder}; python -m lcm_jax.profile {folder} prints it\n")
+    with pytest.raises(SystemExit, match=f"error: --profile={folder} is not an empty folder; use a new one"):
+        run(sample, *flags, "--overwrite")
+
+    printed = run(profile, folder, f"--json={figures}", "--top=3")
     assert "the 3 most expensive kernels" in printed and "jit_generate, " in printed
     summary = json.loads(figures.read_text())
     assert summary["unattributed"] is None or summary["unattributed"]["share"] < 0.05

@@ -207,7 +207,7 @@ def product_kind(op: Op) -> str | None:
         return CONVOLUTION
     if op.target.startswith("__cudnn$fmha"):
         return ATTENTION
-    if op.opcode == "dot" or op.target.startswith("__cublas$"):
+    if op.opcode == "dot" or op.target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
         return MATRIX
     return None
 

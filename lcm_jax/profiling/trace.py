@@ -108,18 +108,18 @@ def check_new(folder: Path) -> None:
 def find_programs(ops: Mapping[tuple[str, int], set[str]]) -> dict[tuple[str, int], str]:
     """Return the text of the traced programs among those that this process has compiled.
 
-    ops: the names of traced operations by program. Programs of one name differ by their operations.
+    ops: the names of traced operations by program. Of several programs of that name, the one that has most of them.
     """
     modules = {module for module, _ in ops}
     compiled = [module for each in get_backend().live_executables() for module in each.hlo_modules()]
     texts = [(module.name, module.to_string()) for module in compiled if module.name in modules]
     names = [set(re.findall(r"%([\w.\-]+) = ", text)) for _, text in texts]
-    return {
-        program: text
-        for program, traced in ops.items()
-        for (module, text), known in zip(reversed(texts), reversed(names), strict=True)
-        if module == program[0] and traced <= known
-    }
+    found = {}
+    for program, traced in ops.items():
+        matches = [(len(traced & names[i]), text) for i, (name, text) in enumerate(texts) if name == program[0]]
+        if matches:
+            found[program] = max(matches)[1]
+    return found
 
 
 def open_profile(folder: Path) -> Profile:
