@@ -164,9 +164,10 @@ def count_avoidable(rows: Sequence[Row], profile: "Profile", busy: float) -> dic
 def show(summary: dict[str, Any], top: int) -> None:
     """Print the figures as two tables and the lines around them."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console = Console(width=None if Console().is_terminal else 160, highlight=False, markup=False)
     runs = summary["recorded_runs"]
     peaks = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in summary["peak_tflops"].items())
     wall = summary["wall_ms"]
@@ -181,7 +182,7 @@ def show(summary: dict[str, Any], top: int) -> None:
     def add(table: Table, figures: dict[str, Any], *names: str) -> None:
         ratio = figures["x_limit"]
         table.add_row(
-            *names,
+            *map(escape, names),
             f"{figures['runs']:.4g}",
             f"{figures['ms']:.3f}",
             f"{figures['share']:.1%}",

@@ -271,7 +271,10 @@ def damage(name, content):
     "act, message",
     [
         (damage("plugins/*/*/*", None), "has no trace; record a new one with --profile=FOLDER"),
-        (damage("plugins/*/*/*", b"\xff\x00"), r"host.xplane.pb is damaged \(.*\); record a new one"),
+        (
+            damage("plugins/*/*/*", b"\xff\x00"),
+            r"xplane.pb is not part of a profile \(RuntimeError: .*\); record a new",
+        ),
         (damage("plugins/*/*/*", b""), "host.xplane.pb has no kernels; record a new one"),
         (damage("profile.json", None), "has a trace but no profile.json; record a new one"),
         (damage("profile.json", b"{"), r"profile.json is not part of a profile \(JSONDecodeError: .*\); record a new"),

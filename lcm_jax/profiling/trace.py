@@ -19,6 +19,7 @@ from jax.extend.backend import get_backend
 from jax.profiler import ProfileData
 
 from lcm_jax import files, peaks
+from lcm_jax.errors import first_line
 from lcm_jax.profiling.hlo import Program
 
 RECORD = "profile.json"
@@ -148,11 +149,12 @@ def open_profile(folder: Path) -> Profile:
 
 @contextmanager
 def intact(file: Path) -> Iterator[None]:
-    """Turn errors of a block that reads `file` into a ValueError that names it."""
+    """Turn errors of a block that reads `file` into a ValueError of one line that names it."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{file} is not part of a profile ({type(error).__name__}: {error}); {AGAIN}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{file} is not part of a profile ({reason}); {AGAIN}") from error
 
 
 def positive(value: Any) -> float:
@@ -181,15 +183,13 @@ def read_runs(folder: Path) -> list[Run]:
     paths = sorted(folder.glob("plugins/profile/*/*.xplane.pb"))
     if len(paths) != 1:
         raise ValueError(f"{folder} has {len(paths) or 'no'} trace{'s' * (len(paths) > 1)}; {AGAIN}")
-    try:
+    with intact(paths[0]):
         planes = {plane.name: plane for plane in ProfileData.from_file(str(paths[0])).planes}
-    except RuntimeError as error:
-        raise ValueError(f"{paths[0]} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
-    devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
-    if devices:
-        runs = list(stream_runs(planes[devices[0]]))
-    else:
-        runs = list(thread_runs(planes["/host:CPU"])) if "/host:CPU" in planes else []
+        devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
+        if devices:
+            runs = list(stream_runs(planes[devices[0]]))
+        else:
+            runs = list(thread_runs(planes["/host:CPU"])) if "/host:CPU" in planes else []
     if not runs:
         raise ValueError(f"{paths[0]} has no kernels; {AGAIN}")
     return runs
