@@ -111,6 +111,19 @@ def test_a_profile_is_written_or_its_absence_reported(tmp_path, capsys, monkeypa
     assert not (tmp_path / "d").exists()
 
 
+def test_a_run_that_resumes_within_the_profiled_updates_has_no_profile():
+    lines, calls = [], []
+    tracer = SimpleNamespace(start=lambda: calls.append("start"), stop=lambda runs: f"profile of {runs}")
+    for first, line in [(2, "profile of 2"), (3, "no profile was written: this process ran no update 2")]:
+        steps = meters.ProfiledSteps(tracer, (2, 3), lines.append)
+        for step in range(first, 6):
+            steps.before(step, state=jnp.ones(()))
+            steps.after(step, metrics=jnp.ones(()))
+        steps.close()
+        assert lines.pop() == line and not lines
+    assert calls == ["start"]
+
+
 def test_profiled_updates_need_a_folder():
     with pytest.raises(ValueError, match="--profile is missing; use the folder that the profile of --profile_steps is"):
         main.parse(["main", "--config=shapes", "--workdir=w", "--profile_steps=1:2"])

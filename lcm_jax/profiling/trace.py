@@ -23,6 +23,7 @@ from lcm_jax.errors import first_line
 from lcm_jax.profiling.hlo import Program
 
 RECORD = "profile.json"
+FLOATS = ("float32", "bfloat16", "float16")
 AGAIN = "record a new one with --profile=FOLDER"
 END = "end: "  # begins the name of the event that a CPU's kernel ends with
 
@@ -64,7 +65,8 @@ class Tracer:
         check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._dtype = folder, dtype
-        self._peaks = peaks.measure(sorted({"float32", dtype}))
+        # Of int8 and fp8, the rest of the network is computed in bfloat16.
+        self._peaks = peaks.measure(sorted({"float32", dtype if dtype in FLOATS else "bfloat16"}))
         self._began = 0.0
 
     def start(self) -> None:

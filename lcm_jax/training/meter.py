@@ -82,20 +82,21 @@ class ProfiledSteps:
     """The updates `first` to `last`, 1-based, of which `tracer` records a profile; tracer: None for no profile."""
 
     def __init__(self, tracer: Tracer | None, steps: tuple[int, int], log: Callable[[str], None]):
-        self._tracer, self._steps, self._log, self._done = tracer, steps, log, 0
+        self._tracer, self._steps, self._log = tracer, steps, log
+        self._tracing, self._done = False, 0
 
     def before(self, step: int, state: Any) -> None:
         """Begin the trace if `step` is its first update, once `state` has been computed."""
         if self._tracer is not None and step == self._steps[0]:
             jax.block_until_ready(state)
             self._tracer.start()
+            self._tracing = True
 
     def after(self, step: int, metrics: Any) -> None:
         """End the trace if `step` is its last update, once `metrics` have been computed."""
-        first, last = self._steps
-        if self._tracer is not None and first <= step <= last:
-            self._done = step - first + 1
-            if step == last:
+        if self._tracing:
+            self._done += 1
+            if step == self._steps[1]:
                 jax.block_until_ready(metrics)
                 self.close()
 
@@ -104,4 +105,4 @@ class ProfiledSteps:
         if self._tracer is not None:
             never = f"no profile was written: this process ran no update {self._steps[0]}"
             self._log(self._tracer.stop(self._done) if self._done else never)
-            self._tracer = None
+            self._tracer, self._tracing = None, False
