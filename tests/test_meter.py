@@ -123,6 +123,14 @@ def test_a_run_that_resumes_within_the_profiled_updates_has_no_profile():
         assert lines.pop() == line and not lines
     assert calls == ["start"]
 
+    def fail(runs):
+        raise ValueError("host.xplane.pb has no kernels")
+
+    steps = meters.ProfiledSteps(SimpleNamespace(start=lambda: None, stop=fail), (1, 1), lines.append)
+    steps.before(1, state=jnp.ones(()))
+    steps.after(1, metrics=jnp.ones(()))
+    assert lines == ["no profile was written: host.xplane.pb has no kernels"], "training goes on"
+
 
 def test_profiled_updates_need_a_folder():
     with pytest.raises(ValueError, match="--profile is missing; use the folder that the profile of --profile_steps is"):

@@ -79,7 +79,7 @@ class Tracer:
     def stop(self, runs: int) -> str:
         """End the trace, when its results have been computed, and write the profile; return a line that names it.
 
-        runs: calls or updates in the trace.
+        runs: calls or updates in the trace. Raises ValueError if the device has recorded no kernels, and OSError.
         """
         seconds = time.perf_counter() - self._began
         jax.profiler.stop_trace()
@@ -136,7 +136,7 @@ def open_profile(folder: Path) -> Profile:
     with intact(file):
         record = json.loads(files.decode(file.read_bytes(), RECORD))
         flops = {str(name): positive(value) for name, value in record["peak_flops"].items()}
-        flops["float32"]
+        flops["float32"]  # which is always measured
         measured = peaks.Peaks(flops, positive(record["peak_bandwidth"]))
         number, seconds = int(positive(record["runs"])), positive(record["seconds"])
         device, dtype = str(record["device"]), str(record["dtype"])

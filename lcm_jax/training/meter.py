@@ -101,8 +101,13 @@ class ProfiledSteps:
                 self.close()
 
     def close(self) -> None:
-        """End the trace if the run ends before its last update; report if it never began."""
+        """End the trace if the run ends before its last update; log why if there is no profile."""
         if self._tracer is not None:
-            never = f"no profile was written: this process ran no update {self._steps[0]}"
-            self._log(self._tracer.stop(self._done) if self._done else never)
-            self._tracer, self._tracing = None, False
+            tracer, self._tracer, self._tracing = self._tracer, None, False
+            if not self._done:
+                self._log(f"no profile was written: this process ran no update {self._steps[0]}")
+                return
+            try:
+                self._log(tracer.stop(self._done))
+            except (ValueError, OSError) as error:  # such as a driver that records no kernels: training goes on
+                self._log(f"no profile was written: {error}")
