@@ -33,7 +33,8 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if the run has several.", **OWN)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if there are several.", **OWN)
 IGNORE_UNREADABLE = flags.DEFINE_bool("ignore_unreadable", False, "Begin anew if no checkpoint can be read.", **OWN)
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "First and last update to trace, such as 10:15.", **OWN)
+PROFILE = flags.DEFINE_string("profile", None, "New folder for a profile of updates, for lcm_jax.profile.", **OWN)
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "First and last of them: 10:15. Default: 3rd to 5th.", **OWN)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print estimated memory, FLOPs and time, then exit.", **OWN)
 
 
@@ -60,8 +61,9 @@ def train() -> None:
         with phase("starting", memory="use a device with more memory", kept="nothing was changed"):
             check_devices()
             task = make_task(config, workdir)
-        profile = ranges.span("--profile_steps", PROFILE_STEPS.value)
-        if not loop.train(task, config, workdir, profile, IGNORE_UNREADABLE.value):
+        profile = None if PROFILE.value is None else Path(PROFILE.value)
+        profile_steps = ranges.span("--profile_steps", PROFILE_STEPS.value)
+        if not loop.train(task, config, workdir, profile, profile_steps, IGNORE_UNREADABLE.value):
             sys.exit(distributed.RESUMABLE)
 
 
@@ -72,7 +74,8 @@ def parse(argv: list[str]) -> list[str]:
         raise ValueError("--config is missing; use a file, or a name from --list_configs")
     if not (LIST_CONFIGS.value or DRY_RUN.value or WORKDIR.value):
         raise ValueError("--workdir is missing; use the folder of a run")
-    ranges.span("--profile_steps", PROFILE_STEPS.value)
+    if ranges.span("--profile_steps", PROFILE_STEPS.value) and PROFILE.value is None:
+        raise ValueError("--profile is missing; use the folder that the profile of --profile_steps is for")
     return rest
 
 

@@ -115,6 +115,9 @@ FROM_PNG = flags.DEFINE_string(
 )
 GRID = flags.DEFINE_bool("grid", False, "Also write grid.png.", **OWN)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing images.", **OWN)
+PROFILE = flags.DEFINE_string(
+    "profile", None, "New folder for a profile of another call, for python -m lcm_jax.profile.", **OWN
+)
 
 EXAMPLE = """Example:
 
@@ -266,17 +269,26 @@ def sample() -> None:
     settings = choose_settings(recorded)
     command.configure_jax()
     check_devices()
+    tracer = None
+    if PROFILE.value is not None:
+        from lcm_jax.profiling.trace import Tracer
+
+        tracer = Tracer(Path(PROFILE.value), settings.dtype or DTYPE.default)
     arguments = open_images(settings)
     pipe, settings = open_pipeline(settings)
     arguments |= {name: getattr(settings, name) for name in ARGUMENTS} | {"progress": False}
 
     start, kept, done = time.perf_counter(), [], 0
     rows = [prompts[0]] * row + prompts
+
+    def generate(first: int):
+        return pipe(rows[first : first + batch], batch_size=batch, first=number - row + first, **arguments).images
+
     try:
         with progress(total) as update, compiler.watch_cache() as cache:
             for first in range(0, len(rows), batch):
                 given = rows[first : first + batch]
-                images = pipe(given, batch_size=batch, first=number - row + first, **arguments).images
+                images = generate(first)
                 output.mkdir(parents=True, exist_ok=True)
                 for i in range(row if first == 0 else 0, len(given)):
                     own = replace(settings, prompt=given[i], number=number - row + first + i, row=i, batch_size=batch)
@@ -304,6 +316,10 @@ def sample() -> None:
         png.write(make_grid(kept, COPIES.value if COPIES.value > 1 else min(total, 8)), grid)
         print(grid)
     print(f"{total} image{'s' * (total > 1)} in {seconds:.2f} s, compilation included: {total / seconds:.2f} images/s")
+    if tracer is not None:
+        tracer.start()
+        generate(0)  # which the first time compiled
+        print(tracer.stop(runs=1))
 
 
 def run() -> None:

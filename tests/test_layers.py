@@ -18,6 +18,8 @@ ROOMS = (
     "progress",
     "cost",
     "compiler",
+    "peaks",
+    "profiling",
     "config_files",
     "config_groups",
     "diffusion",

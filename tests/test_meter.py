@@ -12,9 +12,10 @@ import pytest
 from flax import linen as nn
 from whole_runs import QUICK, shrunk_lcd
 
-from lcm_jax import cost, main
+from lcm_jax import cost, main, peaks
 from lcm_jax.errors import RunError
 from lcm_jax.objectives.by_timestep import loss_by_timestep
+from lcm_jax.profiling.trace import open_profile
 from lcm_jax.training import meter as meters
 from lcm_jax.training.loop import TrainTask, train
 
@@ -27,7 +28,7 @@ def losses_of(slope, batch, draws):
     return losses.mean(), {"loss": losses.mean()} | loss_by_timestep(losses, jnp.asarray(T), 1000)
 
 
-def run(workdir, *, profile=None, skipped=dict, **settings) -> list[dict[str, float]]:
+def run(workdir, *, profile=(None, None), skipped=dict, **settings) -> list[dict[str, float]]:
     """Train a line through points for four updates; return the records."""
     task = TrainTask(
         title="line",
@@ -47,7 +48,7 @@ def run(workdir, *, profile=None, skipped=dict, **settings) -> list[dict[str, fl
         skipped=skipped,
     )
     settings = {"train.steps": 4, "log.every_steps": 2, "checkpoint.every_steps": 4} | settings
-    assert train(task, shrunk_lcd("a teacher that is never read", **QUICK | settings), workdir, profile)
+    assert train(task, shrunk_lcd("a teacher that is never read", **QUICK | settings), workdir, *profile)
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -93,14 +94,48 @@ def test_waiting_and_checkpoints_are_apart_from_the_updates(monkeypatch):
     assert meter.read()["step_seconds"] == 10
 
 
-def test_a_trace_is_written_or_its_absence_reported(tmp_path, capsys):
-    run(tmp_path / "a", profile=(2, 3))
-    assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
-    run(tmp_path / "b", profile=(7, 9))
-    assert not (tmp_path / "b" / "profile").exists()
+def test_a_profile_is_written_or_its_absence_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peaks, "measure", lambda dtypes: peaks.Peaks(dict.fromkeys(dtypes, 1e12), 1e11))
+    folder = tmp_path / "profile"
+    run(tmp_path / "a", profile=(folder, (2, 3)))
+    profile = open_profile(folder)
+    assert profile.runs == 2 and "jit_step" in [module for module, _ in profile.programs]
+    run(tmp_path / "b", profile=(tmp_path / "rest", None))
+    assert open_profile(tmp_path / "rest").runs == 2, "from the third update to the end of the run"
+    run(tmp_path / "c", profile=(tmp_path / "none", (7, 9)))
     output = capsys.readouterr().out
-    assert f"a trace is in {tmp_path / 'a' / 'profile'}" in output
-    assert "no trace was written: this process ran no update 7" in output
+    assert f"a profile is in {folder}; python -m lcm_jax.profile {folder} prints it" in output
+    assert "no profile was written: this process ran no update 7" in output
+    with pytest.raises(ValueError, match=f"--profile={folder} is not an empty folder; use a new one"):
+        run(tmp_path / "d", profile=(folder, None))
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_run_that_resumes_within_the_profiled_updates_has_no_profile():
+    lines, calls = [], []
+    tracer = SimpleNamespace(start=lambda: calls.append("start"), stop=lambda runs: f"profile of {runs}")
+    for first, line in [(2, "profile of 2"), (3, "no profile was written: this process ran no update 2")]:
+        steps = meters.ProfiledSteps(tracer, (2, 3), lines.append)
+        for step in range(first, 6):
+            steps.before(step, state=jnp.ones(()))
+            steps.after(step, metrics=jnp.ones(()))
+        steps.close()
+        assert lines.pop() == line and not lines
+    assert calls == ["start"]
+
+    def fail(runs):
+        raise ValueError("host.xplane.pb has no kernels")
+
+    steps = meters.ProfiledSteps(SimpleNamespace(start=lambda: None, stop=fail), (1, 1), lines.append)
+    steps.before(1, state=jnp.ones(()))
+    steps.after(1, metrics=jnp.ones(()))
+    assert lines == ["no profile was written: host.xplane.pb has no kernels"], "training goes on"
+
+
+def test_profiled_updates_need_a_folder():
+    with pytest.raises(ValueError, match="--profile is missing; use the folder that the profile of --profile_steps is"):
+        main.parse(["main", "--config=shapes", "--workdir=w", "--profile_steps=1:2"])
+    main.FLAGS["profile_steps"].value = None
 
 
 @pytest.mark.parametrize("text", ["10", "0:3", "5:4", "a:b", "1:2:3", ":"])

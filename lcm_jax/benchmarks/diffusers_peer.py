@@ -1,186 +1,174 @@
 """The peer's side of the benchmark: diffusers and PyTorch with their usual optimizations.
 
-    python -m lcm_jax.benchmarks.diffusers_peer '{"suite": "sample", "model": "shapes-lcm", "batch": 1, ...}'
+python -m lcm_jax.benchmarks.diffusers_peer FOLDER, see `worker`
 
-On a GPU: scaled-dot-product attention, channels_last, torch.compile for sampling, autocast, fused AdamW and a foreach
-average for training. On a CPU: eager, since channels_last and torch.compile do not save time there.
+Attention is PyTorch's scaled_dot_product_attention, diffusers' default. The other optimizations are tried before each
+case, and the fastest is timed: eager and channels_last on a CPU, channels_last without and with torch.compile on a GPU.
 """
 
 # diffusers declares its classes by lazy imports, and both libraries are optional.
 # pyright: reportPrivateImportUsage=false, reportMissingImports=false
 
-import copy
-import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lcm_jax.benchmarks import cases
 from lcm_jax.benchmarks.cases import Case
-from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve
-from lcm_jax.data import tokenizer as tokenizers
-from lcm_jax.models.families import FAMILIES
+from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, read_draws, serve
 from lcm_jax.weights import layout
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+MODES = ("channels_last", "channels_last, torch.compile") if CUDA else ("eager", "channels_last")
+SLOW = 5.0  # seconds of a run from which on one is enough to compare modes
 
 
-def prepare(case: Case) -> Prepared:
-    """Build the model, the inputs and the function of a case; its first run compiles."""
-    build = {"matmul": prepare_matmul, "sample": prepare_sample, "train": prepare_train}[case.suite]
-    run, mode = build(case)
-
-    def finished() -> None:
-        run()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    facts = {
+def prepare(case: Case, folder: Path) -> Prepared:
+    """Build the model and the inputs of a case, and choose the fastest mode."""
+    facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "mode": mode,
+        "mode": "eager",
     }
-    return Prepared(finished, facts, lambda: torch.cuda.max_memory_allocated() if CUDA else host_peak_bytes())
+    if case.suite == "train":
+        from lcm_jax.benchmarks.diffusers_train import prepare_train
+
+        run, outputs = prepare_train(case, folder, facts)
+    else:
+        build = {"peak": prepare_peak, "sample": prepare_sample, "decode": prepare_decode}
+        run, outputs = build[case.suite](case, folder, facts)
+    run = partial(finished, run)
+    return Prepared(run, outputs, facts, lambda: torch.cuda.max_memory_allocated() if CUDA else host_peak_bytes())
 
 
-def without_notes(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a published config without the keys that begin with an underscore."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def open_pipeline(case: Case, student: bool) -> Any:
-    """Return diffusers' pipeline of the case's model, on the device and in the case's dtype."""
-    dtype = getattr(torch, case.dtype)
-    if case.model not in cases.RANDOM:
-        name = case.model if student else cases.SHIPPED.get(case.model, case.model)
-        return diffusers.DiffusionPipeline.from_pretrained(
-            layout.locate(name), torch_dtype=dtype, safety_checker=None
-        ).to(DEVICE)
-    configs = {name: without_notes(c) for name, c in FAMILIES["lcm-dreamshaper" if student else case.model].items()}
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers.build(cases.PROMPT.split(), Path(folder), model_max_length=77)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    components: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**configs["unet"]),
-        "vae": AutoencoderKL(**configs["vae"]),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-        "tokenizer": tokenizer,
-        "scheduler": LCMScheduler(**FAMILIES["lcm-dreamshaper"]["scheduler"]),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    return LatentConsistencyModelPipeline(**components, requires_safety_checker=False).to(DEVICE, dtype)
-
-
-def prepare_matmul(case: Case):
-    x = torch.randn(case.size, case.size, dtype=getattr(torch, case.dtype), device=DEVICE)
-    return lambda: x @ x, "eager"
-
-
-def prepare_sample(case: Case):
-    """Prepare a call of the pipeline, from prompts to pixels on the host."""
-    pipe = open_pipeline(case, student=True)
-    pipe.set_progress_bar_config(disable=True)
+def finished(run: Callable[[], Any]) -> Any:
+    """Run, and wait for the GPU."""
+    result = run()
     if CUDA:
-        pipe.unet, pipe.vae = (each.to(memory_format=torch.channels_last) for each in (pipe.unet, pipe.vae))
-        pipe.unet.forward = torch.compile(pipe.unet.forward)
-        pipe.vae.decode = torch.compile(pipe.vae.decode)
-    arguments = {"num_inference_steps": case.steps, "guidance_scale": 8.0, "output_type": "np"}
-    if case.size:
-        arguments |= {"height": case.size, "width": case.size}
-    generator = torch.Generator().manual_seed(0)
-
-    def run() -> None:
-        with torch.inference_mode():
-            pipe([cases.PROMPT] * case.batch, generator=generator, **arguments)
-
-    return run, "torch.compile" if CUDA else "eager"
+        torch.cuda.synchronize()
+    return result
 
 
-def prepare_train(case: Case):
-    """Prepare a step of latent consistency distillation, from moments and tokens to the updated target network."""
-    pipe = open_pipeline(case, student=False)
-    teacher, text_encoder = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
-    config = without_notes(dict(teacher.config, time_cond_proj_dim=256))
-    student = UNet2DConditionModel(**config)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    student.to(DEVICE, torch.float32)  # pyright: ignore[reportArgumentType]  (diffusers' decorator hides self)
-    target = copy.deepcopy(student).requires_grad_(False)
-    if case.remat:
-        student.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, fused=CUDA
-    )
-    abar = pipe.scheduler.alphas_cumprod.to(DEVICE, torch.float32)
-    prediction_type = pipe.scheduler.config.prediction_type
-    autocast = torch.autocast(DEVICE, getattr(torch, case.dtype), enabled=case.dtype != "float32")
-    side = case.size // pipe.vae_scale_factor if case.size else config["sample_size"]
-    moments = torch.randn(case.batch, 8, side, side, device=DEVICE)
-    tokenize = lambda text: pipe.tokenizer(  # noqa: E731
-        [text] * case.batch,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-        max_length=pipe.tokenizer.model_max_length,
-    ).input_ids.to(DEVICE)
-    ids, empty_ids = tokenize(cases.PROMPT), tokenize("")
-    frequencies = torch.exp(-torch.arange(128, device=DEVICE) * torch.log(torch.tensor(10000.0)) / 127)
-    stride = len(abar) // cases.DDIM_STEPS
+def choose_mode(
+    modules: Sequence[Any], trial: Callable[[], Any], facts: dict[str, Any], modes: Sequence[str] = MODES
+) -> None:
+    """Bring the modules into the fastest of the modes: channels_last, torch.compile, both or none.
 
-    def broadcast(x):
-        return x.reshape(-1, 1, 1, 1)
+    trial: a run of the modules. Sets facts["mode"] and ["first_s"], the seconds of the first run in that mode, and
+    ["note"] if a mode failed. Raises RuntimeError if all have failed.
+    """
+    seconds, firsts, failures = {}, {}, []
+    for mode in modes:
+        set_mode(modules, mode)
+        runs = []
+        try:
+            while len(runs) < (2 if runs and runs[0] > SLOW and "compile" not in mode else 3):
+                began = time.perf_counter()
+                finished(trial)
+                runs.append(time.perf_counter() - began)
+        except Exception as error:  # of any of the compilers below; the row says so
+            failures.append(f"{mode} failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+        else:
+            seconds[mode], firsts[mode] = min(runs[1:]), runs[0]
+    if failures:
+        facts["note"] = "; ".join(failures)
+    if not seconds:
+        raise RuntimeError(facts["note"])
+    facts["mode"] = min(seconds, key=seconds.__getitem__)
+    facts["first_s"] = round(firsts[facts["mode"]], 2)
+    set_mode(modules, facts["mode"])
 
-    def origin_and_noise(output, z, t):
-        """Return x0 and the noise implied by the network's output at z_t."""
-        alpha, sigma = broadcast(abar[t].sqrt()), broadcast((1 - abar[t]).sqrt())
-        if prediction_type == "epsilon":
-            return (z - sigma * output) / alpha, output
-        if prediction_type == "sample":
-            return output, (z - alpha * output) / sigma
-        return alpha * z - sigma * output, alpha * output + sigma * z
 
-    def consistency(network, z, t, context, w):
-        with autocast:
-            output = network(z, t, context, timestep_cond=w).sample.float()
-        u = broadcast(10.0 * t)
-        return 0.25 / (u**2 + 0.25) * z + u / (u**2 + 0.25).sqrt() * origin_and_noise(output, z, t)[0]
+def set_mode(modules: Sequence[Any], mode: str) -> None:
+    for module in modules:
+        module.to(memory_format=torch.channels_last if "channels_last" in mode else torch.contiguous_format)
+        module._compiled_call_impl = None  # undoes compile()
+        if "torch.compile" in mode:
+            module.compile()
 
-    def run() -> None:
-        mean, logvar = moments.chunk(2, dim=1)
-        z = (mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)) * pipe.vae.config.scaling_factor
-        noise = torch.randn_like(z)
-        s = (torch.randint(0, cases.DDIM_STEPS, (case.batch,), device=DEVICE) + 1) * stride - 1
-        t = (s - stride).clamp(min=0)
-        w = torch.empty(case.batch, device=DEVICE).uniform_(*cases.W)
-        angles = 1000.0 * w[:, None] * frequencies
-        embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-        z_s = broadcast(abar[s].sqrt()) * z + broadcast((1 - abar[s]).sqrt()) * noise
-        with torch.no_grad(), autocast:
-            context, empty = text_encoder(ids).last_hidden_state, text_encoder(empty_ids).last_hidden_state
-            output = teacher(torch.cat([z_s, z_s]), torch.cat([s, s]), torch.cat([context, empty])).sample.float()
-        with torch.no_grad():
-            x0, e = origin_and_noise(output, torch.cat([z_s, z_s]), torch.cat([s, s]))
-            x0, e = (part[: case.batch] + broadcast(w) * (part[: case.batch] - part[case.batch :]) for part in (x0, e))
-            z_t = broadcast(abar[t].sqrt()) * x0 + broadcast((1 - abar[t]).sqrt()) * e
-            goal = consistency(target, z_t, t, context, embedding)
-        difference = consistency(student, z_s, s, context, embedding) - goal
-        loss = ((difference**2 + cases.HUBER_C**2).sqrt() - cases.HUBER_C).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), cases.CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cases.EMA_RATE)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()}")
 
-    return run, "eager"
+def to_tensor(array: np.ndarray, dtype: str = "float32") -> torch.Tensor:
+    """Return latents [..., h, w, c] as [..., c, h, w] on the device."""
+    return torch.from_numpy(array).movedim(-1, -3).contiguous().to(DEVICE, getattr(torch, dtype))
+
+
+@cache
+def open_pipeline(name: str, dtype: str, vae: str | None) -> Any:
+    """Return diffusers' pipeline of a model on the device, with the autoencoder of the folder `vae` if there is one."""
+    kind = getattr(torch, dtype)
+    own = {} if vae is None else {"vae": diffusers.AutoencoderTiny.from_pretrained(vae, torch_dtype=kind)}
+    folder = layout.locate(name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=kind, safety_checker=None, **own)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(DEVICE)
+
+
+def case_pipeline(case: Case, folder: Path) -> Any:
+    vae = str(cases.tiny_vae_folder(folder)) if case.vae == "tiny" else None
+    return open_pipeline(cases.model_folder(case, True, folder), case.dtype, vae)
+
+
+def prepare_peak(case: Case, folder: Path, facts: dict[str, Any]):
+    if case.part == "matmul":
+        x = torch.randn(case.size, case.size, dtype=getattr(torch, case.dtype), device=DEVICE)
+        run = lambda: x @ x  # noqa: E731
+    else:
+        source = torch.ones(case.size * 10**6 // 4, device=DEVICE)
+        target = torch.empty_like(source)
+        run = lambda: target.copy_(source)  # noqa: E731
+    return run, lambda: {} if finished(run) is None else {}
+
+
+def prepare_sample(case: Case, folder: Path, facts: dict[str, Any]):
+    """Prepare a call of the pipeline, from prompts to pixels on the host."""
+    pipe, draws = case_pipeline(case, folder), read_draws(folder)
+    side = case.size or draws["latents"].shape[1] * pipe.vae_scale_factor
+    latents = to_tensor(draws["latents"], case.dtype)
+    noise = [to_tensor(each, case.dtype) for each in draws["noise"]]
+
+    def call() -> np.ndarray:
+        return pipe(
+            [cases.PROMPT] * case.batch,
+            num_inference_steps=case.steps,
+            guidance_scale=float(draws["guidance_scale"]),
+            height=side,
+            width=side,
+            latents=latents.clone(),
+            output_type="np",
+        ).images
+
+    def outputs() -> dict[str, Any]:
+        made = iter(noise)
+        with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(made)):
+            return {"images": np.round(call() * 255.0) / 255.0}  # as the other side's are rounded
+
+    with torch.inference_mode():  # also of what is compiled
+        choose_mode([pipe.unet, pipe.vae.decoder], call, facts)
+    return torch.inference_mode()(call), torch.inference_mode()(outputs)
+
+
+def prepare_decode(case: Case, folder: Path, facts: dict[str, Any]):
+    """Prepare the decoding of latents on the device to pixels on the device."""
+    vae = case_pipeline(case, folder).vae
+    z = to_tensor(read_draws(folder)["latents"], case.dtype)
+
+    def run() -> torch.Tensor:
+        return vae.decode(z / vae.config.scaling_factor).sample
+
+    def outputs() -> dict[str, Any]:
+        return {"images": run().movedim(-3, -1).float().cpu().numpy()}
+
+    with torch.inference_mode():
+        choose_mode([vae.decoder], run, facts)
+    return torch.inference_mode()(run), torch.inference_mode()(outputs)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def prepare_data(case: Case) -> tuple[Callable[[], Any], dict[str, int], Callabl
     tokenizers.build(cases.PROMPT.split(), folder / "tokenizer", model_max_length=CONTEXT[0])
     tokenizer = tokenizers.load(folder / "tokenizer")
     tokenize = lambda captions: tokenizers.encode(tokenizer, captions)  # noqa: E731
-    if case.input == "images":
+    if case.part == "images":
         config.data.encode, config.data.shards, config.data.held_out = "step", write_jpegs(folder), 64
         config.report.reference = config.report.prompts = 64
         dataset = load_dataset(config, folder, log=lambda line: None)
         batches = image_batches(config, dataset, tokenize, 0)
     else:
         config.data.encode = "cache"
-        batches = make_batches(config, write_random(folder / "cache", tokenize, case.input == "prompts"), 0)
+        batches = make_batches(config, write_random(folder / "cache", tokenize, case.part == "prompts"), 0)
     began, images = 0.0, 0
 
     def run() -> None:

@@ -17,13 +17,14 @@ import numpy as np
 
 from lcm_jax.errors import Interrupted, RunError, phase
 from lcm_jax.objectives.networks import Bind, Objective, Prepare
+from lcm_jax.profiling.trace import Tracer
 from lcm_jax.training import distributed, sharding
 from lcm_jax.training.agreement import check_code_and_config, check_data
 from lcm_jax.training.best import BestCheckpoint, check_best
 from lcm_jax.training.checkpoint import STABLER, Checkpoints, check_root
 from lcm_jax.training.compilation import STEP_MEMORY, Programs, compile_step
 from lcm_jax.training.logging import BEST, PREVIEW, ProgressReport, Recorder
-from lcm_jax.training.meter import Meter, Profile
+from lcm_jax.training.meter import Meter, ProfiledSteps
 from lcm_jax.training.sharded_step import ShardedStep, make_sharded_step, placement
 from lcm_jax.training.state import Params, TrainState, learning_rate_schedule
 from lcm_jax.training.stop import StopSignal
@@ -106,12 +107,18 @@ def check_batch_size(config, devices: int) -> int:
 
 
 def train(
-    task: TrainTask, config, workdir: Path, profile: tuple[int, int] | None = None, ignore_unreadable: bool = False
+    task: TrainTask,
+    config,
+    workdir: Path,
+    profile: Path | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    ignore_unreadable: bool = False,
 ) -> bool:
     """Run `task` to `config.train.steps` updates, from the newest checkpoint in `workdir` if there is one.
 
-    profile: the first and the last update of which a trace is written to `workdir`/profile. ignore_unreadable: train
-    from the beginning if there are checkpoints and none can be read.
+    profile: new folder for a profile of some updates, of process 0. profile_steps: the first and the last of them, by
+    default the third to the fifth of this process. ignore_unreadable: train from the beginning if there are checkpoints
+    and none can be read.
     Returns True when the run is complete, False when SIGTERM or SIGHUP stopped it early, with its state saved.
     Raises ValueError if `config.checkpoint.best` is not a figure of the task; RunError on a loss or a state that is not
     finite, on too little memory and on a full disk, and Interrupted on Ctrl-C, with the state saved if updates had
@@ -121,6 +128,7 @@ def train(
     check_code_and_config(config.to_dict())
     check_run(workdir, config)
     check_best(config, task.figures)
+    tracer = Tracer(profile, config.train.dtype) if profile is not None and distributed.is_main() else None
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     step = make_sharded_step(task, config, mesh)
     # A mistake that shows only here, in the step or in the data, must not claim the workdir for its config; and before
@@ -170,7 +178,7 @@ def train(
                     return program.run(state, frozen, batch)
 
                 state, seconds, stopped = run_steps(
-                    task, frozen, config, workdir, advance, state, checkpoints, began, meter, profile
+                    task, frozen, config, workdir, advance, state, checkpoints, began, meter, tracer, profile_steps
                 )
         done = int(state.step)
         if stopped is not None:
@@ -208,12 +216,13 @@ def run_steps(
     checkpoints: Checkpoints,
     began: float,
     meter: Meter,
-    profile: tuple[int, int] | None = None,
+    tracer: Tracer | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> tuple[TrainState, float, int | None]:
     """Update `state` by `advance(state) -> (state, metrics)` to the last step or to a signal, and save it.
 
     frozen: on the devices. began: when this process began, by time.monotonic(). meter: counts what `advance` does.
-    profile: see `train`. Return (state, seconds that the run has taken in all, the signal that has stopped it or None).
+    profile_steps: see `train`. Return (state, seconds of the run in all, the signal that has stopped it or None).
     """
     steps, step = config.train.steps, int(state.step)
     learning_rate = learning_rate_schedule(config.optimizer, steps)
@@ -223,7 +232,7 @@ def run_steps(
         hold = lambda each: stack.enter_context(closing(each))  # noqa: E731
         progress = hold(ProgressReport(steps, step, task.title))
         recorder = hold(Recorder(workdir, step, progress.log, config, write=distributed.is_main()))
-        trace = hold(Profile(profile, workdir / "profile", progress.log))
+        profile = hold(ProfiledSteps(tracer, profile_steps or (step + 3, step + 5), progress.log))
         best = hold(open_best(task, config, workdir, checkpoints)) if config.checkpoint.best else None
         stop = hold(StopSignal())
         if step:
@@ -250,10 +259,10 @@ def run_steps(
                 meter.restart()
             if step >= steps or stopping():
                 break
-            trace.before(step + 1)
+            profile.before(step + 1, state)
             state, metrics = advance(state)
             step, previewed = step + 1, False
-            trace.after(step, metrics)
+            profile.after(step, metrics)
             pending.append((step, metrics))
 
             read = due(config.log) or (not config.log.every_steps and len(pending) >= MAX_PENDING)

@@ -4,12 +4,12 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from lcm_jax.cost import peak_flops
+from lcm_jax.profiling.trace import Tracer
 
 
 class Meter:
@@ -78,29 +78,36 @@ def peak_memory(devices: Sequence[Any]) -> int:
     return max(used) if used else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Profile:
-    """A trace of the updates `first` to `last`, 1-based, by `jax.profiler` in `folder`; steps: None for no trace."""
+class ProfiledSteps:
+    """The updates `first` to `last`, 1-based, of which `tracer` records a profile; tracer: None for no profile."""
 
-    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None]):
-        self._steps, self._folder, self._log, self._tracing = steps, folder, log, False
+    def __init__(self, tracer: Tracer | None, steps: tuple[int, int], log: Callable[[str], None]):
+        self._tracer, self._steps, self._log = tracer, steps, log
+        self._tracing, self._done = False, 0
 
-    def before(self, step: int) -> None:
-        """Begin the trace if `step` is its first update."""
-        if self._steps is not None and step == self._steps[0]:
-            jax.profiler.start_trace(self._folder)
+    def before(self, step: int, state: Any) -> None:
+        """Begin the trace if `step` is its first update, once `state` has been computed."""
+        if self._tracer is not None and step == self._steps[0]:
+            jax.block_until_ready(state)
+            self._tracer.start()
             self._tracing = True
 
-    def after(self, step: int, result: Any) -> None:
-        """End the trace if `step` is its last update, once `result` has been computed."""
-        if self._tracing and self._steps is not None and step == self._steps[1]:
-            jax.block_until_ready(result)
-            self.close()
+    def after(self, step: int, metrics: Any) -> None:
+        """End the trace if `step` is its last update, once `metrics` have been computed."""
+        if self._tracing:
+            self._done += 1
+            if step == self._steps[1]:
+                jax.block_until_ready(metrics)
+                self.close()
 
     def close(self) -> None:
-        """End the trace if the run ends before its last update; report if it never began."""
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._log(f"a trace is in {self._folder}; open it in TensorBoard or Perfetto")
-            self._tracing, self._steps = False, None
-        elif self._steps is not None:
-            self._log(f"no trace was written: this process ran no update {self._steps[0]}")
+        """End the trace if the run ends before its last update; log why if there is no profile."""
+        if self._tracer is not None:
+            tracer, self._tracer, self._tracing = self._tracer, None, False
+            if not self._done:
+                self._log(f"no profile was written: this process ran no update {self._steps[0]}")
+                return
+            try:
+                self._log(tracer.stop(self._done))
+            except (ValueError, OSError) as error:  # such as a driver that records no kernels: training goes on
+                self._log(f"no profile was written: {error}")
