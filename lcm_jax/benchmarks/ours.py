@@ -148,7 +148,7 @@ def prepare_train(case: Case):
     model = StableDiffusion.from_configs(configs, jnp.dtype(case.dtype), remat)
     unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
     student = {"unet": add_guidance_input(unet, model, "zero", seed=0)}
-    encoded = encode_prompts(teacher, frozen, pipe.tokenize([""]))
+    encoded = jax.jit(partial(encode_prompts, teacher))(frozen, pipe.tokenize([""]))
     frozen["empty_prompt"] = jax.tree.map(lambda each: each[0], encoded)
     side = latent_side(case, pipe)
     optimizer = optax.chain(
