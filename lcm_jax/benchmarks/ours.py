@@ -144,7 +144,7 @@ def prepare_train(case: Case):
         raise ValueError(f"--model {case.model!r} is a latent consistency model; pass its teacher to time training")
     teacher, frozen = pipe.model, {name: tree for name, tree in pipe.params.items() if name != "vae"}
     guided = {**pipe.configs["unet"], "time_cond_proj_dim": 256}
-    configs, remat = {**pipe.configs, "unet": guided}, "block" if case.remat else "none"
+    configs, remat = {**pipe.configs, "unet": guided}, "save_convs_and_attention" if case.remat else "none"
     model = StableDiffusion.from_configs(configs, jnp.dtype(case.dtype), remat)
     unet = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params["unet"])
     student = {"unet": add_guidance_input(unet, model, "zero", seed=0)}
