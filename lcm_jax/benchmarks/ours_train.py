@@ -45,7 +45,7 @@ def prepare_train(case: Case, folder: Path, facts: dict[str, Any]):
     tokenize = partial(tokenizers.encode_for, tokenizers.open_tokenizers(check_complete(stored), stored.configs))
     encoded = encode_prompts(teacher, frozen, jnp.asarray(tokenize([""])))
     frozen["empty_prompt"] = jax.tree.map(lambda each: each[0], encoded)
-    remat = "block" if case.remat else "none"
+    remat = "save_convs_and_attention" if case.remat else "none"
     if case.part == "lora":
         model = StableDiffusion.from_configs(stored.configs, jnp.dtype(case.dtype), remat)
         settings = lora_settings(model, abstract["unet"])
