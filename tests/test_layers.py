@@ -77,8 +77,8 @@ UNKNOWN = {
 KNOWN = {"objectives": ("lcm_jax.models.conditioning",)}
 ONLY_IN = {
     "orbax": {"training/checkpoint.py", "training/distributed.py", "weights/orbax_tree.py"},
-    "torch": {"benchmarks/diffusers_peer.py"},
-    "diffusers": {"benchmarks/diffusers_peer.py"},
+    "torch": {"benchmarks/diffusers_peer.py", "benchmarks/diffusers_start.py", "benchmarks/diffusers_train.py"},
+    "diffusers": {"benchmarks/diffusers_peer.py", "benchmarks/diffusers_start.py", "benchmarks/diffusers_train.py"},
     "qwix": {"models/quantized.py"},
     "gradio": {"page/layout.py", "page/server.py"},
     "fastapi": {"page/server.py"},

@@ -1,1 +1,1 @@
-"""The two sides of `lcm_jax.benchmark`, a file each, run as processes that time one case on request."""
+"""The two sides of `lcm_jax.benchmark`, processes that run cases on request, and what compares and times them."""

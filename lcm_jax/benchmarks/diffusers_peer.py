@@ -70,14 +70,14 @@ def choose_mode(
         set_mode(modules, mode)
         runs = []
         try:
-            while len(runs) < (2 if runs and runs[0] > SLOW and "compile" not in mode else 3):
+            while len(runs) < 3 and not (runs and runs[0] > SLOW and "compile" not in mode):
                 began = time.perf_counter()
                 finished(trial)
                 runs.append(time.perf_counter() - began)
         except Exception as error:  # of any of the compilers below; the row says so
             failures.append(f"{mode} failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
         else:
-            seconds[mode], firsts[mode] = min(runs[1:]), runs[0]
+            seconds[mode], firsts[mode] = min(runs[1:] or runs), runs[0]
     if failures:
         facts["note"] = "; ".join(failures)
     if not seconds:

@@ -43,7 +43,7 @@ def prepare_train(case: Case, folder: Path, facts: dict[str, Any]):
 
     frozen: dict[str, Any] = {name: read(name) for name in teacher.networks if name != "vae"}
     tokenize = partial(tokenizers.encode_for, tokenizers.open_tokenizers(check_complete(stored), stored.configs))
-    encoded = encode_prompts(teacher, frozen, jnp.asarray(tokenize([""])))
+    encoded = jax.jit(partial(encode_prompts, teacher))(frozen, jnp.asarray(tokenize([""])))
     frozen["empty_prompt"] = jax.tree.map(lambda each: each[0], encoded)
     remat = "save_convs_and_attention" if case.remat else "none"
     if case.part == "lora":

@@ -174,7 +174,7 @@ def add_peaks(results: dict[str, Any], rows: list[Row]) -> None:
     for row in rows:
         for name, share in (("tflops", "share_of_peak"), ("gb_per_s", "share_of_copy")):
             if name in row and name in peak:
-                row[share] = round(row[name] / peak[name], 4)
+                row[share] = digits(row[name] / peak[name])
         if "versions" in row:
             results["versions"] |= row.pop("versions")
             results["device"] = results["device"] or row["device"]
@@ -287,7 +287,7 @@ def compare_outputs(case: Case, rows: Mapping[str, Row], outputs: Sequence[str])
         if found > tolerance:
             row["error"] = f"the {name} of the two sides differ by {found:.2g}, and {tolerance} is allowed"
         elif ours:
-            row["difference"] = float(f"{found:.2g}")
+            row["difference"] = digits(found, 2)
     return found <= tolerance
 
 
@@ -307,8 +307,13 @@ def add_figures(row: Row, seconds: Sequence[float], images: int, flops: int | No
     if images:
         row["images_per_s"] = round(images / median, 3)
     if flops:
-        row["flops"], row["tflops"] = flops, round(flops / median / 1e12, 4)
+        row["flops"], row["tflops"] = flops, digits(flops / median / 1e12)
     if nbytes:
-        row["bytes"], row["gb_per_s"] = nbytes, round(nbytes / median / 1e9, 3)
+        row["bytes"], row["gb_per_s"] = nbytes, digits(nbytes / median / 1e9)
     if (peak_bytes := row.pop("peak_bytes", None)) is not None:
         row["peak_gb"] = round(peak_bytes / 1e9, 3)
+
+
+def digits(value: float, number: int = 4) -> float:
+    """Return a value with this number of significant digits."""
+    return float(f"{value:.{number}g}")
