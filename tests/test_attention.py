@@ -280,7 +280,7 @@ def test_numbers_of_masked_attention():
     logits = np.where(chosen, np.einsum("bnhd,bmhd->bhnm", query, key) / np.sqrt(8), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), value)
-    found = attentions.attention(*(np.float32(x) for x in (query, key, value)), chosen)
+    found = attentions.attention(np.float32(query), np.float32(key), np.float32(value), chosen)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     gradient = jax.grad(lambda v: attentions.attention(np.float32(query), np.float32(key), v, chosen).sum())
     assert not np.asarray(gradient(np.float32(value)))[:, ~mask].any()

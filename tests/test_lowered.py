@@ -84,7 +84,7 @@ def test_weights_in_float32_are_cast_in_every_program(student):
 
 def test_a_rematerialized_gradient_in_bfloat16(student):
     """Both directions multiply in bfloat16, except for the guidance weight's embedding and its gradient."""
-    unet = student.unet.clone(remat=True)
+    unet = student.unet.clone(remat="block")
     params = jax.tree.map(lambda leaf: abstract(leaf.shape, jnp.float32), student.abstract_params()["unet"])
 
     def loss(params, z, t, context, embedding):
