@@ -13,7 +13,7 @@ CACHE_BYTES = 16 * 2**30
 MIN_COMPILE_S = 0.1  # programs that compile faster are not kept; JAX's own default is 1 s
 
 
-def compiler_options(platform: str | None = None) -> dict[str, str]:
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
     """Return the `compiler_options` of jax.jit for a program with large convolutions or matrix products.
 
     platform: "cpu", "gpu" or "tpu", by default the one of this process. On a CPU jaxlib 0.10 replaces convolutions by

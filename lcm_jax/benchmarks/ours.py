@@ -19,6 +19,7 @@ from lcm_jax.benchmarks.cases import Case
 from lcm_jax.benchmarks.inputs import prepare_data
 from lcm_jax.benchmarks.ours_train import prepare_train
 from lcm_jax.benchmarks.worker import Prepared, host_peak_bytes, serve, write_draws
+from lcm_jax.compiler import compiler_options
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.profiling.trace import Tracer
@@ -65,7 +66,7 @@ def prepare_peak(case: Case, folder: Path, facts: dict[str, Any]):
     """Prepare the square matrix product, or the copy, that measures the device's peak."""
     if case.part == "matmul":
         x = jax.random.normal(jax.random.key(0), (case.size, case.size), case.dtype)
-        function, facts["flops"] = jax.jit(lambda x: x @ x), 2 * case.size**3
+        function, facts["flops"] = jax.jit(lambda x: x @ x, compiler_options=compiler_options()), 2 * case.size**3
     else:
         x = jnp.ones((case.size * 10**6 // 4,), jnp.float32)
         function, facts["bytes"] = jax.jit(jnp.copy), 2 * x.nbytes
@@ -146,7 +147,7 @@ def prepare_decode(case: Case, folder: Path, facts: dict[str, Any]):
     pipe, shape = case_pipeline(case, folder)
     z = jax.random.normal(jax.random.key(0), (case.batch, *shape), jnp.float32)
     write_draws(folder, latents=z)
-    params, decode = pipe.params["vae"], jax.jit(pipe.model.decode)
+    params, decode = pipe.params["vae"], jax.jit(pipe.model.decode, compiler_options=compiler_options())
     facts["flops"], facts["bytes"] = flops_of(pipe.model.decode, params, z), nbytes(params["decoder"])
     facts["size"] = shape[0] * pipe.model.downscale
     run = lambda: jax.block_until_ready(decode(params, z))  # noqa: E731

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import command
+from lcm_jax.compiler import cache_folder
 
 OURS = "lcm_jax"
 MODULES = {OURS: "lcm_jax.benchmarks.ours", "diffusers": "lcm_jax.benchmarks.diffusers_peer"}
@@ -87,7 +87,7 @@ def environment(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the variables of a side's process: temporary files in `folder`, compiled programs where they are kept."""
     (folder / "tmp").mkdir(exist_ok=True)
     variables = {"TMPDIR": str(folder / "tmp")}
-    if (cache := command.cache_folder()) is not None:
+    if (cache := cache_folder()) is not None:
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache.with_name("torchinductor"))
     if len(names) > 1:
         variables["XLA_CLIENT_MEM_FRACTION"] = SHARED_MEMORY
