@@ -238,14 +238,8 @@ def show(found: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> Non
         table.add_column(heading, justify="right")
     for name in found["memory"]:
         table.add_row(name, *(gigabytes(side["memory"][name]) for side in sides))
-<<<<<<< HEAD
     activations = [gigabytes(side["activations"]) for side in sides]
     table.add_row("activations (estimate), attention fused or in blocks", *activations)
-=======
-    table.add_row(
-        "activations (estimate), attention fused or in blocks", *(gigabytes(side["activations"]) for side in sides)
-    )
->>>>>>> pattention
     totals = [sum(side["memory"].values()) + side["activations"] for side in sides]
     table.add_row("total", *map(gigabytes, totals), style="bold")
     console.print(table)
