@@ -49,14 +49,12 @@ def test_gradients_of_winograd():
     )
 
 
-def test_winograd_is_for_wide_float32_convolutions_of_even_sizes():
+def test_winograd_is_for_wide_convolutions_of_even_sizes():
     x, kernel = arrays(1, 32, 32, 64, 64)
     assert winograd.pays(x, kernel)
     assert not winograd.pays(x[:, :31], kernel)
     assert not winograd.pays(x[..., :16], kernel[:, :, :16])
     assert not winograd.pays(x[:, :8, :8], kernel)  # the kernel's transform would take longest
-    assert not winograd.pays(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    assert not winograd.pays(x, kernel[:1, :1])
 
 
 def test_other_platforms_have_one_convolution():
