@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.compiler import compiler_options
+
 SIDE, CPU_SIDE = 8192, 2048  # of the matrix
 NBYTES = 2**28  # of the copy, more than a cache has
 RUNS = 5
@@ -35,7 +37,7 @@ def measure_product(dtype: str) -> float:
     """Return the FLOP/s of a square matrix product in the best of some runs."""
     side = CPU_SIDE if jax.default_backend() == "cpu" else SIDE
     x = jax.random.normal(jax.random.key(0), (side, side), dtype)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(jnp.matmul, compiler_options=compiler_options())
     return 2 * side**3 / _shortest(lambda: product(x, x))
 
 

@@ -14,7 +14,7 @@ from lcm_jax.benchmarks.cases import Case
 from lcm_jax.benchmarks.sides import LATE, OURS, SideError, last_line
 from lcm_jax.weights import layout
 
-COMMANDS = ("main", "sample", "convert", "cache", "evaluate", "study", "app", "benchmark")
+COMMANDS = ("main", "sample", "convert", "cache", "evaluate", "study", "app", "benchmark", "profile", "compare_dtypes")
 IMAGES = 3  # timed processes to the first image after the one with an empty cache
 PEER = "lcm_jax.benchmarks.diffusers_start"
 
