@@ -128,4 +128,9 @@ def gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax
     return of_x, of_kernel
 
 
-convolve.defvjp(_forward, lambda saved, gradient: gradients(*saved, gradient))
+def _backward(saved, gradient):
+    x, kernel = saved
+    return gradients(x, kernel, gradient)
+
+
+convolve.defvjp(_forward, _backward)
