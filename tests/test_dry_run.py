@@ -83,7 +83,7 @@ def test_work_is_what_xla_counts(tmp_path):
     config = small(teacher, **{"mesh.data": 1, "objective.backward_simulation": 0.0})
     program = gradient_of(RECIPES["lcd"](config, tmp_path))
     found = dry_run.estimate(config)["flops"]
-    assert found < program.lower().cost_analysis()["flops"] < 1.06 * found
+    assert found < program.lower().cost_analysis()["flops"] < 1.08 * found
     config.train.batch_size = 8
     np.testing.assert_allclose(found, 2 * dry_run.estimate(config)["flops"], rtol=0.02)
 
