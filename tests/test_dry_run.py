@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from whole_runs import load_config
 
 from lcm_jax import cost, dry_run
+from lcm_jax.models import layers
 from lcm_jax.recipes import RECIPES
 from lcm_jax.training import sharding
 from lcm_jax.training.loop import RunError
@@ -77,13 +78,16 @@ def gradient_of(task):
     return jax.jit(gradient).trace(task.params, task.params, task.frozen, dict(task.batch), draws)
 
 
-def test_work_is_what_xla_counts(tmp_path):
+def test_work_is_what_xla_counts(tmp_path, monkeypatch):
     """Every matrix product and convolution of the traced step; XLA's count adds the work per element."""
+    # XLA leaves products with padding out of its count: many, at this tiny size, of a convolution that upsamples.
+    repeat = lambda x: x.repeat(2, axis=1).repeat(2, axis=2)  # noqa: E731
+    monkeypatch.setattr(layers, "convolve_upsampled", lambda x, kernel: layers.convolve(repeat(x), kernel))
     teacher = tiny_model.write(tmp_path / "teacher")
     config = small(teacher, **{"mesh.data": 1, "objective.backward_simulation": 0.0})
     program = gradient_of(RECIPES["lcd"](config, tmp_path))
     found = dry_run.estimate(config)["flops"]
-    assert found < program.lower().cost_analysis()["flops"] < 1.08 * found
+    assert found < program.lower().cost_analysis()["flops"] < 1.05 * found
     config.train.batch_size = 8
     np.testing.assert_allclose(found, 2 * dry_run.estimate(config)["flops"], rtol=0.02)
 
