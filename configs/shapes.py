@@ -2,7 +2,7 @@
 
     python -m lcm_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
-It takes less than ten minutes on two cores, six of them for the distillation; `report.md` has the results of teacher
+It takes less than ten minutes on two cores, four of them for the updates; `report.md` has the results of teacher
 and student. The settings differ from the published ones (batch 72, AdamW at 8e-6, EMA 0.999943, w in [2, 14], 50 DDIM
 steps) because this run has about a thousandth of their work. Two settings are not in the paper. `backward_simulation`:
 most examples of a batch start from latents that the student generates, as all sampling steps but the first do.
